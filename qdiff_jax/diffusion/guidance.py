@@ -1,0 +1,146 @@
+"""Classifier-free guidance: one estimate from the network's conditional and unconditional ones.
+
+`eps = eps_u + scale (eps_c - eps_u)` (Ho and Salimans 2022, in the convention of the latent
+diffusion code). So
+
+- scale 1 is the conditional network alone, and costs one evaluation;
+- scale 0 is the unconditional network alone (null labels, branch 1), one evaluation;
+- any other scale costs two; above 1 it strengthens the condition;
+- no guidance (`None`) calls the network once with the labels as they are, branch 0; that is also
+  how an unconditional model is sampled (labels None).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from qdiff_jax.quant.timed import StepContext
+
+Predict = Callable[[Any, jax.Array, StepContext, Any], jax.Array]
+
+_FORMS = ("batch", "calls", "conditional", "unconditional")
+
+
+@struct.dataclass
+class Guidance:
+    """What to evaluate and how to combine it. Made by `classifier_free`.
+
+    scale: float32 scalar, an argument of the compiled step. null: pytree like the labels, each leaf
+    broadcastable to them (for classes one integer). form: "batch", "calls", "conditional" or
+    "unconditional". channels: how many leading channels are combined; None for all.
+    """
+
+    scale: Any
+    null: Any
+    form: str = struct.field(pytree_node=False)
+    channels: int | None = struct.field(pytree_node=False, default=None)
+
+
+def classifier_free(
+    scale: float | None, null: Any, *, form: str = "batch", channels: int | None = None
+) -> Guidance | None:
+    """Guidance with a scale, or None for scale None.
+
+    null: the label of the unconditional branch: the null class index, or an embedding per leaf of
+    y.
+    form: "batch" evaluates both branches as one batch of 2B rows (half the dispatches), "calls"
+    one after the other (half the memory). Scales 1 and 0 need one branch, and get one, in either
+    form.
+    channels: combine the first `channels` channels only and take the others from the conditional
+    branch; the published DiT sampler does this with 3. A network that also returns a variance
+    needs it, so that only the noise estimate is guided.
+    ValueError for another form or channels < 1.
+    """
+    if scale is None:
+        return None
+    if form not in ("batch", "calls"):
+        raise ValueError(f"unknown form of guidance '{form}'; the names are 'batch' and 'calls'.")
+    if channels is not None and channels < 1:
+        raise ValueError(f"guided channels must be at least 1 or None, got {channels}.")
+    # With `channels` the other channels stay conditional, so scale 0 needs both branches.
+    if scale == 1.0:
+        form = "conditional"
+    elif scale == 0.0 and channels is None:
+        form = "unconditional"
+    null = jax.tree.map(np.asarray, null)
+    return Guidance(np.float32(scale), null, form, channels)
+
+
+def branches(guidance: Guidance | None) -> tuple[int, ...]:
+    """The branch identifiers one evaluation visits, in the order of its rows."""
+    if guidance is None or guidance.form == "conditional":
+        return (0,)
+    return (1,) if guidance.form == "unconditional" else (0, 1)
+
+
+def null_labels(guidance: Guidance, y: Any) -> Any:
+    """Labels of the unconditional branch, with the shapes and dtypes of y (leaves [B, ...])."""
+    return jax.tree.map(
+        lambda null, label: jnp.broadcast_to(jnp.asarray(null).astype(label.dtype), label.shape),
+        guidance.null,
+        y,
+    )
+
+
+def combine(guidance: Guidance, conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
+    """`eps_u + scale (eps_c - eps_u)`, arrays [..., C] of one shape, float32."""
+    guided = unconditional + guidance.scale * (conditional - unconditional)
+    if guidance.channels is None:
+        return guided
+    kept = conditional[..., guidance.channels :]
+    return jnp.concatenate([guided[..., : guidance.channels], kept], axis=-1)
+
+
+def evaluate(
+    predict: Predict,
+    guidance: Guidance | None,
+    variables: Any,
+    x: jax.Array,
+    ctx: StepContext,
+    y: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The guided estimate [B, ...] and the raw ones [B, R, ...], R branches as in `branches`.
+
+    predict(variables, x, ctx, y) -> eps; y None or leaves [B, ...]; ctx scalar. In the form "batch"
+    the network sees 2B rows, sample 0 conditional, sample 0 unconditional, sample 1 conditional,
+    ..., and ctx.branch [2B]; the pairs are neighbours so that a batch split over devices stays
+    where it is. ValueError when guidance is asked for without labels.
+    """
+    if guidance is None:
+        eps = predict(variables, x, ctx, y)
+        return eps, eps[:, None]
+    if y is None:
+        raise ValueError(
+            "classifier-free guidance needs labels y; without labels pass guidance=None."
+        )
+    if guidance.form == "conditional":
+        eps = predict(variables, x, ctx.replace(branch=jnp.int32(0)), y)
+        return eps, eps[:, None]
+    null = null_labels(guidance, y)
+    if guidance.form == "unconditional":
+        eps = predict(variables, x, ctx.replace(branch=jnp.int32(1)), null)
+        return eps, eps[:, None]
+    if guidance.form == "calls":
+        conditional = predict(variables, x, ctx.replace(branch=jnp.int32(0)), y)
+        unconditional = predict(variables, x, ctx.replace(branch=jnp.int32(1)), null)
+        raw = jnp.stack([conditional, unconditional], axis=1)
+    elif guidance.form == "batch":
+        batch = x.shape[0]
+        rows = jax.tree.map(_interleave, (x, y), (x, null))
+        branch = jnp.tile(jnp.arange(2, dtype=jnp.int32), batch)
+        eps = predict(variables, rows[0], ctx.replace(branch=branch), rows[1])
+        raw = eps.reshape((batch, 2, *eps.shape[1:]))
+    else:
+        raise ValueError(f"unknown form of guidance '{guidance.form}'; the names are {_FORMS}.")
+    return combine(guidance, raw[:, 0], raw[:, 1]), raw
+
+
+def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+    pairs = jnp.stack([first, second], axis=1)
+    return pairs.reshape((-1, *pairs.shape[2:]))

@@ -1,0 +1,225 @@
+"""The operands of an integer product: int8 codes, integer zero points and scales, cut into groups.
+
+Activations are quantized here and convolutions laid out as matrix products (im2col); what is
+multiplied and how the zero points are removed is `export.integer`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qdiff_jax.export.qtensor import QTensor, code_shift, signed_codes
+from qdiff_jax.operator import Operator
+from qdiff_jax.quant import quantizer
+from qdiff_jax.quant.qparams import QParams, broadcast, freeze
+
+ACTIVATION_BITS = 8
+_INT32_MAX = 2**31 - 1
+
+
+class Operand(NamedTuple):
+    """One operand of an integer product.
+
+    codes: int8, shifted to signed. zero: int32 zero point, shifted; None where it is 0 by the spec,
+    so that its correction is not even compiled. scale: float32. zero and scale have 1 along every
+    axis they do not vary over.
+    """
+
+    codes: jax.Array
+    zero: jax.Array | None
+    scale: jax.Array
+
+
+def operands(
+    operator: Operator,
+    lhs: jax.Array,
+    lhs_qparams: QParams,
+    rhs_quantizer: QTensor | QParams,
+    rhs: jax.Array | None,
+) -> tuple[Operand, Operand]:
+    """Both operands of `operator`, every array led by an axis over groups of the contracted axis.
+
+    Arguments and errors as for `integer.integer_op`. Convolutions come out as dense products.
+    codes: conv and dense [G, ..., K/G] and [G, K/G, N]; qk and pv [1, B, ...] as given. zero and
+    scale are [G, ...] and, without the leading axis, broadcast against the output.
+    """
+    if operator.kind in ("qk", "pv"):
+        return _pair_operands(operator, lhs, lhs_qparams, rhs, rhs_quantizer)
+    if not isinstance(rhs_quantizer, QTensor) or rhs is not None:
+        raise ValueError(
+            f"integer {operator.kind} needs its weight as a QTensor, got "
+            f"{type(rhs_quantizer).__name__}: pack it with export.qtensor.from_codes"
+        )
+    shape = rhs_quantizer.shape
+    if len(shape) != (4 if operator.kind == "conv" else 2) or lhs.shape[-1] != shape[-2]:
+        raise ValueError(
+            f"integer {operator.kind}: a weight of shape {shape} does not fit an input {lhs.shape}"
+        )
+    x = _activation(lhs_qparams, lhs, f"the input of {operator.kind}")
+    w, weight_groups = _weight(rhs_quantizer)
+    groups = max(weight_groups, x.scale.shape[-1])
+    if {weight_groups, x.scale.shape[-1]} - {1, groups}:
+        raise ValueError(
+            f"integer {operator.kind}: the weight has {weight_groups} groups and the input "
+            f"{x.scale.shape[-1]} along the contracted axis; cut both alike, or only one"
+        )
+    taps = _patches(operator, x, shape) if operator.kind == "conv" else x.codes[..., None, :]
+    # [..., T, C] -> [G, ..., T * C/G], and the weight's rows in the same order.
+    taps = taps.reshape(*taps.shape[:-1], groups, -1)
+    width = taps.shape[-3] * taps.shape[-1]
+    taps = jnp.moveaxis(taps, -2, 0).reshape(groups, *taps.shape[:-3], width)
+    rows = w.codes.reshape(-1, groups, shape[-2] // groups, shape[-1])
+    rows = jnp.moveaxis(rows, 1, 0).reshape(groups, width, shape[-1])
+    _require_headroom(width, (1 << rhs_quantizer.bits) - 1, operator.kind)
+
+    def per_group(leaf):  # [..., G or 1] -> [G, ..., 1]
+        if leaf is None:
+            return None
+        leaf = jnp.moveaxis(leaf, -1, 0)[..., None]
+        return jnp.broadcast_to(leaf, (groups, *leaf.shape[1:]))
+
+    def per_channel(leaf):  # [G or 1, N or 1] -> [G, 1.., N or 1]
+        if leaf is None:
+            return None
+        leaf = leaf.reshape(leaf.shape[0], *(1,) * (lhs.ndim - 1), leaf.shape[1])
+        return jnp.broadcast_to(leaf, (groups, *leaf.shape[1:]))
+
+    left = Operand(taps, per_group(x.zero), per_group(x.scale))
+    return left, Operand(rows, per_channel(w.zero), per_channel(w.scale))
+
+
+def _pair_operands(operator, lhs, lhs_qparams, rhs, rhs_qparams):
+    names = ("q", "k") if operator.kind == "qk" else ("the softmax output", "v")
+    if rhs is None or not isinstance(rhs_qparams, QParams):
+        raise ValueError(f"integer {operator.kind} needs {names[1]} and its QParams")
+    left = _activation(lhs_qparams, lhs, names[0])
+    right = _activation(rhs_qparams, rhs, names[1], contracted=-1 if names[1] == "k" else -2)
+    if left.scale.shape[-1] != 1 or (names[1] == "k" and right.scale.shape[-1] != 1):
+        raise ValueError(f"integer {operator.kind} cannot cut its contraction into groups")
+    _require_headroom(lhs.shape[-1], 255, operator.kind)
+    if operator.kind == "qk":  # scales of k vary along its rows, which are columns of the output
+        right = right._replace(
+            zero=None if right.zero is None else jnp.swapaxes(right.zero, -1, -2),
+            scale=jnp.swapaxes(right.scale, -1, -2),
+        )
+    return jax.tree.map(lambda leaf: leaf[None], (left, right))
+
+
+def _activation(qparams, x, name, contracted=-1):
+    """int8 codes of x; zero and scale of x's rank, the contracted axis counting groups."""
+    if not isinstance(qparams, QParams):
+        raise ValueError(
+            f"integer execution needs static or dynamic QParams for {name}, got "
+            f"{type(qparams).__name__}: calibrate the site and select the step's row first"
+        )
+    require_affine(qparams, name)
+    x = x.astype(jnp.float32)
+    qparams = freeze(qparams, x)
+    spec, shift = qparams.spec, code_shift(qparams, ACTIVATION_BITS)
+    codes = (quantizer.codes(qparams, x) - shift).astype(jnp.int8)
+    leaves = [lift(leaf, x.ndim + (spec.group is not None)) for leaf in broadcast(qparams, x)]
+    if spec.group is not None:
+        if spec.axis != -1 or contracted != -1:
+            raise ValueError(
+                f"integer execution cannot honour groups along axis {spec.axis} of {name}"
+            )
+        leaves = [leaf.squeeze(-1) for leaf in leaves]
+    elif leaves[0].shape[contracted] != 1:
+        raise ValueError(
+            f"the scale of {name} varies along the contracted axis, which no integer product can "
+            "honour: fold it into the other operand, or quantize per tensor or per token"
+        )
+    scale, zero, qmin, qmax = leaves
+    # A NaN has no code and would come out as a number: it spoils the output of its sample instead.
+    spoilt = jnp.isnan(x).any(axis=tuple(range(1, x.ndim)), keepdims=True)
+    low, high = -128 + shift, 127 + shift
+    valid = (qmin >= low) & (qmax <= high) & (zero >= qmin) & (zero <= qmax) & ~spoilt
+    return Operand(codes, *_integers(zero, scale, valid, shift, spec))
+
+
+def _weight(qtensor):
+    """(operand with codes [K, N], zero and scale [G or 1, N or 1]; the number of groups)."""
+    spec, shape = qtensor.qparams.spec, qtensor.shape
+    require_affine(qtensor.qparams, "the weight")
+    fits = {"tensor": True, "channel": spec.axis == -1, "group": spec.axis == -2}
+    if not fits.get(spec.granularity, False):
+        raise ValueError(
+            "integer execution takes weights per tensor, per output channel (axis -1) or per group "
+            f"of input channels (axis -2), got {spec.granularity!r} on axis {spec.axis}"
+        )
+    shift = code_shift(qtensor.qparams, qtensor.bits)
+    scale, zero = lift(qtensor.qparams.scale, 2), lift(qtensor.qparams.zero_point, 2)
+    low = shift - (1 << (qtensor.bits - 1))
+    valid = (zero >= low) & (zero < low + (1 << qtensor.bits))
+    groups = 1 if spec.group is None else shape[-2] // spec.group
+    return Operand(signed_codes(qtensor), *_integers(zero, scale, valid, shift, spec)), groups
+
+
+def _integers(zero, scale, valid, shift, spec):
+    """(zero as shifted int32 or None, scale), the scale NaN where the integers would be wrong."""
+    valid &= zero == jnp.round(zero)
+    centred = spec.symmetric and shift == 0
+    if centred:
+        valid &= zero == 0
+    scale = jnp.where(valid, scale, jnp.nan)
+    return None if centred else zero.astype(jnp.int32) - shift, scale
+
+
+def _patches(operator, x, kernel):
+    """im2col of int8 codes by static slices: [B, H', W', T, C], taps in the order of HWIO."""
+    (height, width), (down, across) = kernel[:2], operator.strides
+    varies = x.scale.shape[1:3] != (1, 1)
+    if varies and ((height, width, down, across) != (1, 1, 1, 1) or np.any(operator.padding)):
+        raise ValueError(
+            "integer conv: the scale of the input varies over space, which only a 1x1 convolution "
+            "of stride 1 can honour; quantize per tensor"
+        )
+    codes = x.codes
+    if np.any(operator.padding):
+        config = [(0, 0, 0), *((lo, hi, 0) for lo, hi in operator.padding), (0, 0, 0)]
+        inside = np.pad(np.ones(codes.shape[1:3], bool), operator.padding)[None, :, :, None]
+        codes = lax.pad(codes, jnp.int8(0), config)
+        if x.zero is not None:
+            zero = x.zero.astype(jnp.int8)
+            zero = jnp.repeat(zero, codes.shape[-1] // zero.shape[-1], axis=-1)
+            codes = jnp.where(inside, codes, zero)
+    rows = (codes.shape[1] - height) // down + 1
+    columns = (codes.shape[2] - width) // across + 1
+    if rows < 1 or columns < 1:
+        raise ValueError(f"integer conv: a kernel {kernel} does not fit an input {x.codes.shape}")
+    return jnp.stack(
+        [
+            codes[
+                :, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * across + 1 : across
+            ]
+            for i in range(height)
+            for j in range(width)
+        ],
+        axis=-2,
+    )
+
+
+def lift(leaf: jax.Array, ndim: int) -> jax.Array:
+    """leaf with leading axes of size 1, up to rank ndim."""
+    return leaf.reshape((1,) * (ndim - leaf.ndim) + leaf.shape)
+
+
+def require_affine(qparams: QParams, name: str) -> None:
+    """Raise ValueError unless codes of the grid are proportional to values up to a zero point."""
+    if qparams.spec.grid != "affine":
+        raise ValueError(
+            f"{name}: codes of the grid {qparams.spec.grid!r} are not proportional to values, so "
+            "they cannot be multiplied as integers; simulate this site, or use an affine grid"
+        )
+
+
+def _require_headroom(length, largest, kind):
+    # Centred activations reach 255 in magnitude, centred weights 2^bits - 1.
+    if length * 255 * largest > _INT32_MAX:
+        raise ValueError(
+            f"integer {kind}: a contraction of {length} could overflow int32; quantize the weight "
+            "in groups of input channels, which cut the accumulation, or simulate this site"
+        )

@@ -1,0 +1,43 @@
+"""What a site reports of its operands while a model runs: one small statistic per sample.
+
+Taps know nothing of timesteps: each statistic keeps the batch axis, and the observers reduce it by
+step outside the model, so that batches of mixed timesteps need one compile and no branch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+STATISTICS = ("range", "channel_range", "sample", "value")
+
+
+@struct.dataclass
+class Tap:
+    """statistic: "range" (min and max per sample), "channel_range" (per sample and channel),
+    "sample" (a fixed pseudo-random subset of `size` elements per sample, beside the range),
+    "value" (the operand itself)."""
+
+    statistic: str = struct.field(pytree_node=False, default="range")
+    size: int = struct.field(pytree_node=False, default=256)
+
+
+def measure(tap: Tap, x: jax.Array) -> dict[str, jax.Array]:
+    """The statistic of x [B, ...] as a dict of arrays with leading axis B, float32."""
+    if tap.statistic not in STATISTICS:
+        raise ValueError(f"Tap statistic {tap.statistic!r} is unknown; use one of {STATISTICS}.")
+    x = x.astype(jnp.float32)
+    if tap.statistic == "value":
+        return {"value": x}
+    axes = tuple(range(1, x.ndim if tap.statistic != "channel_range" else x.ndim - 1))
+    report = {"lo": jnp.min(x, axes), "hi": jnp.max(x, axes)}
+    if tap.statistic == "sample":
+        flat = x.reshape(x.shape[0], -1)
+        count = flat.shape[1]
+        if count > tap.size:
+            # The same positions for every sample and call: a permutation fixed by the tensor's size.
+            chosen = jax.random.choice(jax.random.key(count), count, (tap.size,), replace=False)
+            flat = jnp.take(flat, chosen, axis=1)
+        report["sample"] = flat
+    return report

@@ -1,0 +1,218 @@
+"""Which operand of which site is quantized, how, and by which rule: rules -> `SitePlan`.
+
+A rule names sites by a shell-style pattern and operands by their role; the first rule that takes an
+operand wins. A rule that takes nothing is an error: a misspelt pattern must not silently leave a
+layer in full precision. Who keeps the first convolution in full precision decides published tables, so
+every method can run under one common policy, and the official choices are presets.
+Source: site-policy table of the U-Net PTQ family (official repositories of the methods named).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable, Sequence
+
+from qdiff_jax.quant.spec import QuantSpec, code_range
+from qdiff_jax.sites import Site
+
+WEIGHT = QuantSpec(granularity="channel", axis=-1)
+ACTIVATION = QuantSpec()
+ALWAYS_ZERO = QuantSpec(symmetric=True)
+FULL_PRECISION = None
+_ACTIVATIONS = ("input", "q", "k", "v", "softmax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """pattern: of site names ("*" crosses "/"). operands: roles it speaks of. bits: None keeps them
+    in full precision. name: shown in the plan."""
+
+    name: str
+    pattern: str
+    operands: tuple[str, ...]
+    bits: int | None
+    spec: QuantSpec | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One operand of the plan; bits None means full precision."""
+
+    site: str
+    operand: str
+    bits: int | None
+    spec: QuantSpec | None
+    rule: str
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        return code_range(self.spec, self.bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePlan:
+    """All operands of a model, in order of execution, each with the rule that decided it."""
+
+    entries: tuple[Entry, ...]
+
+    def of(self, site: str) -> dict[str, Entry]:
+        """The quantized operands of one site by role."""
+        return {e.operand: e for e in self.entries if e.site == site and e.bits is not None}
+
+    def quantized(self, *operands: str) -> tuple[Entry, ...]:
+        """Entries that are quantized, of the given roles (all roles without arguments)."""
+        return tuple(
+            e for e in self.entries if e.bits is not None and (not operands or e.operand in operands)
+        )
+
+    def to_json(self) -> list[dict]:
+        return [
+            {**dataclasses.asdict(e), "spec": None if e.spec is None else dataclasses.asdict(e.spec)}
+            for e in self.entries
+        ]
+
+
+def plan_from_json(items: Sequence[dict]) -> SitePlan:
+    """The inverse of `SitePlan.to_json`."""
+    return SitePlan(
+        tuple(
+            Entry(**{**item, "spec": None if item["spec"] is None else QuantSpec(**item["spec"])})
+            for item in items
+        )
+    )
+
+
+def make_plan(sites: Sequence[Site], rules: Sequence[Rule]) -> SitePlan:
+    """Apply rules in order to every operand of every site.
+
+    Raises ValueError if a rule takes nothing (with the nearest site name) or an operand has no rule.
+    """
+    taken = {i: 0 for i in range(len(rules))}
+    entries = []
+    for site in sites:
+        for operand in site.operands:
+            for i, rule in enumerate(rules):
+                if operand in rule.operands and fnmatch.fnmatchcase(site.name, rule.pattern):
+                    taken[i] += 1
+                    entries.append(Entry(site.name, operand, rule.bits, rule.spec, rule.name))
+                    break
+            else:
+                raise ValueError(
+                    f"No rule speaks of {site.name}:{operand}; end the rules with one for "
+                    f"pattern '*' and operand {operand!r} (bits=None keeps it in full precision)."
+                )
+    idle = [rules[i] for i, count in taken.items() if not count]
+    if idle:
+        names = [site.name for site in sites]
+        near = difflib.get_close_matches(idle[0].pattern, names, n=1, cutoff=0.0)
+        raise ValueError(
+            f"Rule {idle[0].name!r} (pattern {idle[0].pattern!r}, operands {idle[0].operands}) matches "
+            f"no site that an earlier rule left; the nearest site name is {near[0]!r}. "
+            "Correct the pattern or remove the rule."
+        )
+    return SitePlan(tuple(entries))
+
+
+def _present(sites: Sequence[Site], rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Drop a preset's rules about roles the model does not have (no attention, no shortcut)."""
+
+    def speaks(rule):
+        return any(
+            o in rule.operands and fnmatch.fnmatchcase(s.name, rule.pattern)
+            for s in sites
+            for o in s.operands
+        )
+
+    return tuple(rule for rule in rules if speaks(rule))
+
+
+def _targets(w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
+    activation = ACTIVATION if a_bits else None
+    return (
+        Rule("weights at target bits", "*", ("weight",), w_bits, WEIGHT if w_bits else None),
+        Rule("activations at target bits", "*", _ACTIVATIONS[:-1], a_bits, activation),
+    )
+
+
+def _softmax(a_bits: int | None, bits: int = 8) -> Rule:
+    keep = a_bits is None
+    return Rule(
+        f"softmax at {bits} bits, always-zero",
+        "*",
+        ("softmax",),
+        None if keep else bits,
+        None if keep else ALWAYS_ZERO,
+    )
+
+
+def common(sites: Sequence[Site], w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
+    """Our default: everything quantized, first and last layer at 8 bits, softmax 8 bits always-zero.
+
+    w_bits or a_bits None leaves weights or activations in full precision.
+    """
+    # The time embedding runs before it, but the first layer of the field's tables is the input's.
+    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    ends = []
+    for which, site in (("first", first), ("last", last_weight_site(sites))):
+        if w_bits:
+            ends.append(Rule(f"{which} layer at 8 bits", site.name, ("weight",), 8, WEIGHT))
+        if a_bits:
+            ends.append(Rule(f"{which} layer at 8 bits", site.name, ("input",), 8, ACTIVATION))
+    return _present(sites, (*ends, _softmax(a_bits), *_targets(w_bits, a_bits)))
+
+
+def official_qdiffusion(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """Q-Diffusion's code: every layer at target bits, first and last included; softmax 8 bits."""
+    return _present(sites, (_softmax(a_bits), *_targets(w_bits, a_bits)))
+
+
+def official_tfmq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """TFMQ-DM's code: conv_in, the first time-embedding layer, the last convolution, shortcuts and
+    up/down-sampling in full precision; the next two layers keep their activations; attention products
+    are never quantized."""
+    fp = ("input", "weight")
+    convs = [s.name for s in sites if s.operator.kind == "conv"]
+    second, third = convs[1:3]
+    rules = (
+        Rule("conv_in in full precision", convs[0], fp, None, None),
+        Rule("first time layer in full precision", "temb/dense_0", fp, None, None),
+        Rule("last convolution in full precision", convs[-1], fp, None, None),
+        Rule("shortcuts in full precision", "*/nin_shortcut", fp, None, None),
+        Rule("downsampling in full precision", "*_downsample/*", fp, None, None),
+        Rule("upsampling in full precision", "*_upsample/*", fp, None, None),
+        Rule("second layer's activation in full precision", second, ("input",), None, None),
+        Rule("third layer's activation in full precision", third, ("input",), None, None),
+        Rule("attention products in full precision", "*", ("q", "k", "v", "softmax"), None, None),
+        *_targets(w_bits, a_bits),
+    )
+    return _present(sites, rules)
+
+
+POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
+    "common": common,
+    "official:qdiffusion": official_qdiffusion,
+    "official:brecq": official_qdiffusion,
+    "official:tfmq": official_tfmq,
+}
+
+
+def policy(
+    name: str, sites: Sequence[Site], w_bits: int | None, a_bits: int | None
+) -> tuple[Rule, ...]:
+    """The rules of a named policy. Raises ValueError for an unknown name, listing those there are.
+
+    "official:brecq" is Q-Diffusion's table, whose code is where BRECQ meets diffusion models.
+    """
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Policy {name!r} is unknown; there are {sorted(POLICIES)}.{hint}")
+    return POLICIES[name](sites, w_bits, a_bits)
+
+
+def last_weight_site(sites: Sequence[Site]) -> Site:
+    """The last site with a weight in order of execution: the layer that writes the prediction."""
+    return [s for s in sites if s.has_weight][-1]
+

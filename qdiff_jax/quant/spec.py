@@ -1,0 +1,123 @@
+"""The static half of a quantizer: which grid, which codes, which elements share a scale."""
+
+import dataclasses
+
+GRIDS = ("affine", "log2", "log_sqrt2")
+GRANULARITIES = ("tensor", "channel", "token", "group", "cell")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """What kind of quantizer this is. Hashable, never an array: it lives in the treedef.
+
+    Numbers that change from layer to layer or from step to step (scale, zero point, bits) are data
+    in `QParams`; a new value of those reuses a compiled function, a new `QuantSpec` compiles again.
+
+    Fields:
+      grid: "affine" (uniform integers), "log2" (s * 2**-q, for non-negative x) or "log_sqrt2"
+        (s * 2**(-q/2)).
+      symmetric: the zero point is fixed at 0. Unsigned and symmetric is the "always zero" quantizer
+        of a softmax output or a ReLU.
+      signed: the integer codes are signed.
+      granularity: which elements share a scale.
+        "tensor": all. "channel": those with equal index along `axis`. "token": those that differ
+        only in the last axis (always dynamic). "group": `group` neighbours along `axis`; a static
+        scale is shared over every other axis but the last (weights: [K/g, N]; activations cut along
+        the last axis: [K/g]), a dynamic one over none. "cell": the leaves of `QParams` already
+        broadcast against x; this is what `freeze` turns a dynamic quantizer into, not something to
+        ask for in a config.
+      axis: negative. The channel axis, or the axis that is cut into groups.
+      group: elements per group, for "group" (and for a frozen one).
+      dynamic: the range is measured on the tensor itself at run time.
+      zero_code: log grids only: the last code decodes to exactly 0 instead of the smallest power.
+
+    Raises:
+      ValueError: a field is outside its domain or two fields contradict each other.
+    """
+
+    grid: str = "affine"
+    symmetric: bool = False
+    signed: bool = False
+    granularity: str = "tensor"
+    axis: int = -1
+    group: int | None = None
+    dynamic: bool = False
+    zero_code: bool = False
+
+    def __post_init__(self):
+        if self.grid not in GRIDS:
+            raise ValueError(f"QuantSpec.grid is {self.grid!r}; choose one of {', '.join(GRIDS)}.")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"QuantSpec.granularity is {self.granularity!r}; "
+                f"choose one of {', '.join(GRANULARITIES)}."
+            )
+        if not isinstance(self.axis, int) or self.axis >= 0:
+            raise ValueError(
+                f"QuantSpec.axis is {self.axis!r}; count axes from the end with a negative "
+                "integer, so that one spec serves tensors of any rank."
+            )
+        self._check_group()
+        if self.grid == "affine" and self.zero_code:
+            raise ValueError(
+                "QuantSpec.zero_code belongs to the log grids; an affine grid has 0 anyway."
+            )
+        if self.grid != "affine" and self.signed:
+            raise ValueError(
+                f"QuantSpec.signed with grid {self.grid!r}: a log grid holds non-negative values "
+                "only; set signed=False."
+            )
+        if self.granularity == "token" and not self.dynamic:
+            # One scale per token cannot be calibrated: normalised so that equal specs compare
+            # equal.
+            object.__setattr__(self, "dynamic", True)
+        if self.granularity == "cell" and self.dynamic:
+            raise ValueError(
+                "QuantSpec granularity 'cell' holds measured ranges; set dynamic=False."
+            )
+
+    def _check_group(self):
+        if self.granularity == "group" and self.group is None:
+            raise ValueError("QuantSpec granularity 'group' needs `group`, the elements per group.")
+        if self.group is None:
+            return
+        if self.granularity not in ("group", "cell"):
+            raise ValueError(
+                f"QuantSpec.group is {self.group} but granularity is {self.granularity!r}; "
+                "use granularity='group' (with dynamic=True for per-token groups)."
+            )
+        if not isinstance(self.group, int) or self.group < 1:
+            raise ValueError(f"QuantSpec.group is {self.group!r}; it must be a positive integer.")
+
+
+def code_range(spec: QuantSpec, bits: int, narrow: bool = False) -> tuple[int, int]:
+    """The smallest and largest code of `bits` bits, both representable.
+
+    Args:
+      spec: decides signed or unsigned.
+      bits: at least 1; at least 2 for a signed symmetric grid (1 bit would leave it no positive
+        code).
+      narrow: signed only: +-(2**(bits-1) - 1), so that the grid is symmetric about 0.
+
+    Returns:
+      (qmin, qmax) as Python integers: unsigned 0 .. 2**bits - 1, signed -2**(bits-1) .. 2**(bits-1)
+        - 1.
+
+    Raises:
+      ValueError: bits is not a positive integer, or the combination has no usable code.
+    """
+    if isinstance(bits, bool) or int(bits) != bits or not 1 <= bits <= 24:
+        raise ValueError(
+            f"bits is {bits!r}; it must be an integer from 1 to 24, the codes float32 holds."
+        )
+    bits = int(bits)
+    if not spec.signed:
+        if narrow:
+            raise ValueError("narrow=True is for signed codes; an unsigned grid has no spare code.")
+        return 0, 2**bits - 1
+    if bits < 2 and (spec.symmetric or narrow):
+        raise ValueError(
+            "a signed symmetric grid of 1 bit has no positive code; use a binary quantizer instead."
+        )
+    half = 2 ** (bits - 1)
+    return (-(half - 1) if narrow else -half), half - 1

@@ -1,0 +1,73 @@
+"""The persistent compile cache, and how many seconds went into compiling.
+
+Compile time is real (seconds for every block shape), so it is reported apart from run time.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+_BACKEND = "/jax/core/compile/backend_compile_duration"
+_TRACE = "/jax/core/compile/jaxpr_trace_duration"
+_LOWER = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_HIT = "/jax/compilation_cache/cache_hits"
+
+
+def enable_compile_cache(directory=None) -> pathlib.Path:
+    """Keeps compiled programs on disk for the next run. Call before the first jit.
+
+    Args:
+      directory: by default `~/.cache/qdiff_jax/xla`. On several hosts give a folder that all of
+        them see.
+    """
+    directory = pathlib.Path(directory or pathlib.Path.home() / ".cache" / "qdiff_jax" / "xla")
+    directory.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return directory
+
+
+class CompileAccount:
+    """Filled in while `compile_account` is open: what was compiled, and how long it took.
+
+    Attributes:
+      seconds: tracing, lowering and backend compilation together.
+      backend_compiles: programs asked of the backend, those found in the disk cache included.
+      cache_hits: how many of those were found there.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.backend_compiles = 0
+        self.cache_hits = 0
+
+
+@contextlib.contextmanager
+def compile_account() -> Iterator[CompileAccount]:
+    """Counts the compilations inside the `with` block (of all threads). May be nested.
+
+    Example:
+      with compile_account() as account: run()
+      print(account.seconds, account.backend_compiles, account.cache_hits)
+    """
+    account = CompileAccount()
+
+    def on_duration(event, seconds, **_):
+        if event in (_BACKEND, _TRACE, _LOWER):
+            account.seconds += seconds
+        if event == _BACKEND:
+            account.backend_compiles += 1
+
+    def on_event(event, **_):
+        if event == _HIT:
+            account.cache_hits += 1
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    jax.monitoring.register_event_listener(on_event)
+    try:
+        yield account
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_duration)
+        jax.monitoring.unregister_event_listener(on_event)

@@ -1,0 +1,224 @@
+"""One function, `op`, through which every convolution, dense layer and matrix product of a model goes.
+
+`op` does the plain thing unless the `quant` collection holds a `SiteQuant` for its name: quantizers for
+its operands, a packed tensor or a soft rounding instead of its kernel, a tap that reports operands, or
+an operator that replaces it. Observing, simulating and executing are three contents of that
+collection; a model file never changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from qdiff_jax.export.integer import integer_op
+from qdiff_jax.export.qtensor import QTensor
+from qdiff_jax.export.qtensor import dequantize as dequantize_tensor
+from qdiff_jax.observe.taps import Tap, measure
+from qdiff_jax.operator import Operator
+from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.quantizer import fake_quant
+from qdiff_jax.quant.rounding import SoftRounding, soft_weight
+from qdiff_jax.quant.timed import TimeIndexed
+
+# The two operands of each kind of operator, in the field's words.
+OPERANDS = {
+    "conv": ("input", "weight"),
+    "dense": ("input", "weight"),
+    "qk": ("q", "k"),
+    "pv": ("softmax", "v"),
+}
+
+
+@struct.dataclass
+class Replacement:
+    """An operator in place of the plain one (low-rank branch, split, rotation, K-scale binary).
+
+    `apply(arrays, operator, lhs, kernel, bias, site)` is a module-level function; it receives the
+    site so that it can quantize with the site's own quantizers.
+    """
+
+    arrays: Any
+    apply: Callable[..., jax.Array] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class SiteQuant:
+    """What the `quant` collection may hold for one site; every field is optional.
+
+    lhs: quantizer of the input, of q, or of the softmax output (`QParams`, or `TimeIndexed` before
+        `select`). rhs: for a weight, `QParams` (nearest rounding in the forward pass), `QTensor`
+        (decided codes) or `SoftRounding` (AdaRound's relaxation); for k and v, like lhs.
+    tap: what to report of the operands into the `observed` collection.
+    substitute: an operator in place of the plain one.
+    execute: with integers at hand (a `QTensor`, or two quantized activations), multiply those instead
+        of simulating them.
+    product: static; both operands are activations (qk, pv), so rhs quantizes k or v.
+    """
+
+    lhs: QParams | TimeIndexed | None = None
+    rhs: QParams | TimeIndexed | QTensor | SoftRounding | None = None
+    tap: Tap | None = None
+    substitute: Replacement | None = None
+    execute: bool = struct.field(pytree_node=False, default=False)
+    product: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class SiteRecord:
+    """Shapes of one site's operands, recorded under `jax.eval_shape` by `list_sites`."""
+
+    lhs: Any
+    rhs: Any
+    operator: Operator = struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place where operands may be quantized. `name` is `block/op`, as in the `quant` tree."""
+
+    name: str
+    operator: Operator
+    lhs_shape: tuple[int, ...]
+    rhs_shape: tuple[int, ...]
+
+    @property
+    def operands(self) -> tuple[str, str]:
+        return OPERANDS[self.operator.kind]
+
+    @property
+    def has_weight(self) -> bool:
+        return self.operands[1] == "weight"
+
+
+def plain(operator: Operator, lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """The full-precision operator. conv: NHWC x HWIO; dense: [..., K] x [K, N]; qk, pv: batched."""
+    if operator.kind == "conv":
+        y = lax.conv_general_dilated(
+            lhs,
+            rhs,
+            operator.strides,
+            operator.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    elif operator.kind == "dense":
+        y = lax.dot_general(lhs, rhs, (((lhs.ndim - 1,), (0,)), ((), ())))
+    elif operator.kind == "qk":
+        y = jnp.einsum("bnc,bmc->bnm", lhs, rhs)
+    elif operator.kind == "pv":
+        y = jnp.einsum("bnm,bmc->bnc", lhs, rhs)
+    else:
+        raise ValueError(f"Operator kind {operator.kind!r} is unknown; use one of {list(OPERANDS)}.")
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def operand(quantizer: QParams | TimeIndexed | None, x: jax.Array, where: str) -> jax.Array:
+    """An activation operand as its quantizer sees it; raises if a step table was not selected."""
+    if quantizer is None:
+        return x
+    if isinstance(quantizer, TimeIndexed):
+        raise ValueError(
+            f"The quantizer of {where} is a step table: select its row with "
+            "quant.timed.select(quant, ctx) before applying the model."
+        )
+    return fake_quant(quantizer, x)
+
+
+def kernel_of(rhs: Any, kernel: Callable[[], jax.Array]) -> jax.Array:
+    """The weight a simulated forward pass multiplies with, from what the site holds for it."""
+    if rhs is None:
+        return kernel()
+    if isinstance(rhs, QTensor):
+        return dequantize_tensor(rhs)
+    if isinstance(rhs, SoftRounding):
+        return soft_weight(rhs)
+    return fake_quant(rhs, kernel())
+
+
+def op(
+    module,
+    name: str,
+    operator: Operator,
+    lhs: jax.Array,
+    rhs: jax.Array | Callable[[], jax.Array],
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Apply `operator` at the site `name` of a Linen `module`, as its `quant` collection says.
+
+    lhs: activation. rhs: activation (qk, pv), or a function returning the kernel, so that a site
+    holding packed codes needs no kernel in `params`. Returns the operator's output in lhs.dtype.
+    """
+    weight = rhs if callable(rhs) else None
+    if module.is_mutable_collection("sites") and not module.is_initializing():
+        other = weight() if weight is not None else rhs
+        module.put_variable("sites", name, SiteRecord(lhs, other, operator))
+    site = module.get_variable("quant", name) if module.has_variable("quant", name) else None
+    if site is None:
+        return plain(operator, lhs, weight() if weight is not None else rhs, bias)
+    where = "/".join((*module.path, name))
+    if site.tap is not None:
+        report = {OPERANDS[operator.kind][0]: measure(site.tap, lhs)}
+        if weight is None:
+            report[OPERANDS[operator.kind][1]] = measure(site.tap, rhs)
+        module.put_variable("observed", name, report)
+    if site.substitute is not None:
+        other = weight if weight is not None else (lambda: rhs)
+        return site.substitute.apply(site.substitute.arrays, operator, lhs, other, bias, site)
+    if site.execute:
+        return integer_op(operator, lhs, site.lhs, site.rhs, bias, rhs=None if weight else rhs)
+    lhs = operand(site.lhs, lhs, where)
+    if weight is not None:
+        rhs = kernel_of(site.rhs, weight)
+    else:
+        rhs = operand(site.rhs, rhs, where)
+    return plain(operator, lhs, rhs, bias)
+
+
+def flatten_sites(tree: dict) -> dict[str, Any]:
+    """A nested collection {block: {op: leaf}} as {"block/op": leaf}; leaves are any non-dict."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}/{rest}": leaf for rest, leaf in flatten_sites(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def nest_sites(flat: dict[str, Any]) -> dict:
+    """The inverse of `flatten_sites`."""
+    tree: dict = {}
+    for name, leaf in flat.items():
+        *path, last = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
+def list_sites(module, *inputs) -> tuple[Site, ...]:
+    """Every site of a model in order of execution, from shapes alone (nothing is computed).
+
+    inputs: example arguments of the module's `__call__`, arrays or ShapeDtypeStructs.
+    """
+    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+
+    order: list[str] = []
+
+    def record(variables, *inputs):
+        records = module.apply(variables, *inputs, mutable=["sites"])[1]["sites"]
+        order.extend(flatten_sites(records))  # insertion order, which a pytree would sort
+        return records
+
+    flat = flatten_sites(jax.eval_shape(record, {"params": variables["params"]}, *inputs))
+    return tuple(
+        Site(name, flat[name].operator, flat[name].lhs.shape, flat[name].rhs.shape)
+        for name in order
+    )

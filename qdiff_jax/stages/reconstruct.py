@@ -1,0 +1,372 @@
+"""Unit-by-unit reconstruction: one stage that BRECQ, TIAR and learned activation steps configure.
+
+For each unit in order of execution: the target is the unit's full-precision output on full-precision
+inputs; its inputs come from the stream of the network as quantized so far (`inputs="quantized"`,
+"asym" in the official code) or from full precision; what is trained is the soft rounding of its
+weights, its activation scales, or both. Then the unit is hardened, frozen, and both streams move on,
+so that all inputs and targets together cost one pass of each stream.
+
+Sources: AdaRound (Nagel et al. 2020), BRECQ (Li et al. 2021), QDrop's input mixing (Wei et al. 2022),
+TFMQ-DM's temporal reconstruction (Huang et al. 2024). Deliberate departures from the official code:
+dropout is off, units run in order of execution, floor(w / scale) is computed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from qdiff_jax.models.program import Unit, check_order, subtrees
+from qdiff_jax.observe.capture import (
+    Pool,
+    Stream,
+    advance,
+    needed_after,
+    plan_pool,
+    start_stream,
+)
+from qdiff_jax.quant.rounding import beta_schedule, binarised_fraction, hard_codes
+from qdiff_jax.runtime import checkpoint
+from qdiff_jax.runtime.loop import run_steps
+from qdiff_jax.runtime.mesh import data_mesh, replicate
+from qdiff_jax.stages.objective import (
+    StepInputs,
+    guarded_scale,
+    initial_optimizer,
+    make_step,
+    sum_of_outputs,
+)
+from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
+from qdiff_jax.stages.unit_results import apply_result, load_result, save_result
+from qdiff_jax.stages.unit_trees import (
+    folded_trees,
+    only_weights,
+    soft_trees,
+    trainable_alphas,
+    trainable_scales,
+    without_kernels,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructConfig:
+    """How one pass of reconstruction runs. Defaults are BRECQ's for diffusion models.
+
+    trains: "weights" (alpha), "scales" (static activation steps) or "both". inputs: "quantized",
+    "full_precision" or "mixed" (each element quantized with probability input_prob). rounding_weight:
+    lambda; off for the first `warmup` of the steps, then beta falls linearly over beta_range.
+    lr, scale_lr: Adam rates of alpha and of activation scales. schedule: "constant" or "cosine" to 0
+    (for lr; scale_lr is always cosine). save_seconds: least time between saves inside a unit.
+    """
+
+    steps: int = 20_000
+    batch_size: int = 32
+    lr: float = 1e-3
+    scale_lr: float = 4e-4
+    schedule: str = "constant"
+    trains: str = "weights"
+    inputs: str = "quantized"
+    input_prob: float = 0.5
+    p: float = 2.0
+    rounding_weight: float = 0.01
+    warmup: float = 0.2
+    beta_range: tuple[float, float] = (20.0, 2.0)
+    walk_batch: int = 64
+    memory_mib: int = 2048
+    save_seconds: float = 20.0
+    devices: int = 1
+
+    def __post_init__(self):
+        choices = {
+            "trains": ("weights", "scales", "both"),
+            "inputs": ("quantized", "full_precision", "mixed"),
+            "schedule": ("constant", "cosine"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"ReconstructConfig.{field}={getattr(self, field)!r}: use one of {allowed}."
+                )
+        if self.trains != "scales" and self.steps * self.lr < 2 and self.schedule == "constant":
+            logging.warning(
+                "reconstruction: %d steps at rate %g move alpha by at most %.2g, while a decision "
+                "needs about 2; expect little change from nearest rounding.",
+                self.steps,
+                self.lr,
+                self.steps * self.lr,
+            )
+
+
+class Carry(NamedTuple):
+    """Everything between two calls of `run`; what must survive a kill is in the store's files."""
+
+    state: QuantState
+    full: Stream
+    quantized: Stream
+    pool: Pool
+    position: int
+    step: int
+    unit: dict | None
+    reports: tuple[dict, ...]
+    began: float
+    saved: float
+    store: pathlib.Path | None
+
+
+def reconstruct(
+    model: Model,
+    units: Sequence[Unit],
+    calibration: Any,
+    config: ReconstructConfig,
+    *,
+    name: str = "reconstruct",
+    frozen_units: Sequence[str] = (),
+    loss=sum_of_outputs,
+    on_progress=None,
+) -> Stage:
+    """The stage that reconstructs `units` of `model` on a calibration set.
+
+    calibration: has x [N,H,W,C], t, index, branch [N] and y [N] or None. frozen_units: names of units
+    whose weights are already decided (their codes stay as they are, bit for bit).
+    on_progress(done, total, **values): called after each chunk of steps.
+
+    `finish` returns the state with `QTensor` codes (or trained scales) and a report with, per unit,
+    the first and last reconstruction loss, the binarised fraction, steps per second, and overall the
+    number of network passes spent on inputs and targets.
+    """
+    check_order(model.program, units, ("x", "t", "y"))
+    trains_weights = config.trains in ("weights", "both")
+    mesh = data_mesh(jax.devices()[: config.devices]) if config.devices > 1 else None
+
+    def init(state: QuantState, store: pathlib.Path | None) -> Carry:
+        stream = start_stream(
+            calibration.x, calibration.t, calibration.index, calibration.branch, calibration.y
+        )
+        spill = None if store is None else store / "spill"
+        pool = plan_pool(
+            units, model.params, stream, limit_bytes=config.memory_mib << 20, spill=spill
+        )
+        now = time.monotonic()
+        return Carry(state, stream, stream, pool, 0, 0, None, (), now, now, store)
+
+    def run(carry: Carry, n: int) -> Carry:
+        if done(carry):
+            return carry
+        unit = units[carry.position]
+        if carry.unit is None:
+            carry = _begin(carry, unit)
+        if carry.unit["trainable"] and carry.step < config.steps:
+            carry = _train(carry, unit, min(n, config.steps - carry.step))
+        if not carry.unit["trainable"] or carry.step >= config.steps:
+            carry = _close(carry, unit)
+        return carry
+
+    def done(carry: Carry) -> bool:
+        return carry.position >= len(units)
+
+    def finish(carry: Carry) -> tuple[QuantState, dict]:
+        passes = carry.full.passes + carry.quantized.passes
+        return carry.state, {"units": list(carry.reports), "network_passes": round(passes, 3)}
+
+    def _begin(carry: Carry, unit: Unit) -> Carry:
+        """Move the full-precision stream over the unit and set up what is trained in it."""
+        needed = needed_after(units, carry.position) | set(unit.inputs) | set(unit.outputs)
+        full = advance(
+            carry.full,
+            unit,
+            model.params,
+            {},
+            batch_size=config.walk_batch,
+            pool=carry.pool,
+            keep=needed,
+            unit_count=len(units),
+        )
+        trainable, quant = {}, ()
+        if unit.name not in frozen_units:
+            trainable, quant = _trainables(carry.state.quant, unit)
+        work = {"trainable": trainable, "losses": [], "seconds": 0.0, "result": None}
+        carry = carry._replace(full=full, unit=work, step=0, began=time.monotonic())
+        if not trainable:
+            return carry
+        work["result"] = load_result(carry.store, carry.position, unit.name)
+        if work["result"] is not None:
+            return carry._replace(step=config.steps)
+        work["carry"] = _device_carry(carry, unit, trainable, quant)
+        if carry.store is not None and checkpoint.latest_step(_partial(carry)) is not None:
+            template = {k: work["carry"][k] for k in ("trainable", "optimizer")}
+            template["losses"] = np.zeros(config.steps, np.float32)
+            restored = checkpoint.restore(_partial(carry), template)
+            work["losses"] = list(restored.tree.pop("losses")[: restored.step])
+            work["carry"].update(restored.tree)
+            carry = carry._replace(step=restored.step)
+            logging.info("%s: unit %s continues at step %d", name, unit.name, restored.step)
+        return carry
+
+    def _unit_params(unit: Unit) -> dict:
+        return {n: model.params[n] for n in unit.nodes if n in model.params}
+
+    def _trainables(quant: Mapping, unit: Unit) -> tuple[dict, tuple[dict, ...]]:
+        trees = soft_trees(model.params, quant, unit) if trains_weights else folded_trees(quant, unit)
+        if config.trains == "weights":
+            trees = only_weights(trees)
+        trainable = {}
+        if trains_weights:
+            trainable["alpha"] = trainable_alphas(trees)
+        if config.trains in ("scales", "both"):
+            trainable["scale"] = trainable_scales(trees)
+        return {kind: leaves for kind, leaves in trainable.items() if leaves}, trees
+
+    def _device_carry(carry: Carry, unit: Unit, trainable, quant) -> dict:
+        source = carry.full if config.inputs == "full_precision" else carry.quantized
+        data = {
+            "inputs": tuple(source.values[n] for n in unit.inputs),
+            "targets": tuple(carry.full.values[n] for n in unit.outputs),
+            "ctx": carry.full.ctx,
+        }
+        if config.inputs == "mixed":
+            data["fp_inputs"] = tuple(carry.full.values[n] for n in unit.inputs)
+        params = subtrees(fold_weights(_unit_params(unit), carry.state.quant)[0], unit)
+        params = tuple(without_kernels(p, q) for p, q in zip(params, quant, strict=True))
+        work = {
+            "frozen": (params, quant),
+            "data": data,
+            "trainable": trainable,
+            "optimizer": initial_optimizer(trainable),
+        }
+        # Copies: the working set is given up to the step, and must share no buffer with the model.
+        work = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), work)
+        return work if mesh is None else replicate(work, mesh)
+
+    def _train(carry: Carry, unit: Unit, n: int) -> Carry:
+        began = time.monotonic()
+        xs = step_inputs(config, carry, n)
+        prob = config.input_prob if config.inputs == "mixed" else None
+        step = make_step(unit.signature, config.p, prob, loss, mesh)
+        # A fresh chunk owns its buffers, so they can be given up: nothing is copied per chunk.
+        work, values = run_steps(step, carry.unit["carry"], xs, donate=True)
+        totals, losses = (np.asarray(v) for v in values)
+        bad = np.flatnonzero(~np.isfinite(totals))
+        if bad.size:
+            raise FloatingPointError(
+                f"{name}: the loss of unit {unit.name!r} became {totals[bad[0]]} at step "
+                f"{carry.step + int(bad[0])}; lower the learning rate or check the calibration set. "
+                "The units before it are saved and will not be computed again."
+            )
+        spent = carry.unit["seconds"] + time.monotonic() - began
+        unit_work = {
+            **carry.unit,
+            "carry": work,
+            "losses": [*carry.unit["losses"], *losses.tolist()],
+            "seconds": spent,
+        }
+        carry = carry._replace(unit=unit_work, step=carry.step + n)
+        if on_progress is not None:
+            total = config.steps * len(units)
+            at = config.steps * carry.position + carry.step
+            on_progress(at, total, unit=unit.name, loss=f"{losses[-1]:.3g}")
+        due = time.monotonic() - carry.saved > config.save_seconds
+        if carry.store is not None and due and carry.step < config.steps:
+            kept = {k: work[k] for k in ("trainable", "optimizer")}
+            padded = np.zeros(config.steps, np.float32)
+            padded[: carry.step] = unit_work["losses"]
+            checkpoint.save(_partial(carry), carry.step, {**kept, "losses": padded}, keep=2)
+            carry = carry._replace(saved=time.monotonic())
+        return carry
+
+    def _close(carry: Carry, unit: Unit) -> Carry:
+        """Harden the unit, record it, and move the quantized stream over it."""
+        work = carry.unit
+        state = carry.state
+        report = {"unit": unit.name, "trained": bool(work["trainable"])}
+        if work["trainable"]:
+            result = work["result"]
+            if result is None:
+                result = _result(work, state.quant, unit)
+                save_result(carry.store, carry.position, unit.name, result)
+            state = state.replace(quant=apply_result(state.quant, unit, result))
+            report.update(result["report"])
+        quantized = carry.quantized
+        if config.inputs != "full_precision":
+            params, quant = fold_weights(_unit_params(unit), only_weights(state.quant))
+            quantized = advance(
+                quantized,
+                unit,
+                params,
+                quant,
+                batch_size=config.walk_batch,
+                pool=carry.pool,
+                keep=needed_after(units, carry.position),
+                unit_count=len(units),
+            )
+        keep = needed_after(units, carry.position)
+        alive = {n: v for n, v in carry.full.values.items() if n in keep or n in ("x", "t", "y")}
+        return carry._replace(
+            state=state,
+            full=carry.full._replace(values=alive),
+            quantized=quantized,
+            position=carry.position + 1,
+            step=0,
+            unit=None,
+            reports=(*carry.reports, report),
+            saved=time.monotonic(),
+        )
+
+    def _result(work: dict, quant: Mapping, unit: Unit) -> dict:
+        trained = jax.device_get(work["carry"]["trainable"])
+        soft = soft_trees(model.params, quant, unit)
+        codes, fractions = {}, []
+        for key, alpha in trained.get("alpha", {}).items():
+            module, op_name = key.split(":")
+            rounding = soft[int(module)][op_name].rhs.replace(alpha=jnp.asarray(alpha))
+            codes[key] = np.asarray(hard_codes(rounding))
+            fractions.append((float(binarised_fraction(rounding.alpha)), alpha.size))
+        scales = {k: np.asarray(guarded_scale(v)) for k, v in trained.get("scale", {}).items()}
+        losses = np.asarray(work["losses"])
+        window = max(1, len(losses) // 20)
+        report = {
+            "first_loss": float(losses[:window].mean()) if losses.size else None,
+            "last_loss": float(losses[-window:].mean()) if losses.size else None,
+            "steps_per_second": config.steps / max(work["seconds"], 1e-9),
+        }
+        if fractions:
+            sizes = sum(size for _, size in fractions)
+            report["binarised_fraction"] = sum(f * s for f, s in fractions) / sizes
+        return {"codes": codes, "scales": scales, "report": report}
+
+    def _partial(carry: Carry) -> pathlib.Path:
+        return carry.store / f"unit_{carry.position:03d}.partial"
+
+    return Stage(name, init, run, finish, done)
+
+
+def step_inputs(config: ReconstructConfig, carry: Carry, n: int) -> StepInputs:
+    """The next n rows of step inputs, functions of (state key, unit, step) alone."""
+    size, total = carry.full.size, config.steps
+    steps = np.arange(carry.step, carry.step + n)
+    seed = np.asarray(jax.random.key_data(carry.state.key)).astype(np.uint32).reshape(-1).tolist()
+    rows = np.empty((n, config.batch_size), np.int32)
+    keys = np.empty((n, 2), np.uint32)
+    for i, step in enumerate(steps):
+        generator = np.random.default_rng([*seed, carry.position, int(step)])
+        rows[i] = generator.choice(size, config.batch_size, replace=size < config.batch_size)
+        keys[i] = generator.integers(0, 2**32, 2, np.uint32)
+    cosine = 0.5 * (1.0 + np.cos(np.pi * steps / total))
+    decay = cosine if config.schedule == "cosine" else np.ones(n)
+    beta = beta_schedule(steps, total, *config.beta_range, config.warmup)
+    active = steps >= config.warmup * total
+    return StepInputs(
+        rows=rows,
+        lr=np.asarray(config.lr * decay, np.float32),
+        scale_lr=np.asarray(config.scale_lr * cosine, np.float32),
+        beta=np.asarray(beta, np.float32),
+        rounding_weight=np.asarray(config.rounding_weight * active, np.float32),
+        key_data=keys,
+    )

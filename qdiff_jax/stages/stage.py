@@ -1,0 +1,190 @@
+"""What a stage is, the one value that stages hand on, and how a stage survives being killed.
+
+A stage is three functions: `init(state, store) -> carry` (which picks up from the store if it holds
+something), `run(carry, n) -> carry` (at most n steps; saves to the store as it goes) and
+`finish(carry) -> (state, report)`. A method is a tuple of stages.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import struct
+
+from qdiff_jax.export.qtensor import QTensor, from_codes
+from qdiff_jax.export.qtensor import dequantize as dequantize_tensor
+from qdiff_jax.models.program import Node
+from qdiff_jax.policy import SitePlan
+from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.quantizer import codes, fake_quant
+from qdiff_jax.runtime.cache import compile_account
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+
+
+@struct.dataclass
+class QuantState:
+    """The value passed from stage to stage and checkpointed.
+
+    quant: {block: {op: SiteQuant}}. aux: what stages keep for later ones. key: PRNG key. plan: the site
+    plan. source: hash of the checkpoint the full-precision parameters came from; they themselves are
+    not part of the state.
+    """
+
+    quant: dict
+    aux: dict
+    key: jax.Array
+    plan: SitePlan = struct.field(pytree_node=False)
+    source: str = struct.field(pytree_node=False, default="")
+
+
+class Model(NamedTuple):
+    """A network as the stages see it: module, block program, full-precision parameters."""
+
+    module: Any
+    program: tuple[Node, ...]
+    params: Mapping
+
+
+class Stage(NamedTuple):
+    """name: of its folder and its report. done(carry): whether `run` has nothing left to do."""
+
+    name: str
+    init: Callable[[QuantState, pathlib.Path | None], Any]
+    run: Callable[[Any, int], Any]
+    finish: Callable[[Any], tuple[QuantState, dict]]
+    done: Callable[[Any], bool]
+
+
+class Method(NamedTuple):
+    """A paper: its stages in order, and the deviations from the official code that it chose."""
+
+    name: str
+    stages: Sequence[Stage]
+    notes: str = ""
+
+
+def initial_state(plan: SitePlan, key: jax.Array, source: str = "") -> QuantState:
+    """A state in which nothing is quantized yet."""
+    return QuantState(quant={}, aux={}, key=key, plan=plan, source=source)
+
+
+def run_stage(
+    stage: Stage, state: QuantState, store: pathlib.Path | None = None, chunk: int = 50
+) -> tuple[QuantState, dict]:
+    """Run a stage to its end from wherever its store says it was.
+
+    Returns (state, report); the report gains `seconds` (wall, without compiling), `compile_seconds`
+    and `compiles`.
+    """
+    began = time.monotonic()
+    with compile_account() as account:
+        carry = stage.init(state, store)
+        while not stage.done(carry):
+            carry = stage.run(carry, chunk)
+        state, report = stage.finish(carry)
+    wall = time.monotonic() - began
+    return state, {
+        **report,
+        "seconds": max(wall - account.seconds, 0.0),
+        "compile_seconds": min(account.seconds, wall),
+        "compiles": account.backend_compiles,
+        "cache_hits": account.cache_hits,
+    }
+
+
+def decide_codes(quant: Mapping, params: Mapping) -> dict:
+    """Every weight that still has only a range gets its nearest codes; returns a new quant tree."""
+    flat = flatten_sites(quant)
+    names = [n for n, s in flat.items() if isinstance(s.rhs, QParams) and has_kernel(params, n)]
+    ranges = [flat[name].rhs for name in names]
+    kernels = [kernel_at(params, name) for name in names]
+    packed = _nearest_tensors(ranges, kernels, tuple(code_bits(r) for r in ranges))
+    for name, qtensor in zip(names, packed):
+        flat[name] = flat[name].replace(rhs=qtensor)
+    return nest_sites(flat)
+
+
+def code_bits(qparams: QParams) -> int:
+    """The width that the range of codes needs, read off qparams on the host."""
+    levels = float(np.max(np.asarray(qparams.qmax) - np.asarray(qparams.qmin))) + 1.0
+    return int(np.ceil(np.log2(levels)))
+
+
+def fold_weights(params: Mapping, quant: Mapping) -> tuple[dict, dict]:
+    """Simulate without re-quantizing: kernels become their dequantized values, once.
+
+    Returns (params with the same names and shapes, quant without weight entries). The simulated forward
+    pass then costs what full precision costs plus the activation quantizers.
+    """
+    flat = flatten_sites(quant)
+    held = {
+        name: site.rhs
+        for name, site in flat.items()
+        if isinstance(site.rhs, QTensor)
+        or (isinstance(site.rhs, QParams) and has_kernel(params, name))
+    }
+    kernels = [None if isinstance(r, QTensor) else kernel_at(params, n) for n, r in held.items()]
+    folded = replace_kernels(params, dict(zip(held, _folded(list(held.values()), kernels))))
+    kept = {}
+    for name, site in flat.items():
+        site = site.replace(rhs=None, execute=False) if name in held else site
+        if any(v is not None for v in (site.lhs, site.rhs, site.tap, site.substitute)):
+            kept[name] = site
+    return folded, nest_sites(kept)
+
+
+# Lists, not dicts: a site's name in the treedef would compile equal blocks again.
+@functools.partial(jax.jit, static_argnames="bits")
+def _nearest_tensors(ranges, kernels, bits):
+    return [from_codes(codes(r, k), r, b) for r, k, b in zip(ranges, kernels, bits)]
+
+
+@jax.jit
+def _folded(held, kernels):
+    return [
+        dequantize_tensor(h) if isinstance(h, QTensor) else fake_quant(h, k)
+        for h, k in zip(held, kernels)
+    ]
+
+
+def replace_kernels(params: Mapping, kernels: Mapping[str, jax.Array]) -> dict:
+    """params with `name/kernel` replaced (or added, where a bundle left it out)."""
+    tree = dict(params)
+    for name, kernel in kernels.items():
+        tree = _with_leaf(tree, (*name.split("/"), "kernel"), kernel)
+    return tree
+
+
+def set_site(quant: Mapping, name: str, **fields) -> dict:
+    """A quant tree with fields of one site replaced, the site created where it is missing."""
+    flat = flatten_sites(quant)
+    flat[name] = flat.get(name, SiteQuant()).replace(**fields)
+    return nest_sites(flat)
+
+
+def _with_leaf(tree: Mapping, path: tuple[str, ...], leaf) -> dict:
+    head, *rest = path
+    child = leaf if not rest else _with_leaf(tree.get(head, {}), tuple(rest), leaf)
+    return {**tree, head: child}
+
+
+def kernel_at(params: Mapping, name: str) -> jax.Array:
+    node = params
+    for part in name.split("/"):
+        node = node[part]
+    return node["kernel"]
+
+
+def has_kernel(params: Mapping, name: str) -> bool:
+    node = params
+    for part in name.split("/"):
+        if part not in node:
+            return False
+        node = node[part]
+    return "kernel" in node

@@ -1,0 +1,118 @@
+"""A unit's quantizer trees in the forms that reconstruction needs: soft, folded, weights only.
+
+Trees come as one per node of the unit, and trainable leaves are keyed "<node index>:<op>[:side]", so that
+no block name reaches a compiled function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from qdiff_jax.models.program import Unit, subtrees
+from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.rounding import SoftRounding, soft_rounding
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+
+Trees = tuple[dict, ...]
+
+
+def map_sites(function, tree: Any) -> Any:
+    """Apply function(site) to every SiteQuant of a tree; a site mapped to None is dropped."""
+    if isinstance(tree, SiteQuant):
+        return function(tree)
+    if isinstance(tree, tuple):
+        return tuple(map_sites(function, part) for part in tree)
+    mapped = {key: map_sites(function, value) for key, value in tree.items()}
+    return {key: value for key, value in mapped.items() if value is not None}
+
+
+def soft_trees(params: Mapping, quant: Mapping, unit: Unit) -> Trees:
+    """Every weight of the unit that has a range but no codes yet becomes a `SoftRounding`.
+
+    floor(w / scale) is computed here, once, outside the step.
+    """
+    trees = []
+    for weights, tree in zip(subtrees(params, unit), subtrees(quant, unit), strict=True):
+        flat = flatten_sites(tree)
+        for name, site in flat.items():
+            kernel = _find(weights, name)
+            if isinstance(site.rhs, QParams) and kernel is not None:
+                flat[name] = site.replace(rhs=soft_rounding(kernel, site.rhs))
+        trees.append(nest_sites(flat))
+    return tuple(trees)
+
+
+def folded_trees(quant: Mapping, unit: Unit) -> Trees:
+    """The unit's activation quantizers alone; its weights are expected in folded parameters."""
+
+    def activations(site: SiteQuant):
+        rhs = site.rhs if isinstance(site.rhs, QParams) and site.product else None
+        return None if site.lhs is None and rhs is None else site.replace(rhs=rhs, execute=False)
+
+    return map_sites(activations, subtrees(quant, unit))
+
+
+def only_weights(trees: Any) -> Any:
+    """Drop everything but weight entries, so that activations stay in full precision."""
+
+    def weights(site: SiteQuant):
+        if site.rhs is None or site.product:
+            return None
+        return SiteQuant(rhs=site.rhs)
+
+    return map_sites(weights, trees)
+
+
+def trainable_alphas(trees: Trees) -> dict[str, jax.Array]:
+    """{"<node>:<op>": alpha} of every soft rounding."""
+    return {
+        f"{i}:{name}": site.rhs.alpha
+        for i, tree in enumerate(trees)
+        for name, site in flatten_sites(tree).items()
+        if isinstance(site.rhs, SoftRounding)
+    }
+
+
+def trainable_scales(trees: Trees) -> dict[str, jax.Array]:
+    """{"<node>:<op>:lhs|rhs": scale} of every static activation quantizer.
+
+    Step tables and dynamic quantizers are not among them: they keep their calibrated ranges.
+    """
+    return {
+        f"{i}:{name}:{side}": getattr(site, side).scale
+        for i, tree in enumerate(trees)
+        for name, site in flatten_sites(tree).items()
+        for side in ("lhs", "rhs")
+        if _is_static(getattr(site, side)) and (side == "lhs" or site.product)
+    }
+
+
+def without_kernels(params: Mapping, tree: Mapping) -> dict:
+    """Parameters without the kernels that soft roundings stand for: they would only be carried."""
+    soft = {n for n, s in flatten_sites(tree).items() if isinstance(s.rhs, SoftRounding)}
+
+    def strip(node: Mapping, path: str) -> dict:
+        out = {}
+        for key, value in node.items():
+            here = f"{path}/{key}" if path else key
+            if isinstance(value, Mapping):
+                out[key] = strip(value, here)
+            elif not (key == "kernel" and path in soft):
+                out[key] = value
+        return out
+
+    return strip(params, "")
+
+
+def _is_static(quantizer) -> bool:
+    return isinstance(quantizer, QParams) and not quantizer.spec.dynamic
+
+
+def _find(params: Mapping, name: str):
+    node = params
+    for part in name.split("/"):
+        node = node.get(part, {})
+    return node.get("kernel")
