@@ -15,17 +15,17 @@ from qdiff_jax.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, smoke=False, steps=4700)
+    arg = parse_arg(arg, smoke=False, steps=3000)
     config = ml_collections.ConfigDict()
     config.kind = "classifier"
     config.seed = 0
     config.data = dict(source="tfds:fashion_mnist", batch=128, pad_to=32)
     config.model = dict(
-        widths=(24, 48, 128),
+        widths=(32, 64, 128),
         blocks=(1, 2, 2),
         in_channels=1,
         num_classes=10,
-        dropout=0.2,
+        dropout=0.1,
         dtype="float32",
     )
     config.optimizer = dict(
@@ -40,7 +40,7 @@ def get_config(arg=None):
         clip=1.0,
         ema=0.995,
     )
-    config.augment = dict(shift=2, flip=True, label_smoothing=0.1)
+    config.augment = dict(shift=1, flip=True, label_smoothing=0.0)
     config.start = dict(workdir="", weights="")
     config.run = dict(
         chunk=10,

@@ -64,12 +64,17 @@ class SitePlan:
     def quantized(self, *operands: str) -> tuple[Entry, ...]:
         """Entries that are quantized, of the given roles (all roles without arguments)."""
         return tuple(
-            e for e in self.entries if e.bits is not None and (not operands or e.operand in operands)
+            e
+            for e in self.entries
+            if e.bits is not None and (not operands or e.operand in operands)
         )
 
     def to_json(self) -> list[dict]:
         return [
-            {**dataclasses.asdict(e), "spec": None if e.spec is None else dataclasses.asdict(e.spec)}
+            {
+                **dataclasses.asdict(e),
+                "spec": None if e.spec is None else dataclasses.asdict(e.spec),
+            }
             for e in self.entries
         ]
 
@@ -215,4 +220,3 @@ def policy(
 def last_weight_site(sites: Sequence[Site]) -> Site:
     """The last site with a weight in order of execution: the layer that writes the prediction."""
     return [s for s in sites if s.has_weight][-1]
-

@@ -13,15 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from qdiff_jax.export.integer import integer_op
 from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.export.qtensor import dequantize as dequantize_tensor
 from qdiff_jax.observe.taps import Tap, measure
-from qdiff_jax.operator import Operator
+from qdiff_jax.operators import Operator, plain
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.rounding import SoftRounding, soft_weight
@@ -97,27 +95,6 @@ class Site:
         return self.operands[1] == "weight"
 
 
-def plain(operator: Operator, lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The full-precision operator. conv: NHWC x HWIO; dense: [..., K] x [K, N]; qk, pv: batched."""
-    if operator.kind == "conv":
-        y = lax.conv_general_dilated(
-            lhs,
-            rhs,
-            operator.strides,
-            operator.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-    elif operator.kind == "dense":
-        y = lax.dot_general(lhs, rhs, (((lhs.ndim - 1,), (0,)), ((), ())))
-    elif operator.kind == "qk":
-        y = jnp.einsum("bnc,bmc->bnm", lhs, rhs)
-    elif operator.kind == "pv":
-        y = jnp.einsum("bnm,bmc->bnc", lhs, rhs)
-    else:
-        raise ValueError(f"Operator kind {operator.kind!r} is unknown; use one of {list(OPERANDS)}.")
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-
-
 def operand(quantizer: QParams | TimeIndexed | None, x: jax.Array, where: str) -> jax.Array:
     """An activation operand as its quantizer sees it; raises if a step table was not selected."""
     if quantizer is None:
@@ -171,7 +148,8 @@ def op(
         other = weight if weight is not None else (lambda: rhs)
         return site.substitute.apply(site.substitute.arrays, operator, lhs, other, bias, site)
     if site.execute:
-        return integer_op(operator, lhs, site.lhs, site.rhs, bias, rhs=None if weight else rhs)
+        other = None if weight is not None else rhs
+        return integer_op(operator, lhs, site.lhs, site.rhs, bias, rhs=other).astype(lhs.dtype)
     lhs = operand(site.lhs, lhs, where)
     if weight is not None:
         rhs = kernel_of(site.rhs, weight)

@@ -11,7 +11,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_threefry_partitionable", True)
 
-_cache = os.environ.get("QDIFF_TEST_CACHE", os.path.join(tempfile.gettempdir(), "qdiff_jax_test_cache"))
+_cache = os.environ.get(
+    "QDIFF_TEST_CACHE", os.path.join(tempfile.gettempdir(), "qdiff_jax_test_cache")
+)
 pathlib.Path(_cache).mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -25,7 +25,7 @@ from jax import lax
 
 from qdiff_jax.export.operands import ACTIVATION_BITS, lift, operands, require_affine
 from qdiff_jax.export.qtensor import QTensor, code_shift, dequantize
-from qdiff_jax.operator import Operator
+from qdiff_jax.operators import Operator, plain
 from qdiff_jax.quant import quantizer
 from qdiff_jax.quant.qparams import QParams
 
@@ -103,7 +103,6 @@ def simulated_op(
 ) -> jax.Array:
     """The floating-point counterpart of `integer_op`: dequantized operands, the plain operator."""
     # Imported here because sites.py, where the plain operator lives, imports this file.
-    from qdiff_jax.sites import plain
 
     x = lhs if lhs_qparams is None else quantizer.fake_quant(lhs_qparams, lhs)
     if isinstance(rhs_quantizer, QTensor):

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from qdiff_jax.export.qtensor import QTensor, code_shift, signed_codes
-from qdiff_jax.operator import Operator
+from qdiff_jax.operators import Operator
 from qdiff_jax.quant import quantizer
 from qdiff_jax.quant.qparams import QParams, broadcast, freeze
 

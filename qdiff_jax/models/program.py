@@ -101,9 +101,7 @@ def make_unit(
         reads=tuple(tuple(index[r] for r in node.reads) for node in chosen),
         outputs=tuple(index[o] for o in outputs),
     )
-    return Unit(
-        name, tuple(node.name for node in chosen), tuple(inputs), tuple(outputs), signature
-    )
+    return Unit(name, tuple(node.name for node in chosen), tuple(inputs), tuple(outputs), signature)
 
 
 def check_order(program: Sequence[Node], units: Sequence[Unit], inputs: Sequence[str]) -> None:
@@ -191,9 +189,7 @@ def units_with_projections(program: Sequence[Node]) -> tuple[Unit, ...]:
         for read in node.reads:
             if read in readers:
                 readers[read].append(node.name)
-    owner = {
-        name: by[0] for name, by in readers.items() if len(by) == 1 and by[0] not in temporal
-    }
+    owner = {name: by[0] for name, by in readers.items() if len(by) == 1 and by[0] not in temporal}
     units = []
     for node in program:
         if node.name not in owner:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qdiff_jax.models.program import Node, run_program, validate
-from qdiff_jax.operator import DENSE, PV, QK, Operator, same_conv
+from qdiff_jax.operators import DENSE, PV, QK, Operator, same_conv
 from qdiff_jax.sites import op
 
 _GN_EPS = 1e-6
@@ -264,7 +264,9 @@ def unet_program(config: UNetConfig) -> tuple[Node, ...]:
     h = res_block("mid_block_2", width, h)
     for level in reversed(range(levels)):
         for i in range(c.res_blocks + 1):
-            h = res_block(f"up_{level}_block_{i}", c.channels * c.multipliers[level], h, skips.pop())
+            h = res_block(
+                f"up_{level}_block_{i}", c.channels * c.multipliers[level], h, skips.pop()
+            )
             if side in c.attention_resolutions:
                 h = attention(f"up_{level}_attn_{i}", h)
         if level:

@@ -107,7 +107,9 @@ def advance(
     written: dict[str, Any] = {}
     for start, stop in batch_bounds(stream.size, batch_size):
         part = slice_rows(inputs, start, stop)
-        outputs = _run(unit.signature, weights, quantizers, part, slice_rows(stream.ctx, start, stop))
+        outputs = _run(
+            unit.signature, weights, quantizers, part, slice_rows(stream.ctx, start, stop)
+        )
         for name, value in zip(unit.outputs, outputs, strict=True):
             if name not in written:
                 shape = (stream.size, *value.shape[1:])

@@ -58,7 +58,7 @@ class TimeIndexed:
         "exact": the first row whose timestep equals t.
         "nearest": the nearest row, valid between the smallest and the largest calibrated timestep.
         "bin": uniform bins, `timesteps` their ascending left edges; the last bin is as wide as the
-        first and closed on the right (a single bin is unbounded on the right).
+        one before and closed on the right (a single bin is unbounded on the right).
       branched: static; a second table for the unconditional branch.
     """
 
@@ -93,21 +93,20 @@ def _locate(timesteps, rule, t, index):
 
 
 def locate(indexed: TimeIndexed, ctx: StepContext) -> tuple[jax.Array, jax.Array]:
-    """The flat row (into [R], or [2 * R] when branched) that ctx selects, and whether the rule
-    allows it.
+    """The row that ctx selects (into [R], or [2 * R] when branched) and whether the rule allows it.
 
-    Scalars for a scalar ctx, [B] as soon as one field of ctx that matters here has a batch axis.
+    Scalars for a scalar ctx, [B] as soon as a field of ctx that matters to this table has a batch
+    axis: t always, index under the rule "step", branch when branched.
     """
-    fields = [jnp.asarray(ctx.t, jnp.float32), jnp.asarray(ctx.index, jnp.int32)]
-    if indexed.branched:
-        fields.append(jnp.asarray(ctx.branch, jnp.int32))
-    shape = jnp.broadcast_shapes(*(f.shape for f in fields))
-    t, index, *branch = (jnp.broadcast_to(f, shape) for f in fields)
+    t, index = jnp.asarray(ctx.t, jnp.float32), jnp.asarray(ctx.index, jnp.int32)
+    branch = jnp.asarray(ctx.branch if indexed.branched else 0, jnp.int32)
+    if indexed.rule != "step":
+        index = jnp.int32(-1)
+    shape = jnp.broadcast_shapes(t.shape, index.shape, branch.shape)
+    t, index, branch = (jnp.broadcast_to(field, shape) for field in (t, index, branch))
     row, valid = _locate(indexed.timesteps, indexed.rule, t, index)
-    if branch:
-        valid &= (branch[0] >= 0) & (branch[0] <= 1)
-        row = row + jnp.clip(branch[0], 0, 1) * indexed.timesteps.shape[0]
-    return row, valid
+    valid &= (branch >= 0) & (branch <= 1)
+    return row + jnp.clip(branch, 0, 1) * indexed.timesteps.shape[0], valid
 
 
 def _take(indexed: TimeIndexed, ctx: StepContext):

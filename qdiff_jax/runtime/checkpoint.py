@@ -20,6 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from qdiff_jax.runtime.mesh import from_host
+
 _FORMAT = 1
 
 
@@ -245,10 +247,10 @@ def _place(leaf, array: np.ndarray, record: dict, where):
     sharding = getattr(leaf, "sharding", None)
     if key:
         restored = jax.random.wrap_key_data(array, impl=record["key"])
-        return restored if sharding is None else jax.device_put(restored, sharding)
+        return restored if sharding is None else from_host(restored, sharding)
     if sharding is None:
         return jax.numpy.asarray(array)
-    return jax.make_array_from_callback(shape, sharding, lambda index: array[index])
+    return from_host(array, sharding)
 
 
 def _is_key(leaf) -> bool:

@@ -25,7 +25,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def replicate(tree, mesh: Mesh):
     """Puts every leaf whole on every device of the mesh."""
-    return jax.device_put(tree, replicated(mesh))
+    return _put(tree, replicated(mesh))
 
 
 def shard_batch(tree, mesh: Mesh, axis: int = 0):
@@ -43,4 +43,22 @@ def shard_batch(tree, mesh: Mesh, axis: int = 0):
                 f"a batch of {np.shape(leaf)[axis]} cannot be split over {mesh.size} devices; "
                 "choose a multiple."
             )
-    return jax.device_put(tree, sharding)
+    return _put(tree, sharding)
+
+
+def _put(tree, sharding: NamedSharding):
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda leaf: from_host(leaf, sharding), tree)
+
+
+def from_host(leaf, sharding) -> jax.Array:
+    """An array with any sharding from a value that every process holds whole.
+
+    For what `device_put` refuses: PRNG keys, and devices of other processes.
+    """
+    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = from_host(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

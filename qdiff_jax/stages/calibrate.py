@@ -225,7 +225,9 @@ def calibrate_activations(
             elif name in carry.observers["step"]:
                 lo, hi = _finish(minmax(), carry.observers["step"][name], name, steps)
                 margin = 1.0 if matches(name, config.exact) else config.margin
-                rows = from_range(entry.spec, *widen((lo, hi), margin), *_as_rows(entry, len(steps)))
+                rows = from_range(
+                    entry.spec, *widen((lo, hi), margin), *_as_rows(entry, len(steps))
+                )
                 quantizer = TimeIndexed(rows, jnp.asarray(steps), "step")
                 ranges[name] = (np.asarray(lo), np.asarray(hi))
             else:
@@ -278,5 +280,3 @@ def _finish(observer: Observer, state, name: str, steps) -> tuple[jax.Array, jax
             f"Calibration of {name}{where}: {error} Select a calibration set that visits every step "
             "(selector 'every_step'), or share the range over steps."
         ) from error
-
-

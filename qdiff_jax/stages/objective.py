@@ -19,8 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qdiff_jax.models.program import Signature, apply_unit
-from qdiff_jax.quant.affine import hard_clip
-from qdiff_jax.quant.qparams import SCALE_FLOOR
+from qdiff_jax.quant.lsq import positive
 from qdiff_jax.quant.rounding import regulariser
 from qdiff_jax.quant.timed import select
 from qdiff_jax.sites import flatten_sites, nest_sites
@@ -66,8 +65,7 @@ def insert_trainables(trainable: Mapping, quant: tuple[Mapping, ...]) -> tuple[d
         module, name, side = key.split(":")
         site = flat[int(module)][name]
         # A step that crosses zero would flip every code: the official code leaves this unguarded.
-        positive = jnp.maximum(scale, SCALE_FLOOR)
-        quantizer = getattr(site, side).replace(scale=positive)
+        quantizer = getattr(site, side).replace(scale=positive(scale))
         flat[int(module)][name] = site.replace(**{side: quantizer})
     return tuple(nest_sites(tree) for tree in flat)
 
@@ -124,7 +122,9 @@ def make_step(
         value, gradients = jax.value_and_grad(objective, has_aux=True)(
             carry["trainable"], carry["frozen"], batch, inputs
         )
-        updates, optimizer = adam.update(gradients, carry["optimizer"])
+        # Adam's own constants need promotion, which a strict caller may have forbidden.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimizer = adam.update(gradients, carry["optimizer"])
         rates = {"alpha": inputs.lr, "scale": inputs.scale_lr}
         trainable = {
             kind: jax.tree.map(lambda w, u, r=rates[kind]: w - r * u, leaves, updates[kind])
@@ -135,11 +135,7 @@ def make_step(
     return step
 
 
+@jax.jit
 def initial_optimizer(trainable: Mapping):
     """Adam's state for the trainable leaves (b1 0.9, b2 0.999, eps 1e-8, as torch's default)."""
     return optax.scale_by_adam().init(trainable)
-
-
-def guarded_scale(scale: jax.Array) -> jax.Array:
-    """The scale the quantizer uses for a trained value: at least SCALE_FLOOR."""
-    return hard_clip(scale, SCALE_FLOOR, jnp.inf)

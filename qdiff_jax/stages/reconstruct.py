@@ -33,13 +33,14 @@ from qdiff_jax.observe.capture import (
     plan_pool,
     start_stream,
 )
-from qdiff_jax.quant.rounding import beta_schedule, binarised_fraction, hard_codes
+from qdiff_jax.quant.qparams import SCALE_FLOOR
+from qdiff_jax.quant.rounding import beta_schedule
 from qdiff_jax.runtime import checkpoint
 from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.runtime.mesh import data_mesh, replicate
+from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.objective import (
     StepInputs,
-    guarded_scale,
     initial_optimizer,
     make_step,
     sum_of_outputs,
@@ -48,6 +49,7 @@ from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
 from qdiff_jax.stages.unit_results import apply_result, load_result, save_result
 from qdiff_jax.stages.unit_trees import (
     folded_trees,
+    harden,
     only_weights,
     soft_trees,
     trainable_alphas,
@@ -214,7 +216,9 @@ def reconstruct(
         return {n: model.params[n] for n in unit.nodes if n in model.params}
 
     def _trainables(quant: Mapping, unit: Unit) -> tuple[dict, tuple[dict, ...]]:
-        trees = soft_trees(model.params, quant, unit) if trains_weights else folded_trees(quant, unit)
+        trees = (
+            soft_trees(model.params, quant, unit) if trains_weights else folded_trees(quant, unit)
+        )
         if config.trains == "weights":
             trees = only_weights(trees)
         trainable = {}
@@ -322,13 +326,16 @@ def reconstruct(
     def _result(work: dict, quant: Mapping, unit: Unit) -> dict:
         trained = jax.device_get(work["carry"]["trainable"])
         soft = soft_trees(model.params, quant, unit)
-        codes, fractions = {}, []
-        for key, alpha in trained.get("alpha", {}).items():
+        alphas = trained.get("alpha", {})
+        roundings = []
+        for key, alpha in alphas.items():
             module, op_name = key.split(":")
-            rounding = soft[int(module)][op_name].rhs.replace(alpha=jnp.asarray(alpha))
-            codes[key] = np.asarray(hard_codes(rounding))
-            fractions.append((float(binarised_fraction(rounding.alpha)), alpha.size))
-        scales = {k: np.asarray(guarded_scale(v)) for k, v in trained.get("scale", {}).items()}
+            site = flatten_sites(soft[int(module)])[op_name]
+            roundings.append(site.rhs.replace(alpha=alpha))
+        hardened = jax.device_get(harden(roundings))
+        codes = {key: codes for key, (codes, _) in zip(alphas, hardened)}
+        fractions = [(float(f), a.size) for (_, f), a in zip(hardened, alphas.values())]
+        scales = {k: np.maximum(v, SCALE_FLOOR) for k, v in trained.get("scale", {}).items()}
         losses = np.asarray(work["losses"])
         window = max(1, len(losses) // 20)
         report = {

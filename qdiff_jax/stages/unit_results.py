@@ -17,11 +17,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, safe_open, save_file
 
+from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.models.program import Unit
 from qdiff_jax.sites import flatten_sites, nest_sites
-from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.stages.stage import code_bits
-
 
 _pack = jax.jit(from_codes, static_argnames="bits")
 

@@ -13,7 +13,12 @@ import jax
 
 from qdiff_jax.models.program import Unit, subtrees
 from qdiff_jax.quant.qparams import QParams
-from qdiff_jax.quant.rounding import SoftRounding, soft_rounding
+from qdiff_jax.quant.rounding import (
+    SoftRounding,
+    binarised_fraction,
+    hard_codes,
+    soft_rounding,
+)
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 
 Trees = tuple[dict, ...]
@@ -34,15 +39,29 @@ def soft_trees(params: Mapping, quant: Mapping, unit: Unit) -> Trees:
 
     floor(w / scale) is computed here, once, outside the step.
     """
-    trees = []
-    for weights, tree in zip(subtrees(params, unit), subtrees(quant, unit), strict=True):
-        flat = flatten_sites(tree)
-        for name, site in flat.items():
-            kernel = _find(weights, name)
-            if isinstance(site.rhs, QParams) and kernel is not None:
-                flat[name] = site.replace(rhs=soft_rounding(kernel, site.rhs))
-        trees.append(nest_sites(flat))
-    return tuple(trees)
+    flat = [flatten_sites(tree) for tree in subtrees(quant, unit)]
+    held = [
+        (i, name, kernel)
+        for i, weights in enumerate(subtrees(params, unit))
+        for name, site in flat[i].items()
+        if isinstance(site.rhs, QParams) and (kernel := _find(weights, name)) is not None
+    ]
+    soft = _soften([flat[i][name].rhs for i, name, _ in held], [kernel for *_, kernel in held])
+    for (i, name, _), rounding in zip(held, soft):
+        flat[i][name] = flat[i][name].replace(rhs=rounding)
+    return tuple(nest_sites(tree) for tree in flat)
+
+
+# Lists, so that one compile serves every unit with weights of these shapes.
+@jax.jit
+def _soften(ranges, kernels):
+    return [soft_rounding(kernel, qparams) for qparams, kernel in zip(ranges, kernels)]
+
+
+@jax.jit
+def harden(roundings):
+    """(codes, binarised fraction) of each soft rounding of a list."""
+    return [(hard_codes(r), binarised_fraction(r.alpha)) for r in roundings]
 
 
 def folded_trees(quant: Mapping, unit: Unit) -> Trees:

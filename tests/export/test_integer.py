@@ -15,7 +15,7 @@ from qdiff_jax.export.integer import (
     lowered_has_int_dot,
     simulated_op,
 )
-from qdiff_jax.operator import DENSE, PV, QK, Operator, same_conv
+from qdiff_jax.operators import DENSE, PV, QK, Operator, same_conv
 from qdiff_jax.quant import quantizer
 from qdiff_jax.quant.qparams import (
     QParams,
