@@ -1,10 +1,10 @@
-"""A Fashion-MNIST classifier, the judge of generated images (its labels, and its features for
-FIDs).
+"""A Fashion-MNIST classifier: the judge of generated images, by its labels and its features.
 
     python -m experiments.train --config=configs/train_classifier_fashion.py \
         --workdir=runs/classifier_fashion --config.data.source=idx:/data/fashion_mnist
 
-About ten minutes on two CPU cores; expected test accuracy of the averaged weights: 92 to 93 %.
+About five minutes on two idle CPU cores (90 CPU milliseconds a step). Measured: 89.8 % test
+accuracy for a run of 700 steps; the full length is for 91 % and more (test_accuracy in the metrics).
 `--config=configs/train_classifier_fashion.py:smoke` runs in seconds, on drawn shapes, without any
 file.
 """
@@ -22,15 +22,17 @@ def get_config(arg=None):
     config.data = dict(source="tfds:fashion_mnist", batch=128, pad_to=32)
     config.model = dict(
         widths=(32, 64, 128),
-        blocks=(1, 2, 2),
+        blocks=(0, 1, 1),
+        feature_dim=128,
+        resolution=32,
         in_channels=1,
         num_classes=10,
-        dropout=0.1,
+        dropout=0.2,
         dtype="float32",
     )
     config.optimizer = dict(
         total_steps=arg.steps,
-        peak_lr=3e-3,
+        peak_lr=4e-3,
         warmup=200,
         schedule="cosine",
         cooldown=0,
@@ -40,7 +42,7 @@ def get_config(arg=None):
         clip=1.0,
         ema=0.995,
     )
-    config.augment = dict(shift=1, flip=True, label_smoothing=0.0)
+    config.augment = dict(shift=1, flip=True, label_smoothing=0.05)
     config.start = dict(workdir="", weights="")
     config.run = dict(
         chunk=10,
@@ -54,7 +56,7 @@ def get_config(arg=None):
     if arg.smoke:
         config.data = dict(source="synthetic:64", batch=16, pad_to=32)
         config.model.widths = (8, 8, 16)
-        config.model.blocks = (0, 1, 1)
+        config.model.feature_dim = 16
         config.optimizer.total_steps = 8
         config.optimizer.warmup = 2
         config.run.chunk = config.run.log_every = config.run.visit_every = 4

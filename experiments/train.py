@@ -242,7 +242,7 @@ def _diffusion(config: TrainConfig, data: Images, workdir: pathlib.Path) -> Task
 
 def _classifier(config: TrainConfig, data: Images, workdir: pathlib.Path) -> Task:
     model_config = to_dataclass(ClassifierConfig, config.model, "config.model")
-    _check_shape(data, (*data.images.shape[1:3], model_config.in_channels))
+    _check_shape(data, (model_config.resolution, model_config.resolution, model_config.in_channels))
     test = load_images(
         config.data.source,
         "test",

@@ -96,7 +96,7 @@ class Site:
 
 
 def operand(quantizer: QParams | TimeIndexed | None, x: jax.Array, where: str) -> jax.Array:
-    """An activation operand as its quantizer sees it; raises if a step table was not selected."""
+    """An operand as its quantizer leaves it; raises if a step table was not selected."""
     if quantizer is None:
         return x
     if isinstance(quantizer, TimeIndexed):
@@ -107,15 +107,22 @@ def operand(quantizer: QParams | TimeIndexed | None, x: jax.Array, where: str) -
     return fake_quant(quantizer, x)
 
 
-def kernel_of(rhs: Any, kernel: Callable[[], jax.Array]) -> jax.Array:
-    """The weight a simulated forward pass multiplies with, from what the site holds for it."""
-    if rhs is None:
-        return kernel()
+def kernel_of(rhs: Any, kernel: Callable[[], jax.Array], where: str = "this site") -> jax.Array:
+    """The weight a simulated forward pass multiplies with, from what the site holds for it.
+
+    Raises ValueError for a step table of weights that was not selected, or selected for a batch of
+    mixed steps: one weight per sample would turn convolutions into grouped ones.
+    """
+    if getattr(getattr(rhs, "qparams", rhs), "rows", False):
+        raise ValueError(
+            f"The weight of {where} varies with the step and the batch mixes steps: give all samples "
+            "one step (a scalar ctx), or move what varies into the activation and the output."
+        )
     if isinstance(rhs, QTensor):
         return dequantize_tensor(rhs)
     if isinstance(rhs, SoftRounding):
         return soft_weight(rhs)
-    return fake_quant(rhs, kernel())
+    return operand(rhs, kernel(), where)
 
 
 def op(
@@ -152,7 +159,7 @@ def op(
         return integer_op(operator, lhs, site.lhs, site.rhs, bias, rhs=other).astype(lhs.dtype)
     lhs = operand(site.lhs, lhs, where)
     if weight is not None:
-        rhs = kernel_of(site.rhs, weight)
+        rhs = kernel_of(site.rhs, weight, where).astype(lhs.dtype)
     else:
         rhs = operand(site.rhs, rhs, where)
     return plain(operator, lhs, rhs, bias)

@@ -204,7 +204,7 @@ def test_the_order_of_starts(tmp_path):
 
 def test_a_workdir_of_another_experiment_is_refused(tmp_path):
     train(_classifier(), tmp_path)
-    with pytest.raises(ValueError, match="optimizer.peak_lr: 0.003 there, 0.1 now"):
+    with pytest.raises(ValueError, match="optimizer.peak_lr: 0.004 there, 0.1 now"):
         train(_classifier(optimizer__peak_lr=0.1), tmp_path)
     assert train(_classifier(run__log_every=2), tmp_path) == 8  # how it is watched may change
 

@@ -14,13 +14,10 @@ import dataclasses
 from typing import Any
 
 from qdiff_jax.models.program import units_with_projections
-from qdiff_jax.stages.calibrate import (
-    ActivationConfig,
-    calibrate_activations,
-    calibrate_weights,
-)
+from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.weights import calibrate_weights
 
 
 def brecq(

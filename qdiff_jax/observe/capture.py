@@ -59,14 +59,9 @@ def start_stream(x, t, index, branch, y) -> Stream:
 
 
 @functools.partial(jax.jit, static_argnames="signature")
-def _run(signature, params, quant, inputs, ctx):
+def run_unit(signature, params, quant, inputs, ctx):
+    """`apply_unit`, compiled once per signature, with step tables selected by each sample's step."""
     return apply_unit(signature, params, select(quant, ctx), inputs)
-
-
-@functools.partial(jax.jit, static_argnames="signature")
-def _run_observed(signature, params, quant, inputs, ctx):
-    outputs, written = apply_unit(signature, params, select(quant, ctx), inputs, ["observed"])
-    return outputs, [w.get("observed", {}) for w in written]
 
 
 def batch_bounds(size: int, batch_size: int) -> list[tuple[int, int]]:
@@ -107,7 +102,7 @@ def advance(
     written: dict[str, Any] = {}
     for start, stop in batch_bounds(stream.size, batch_size):
         part = slice_rows(inputs, start, stop)
-        outputs = _run(
+        outputs = run_unit(
             unit.signature, weights, quantizers, part, slice_rows(stream.ctx, start, stop)
         )
         for name, value in zip(unit.outputs, outputs, strict=True):
@@ -160,7 +155,7 @@ def estimate_bytes(units: Sequence[Unit], params: Mapping, stream: Stream, strea
         inputs = tuple(shapes[name] for name in unit.inputs)
         empty = tuple({} for _ in unit.nodes)
         outputs = jax.eval_shape(
-            functools.partial(_run, unit.signature), subtrees(params, unit), empty, inputs, ctx
+            functools.partial(run_unit, unit.signature), subtrees(params, unit), empty, inputs, ctx
         )
         shapes.update(zip(unit.outputs, outputs, strict=True))
         held = [s for s in shapes.values() if s is not None]

@@ -1,9 +1,8 @@
-"""Ranges: of every weight from its values, of every activation from one pass over the calibration set.
+"""Activation ranges, from one pass over the calibration set.
 
-Weight ranges are searched per channel (MSE shrink search, LAPQ's p = 2.4) or min-max. Activation ranges are
-read by taps while the network runs with the weights it has, reduced by observers either over all
-steps or by step, the latter giving step tables (TFMQ-DM's finite-set calibration for temporal features).
-Sources: range estimators of the Q-Diffusion family; FSC, Huang et al. 2024, section 4.3.
+They are read by taps while the network runs with the weights it has, and reduced by observers either
+over all steps or by step, the latter giving step tables (TFMQ-DM's finite-set calibration for temporal
+features). Sources: range estimators of the Q-Diffusion family; FSC, Huang et al. 2024, section 4.3.
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ import numpy as np
 from qdiff_jax.observe.capture import batch_bounds, slice_rows
 from qdiff_jax.observe.observers import Observer, ema, minmax
 from qdiff_jax.observe.taps import Tap
-from qdiff_jax.policy import Entry
+from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.qparams import dynamic_qparams, from_range
-from qdiff_jax.quant.ranges import weight_qparams
 from qdiff_jax.quant.timed import StepContext, TimeIndexed, select, widen
 from qdiff_jax.runtime import checkpoint
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
-from qdiff_jax.stages.stage import Model, QuantState, Stage, decide_codes, fold_weights
+from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights, initial_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,55 +52,6 @@ class Carry(NamedTuple):
     observers: dict
     position: int
     store: pathlib.Path | None
-
-
-def calibrate_weights(model: Model, *, method: str = "mse") -> Stage:
-    """The stage that gives every planned weight its range; nothing is rounded yet.
-
-    method: "mse" (80 candidates, p 2.4, per channel) or "minmax". One site per step of the stage.
-    """
-
-    def init(state: QuantState, store: pathlib.Path | None) -> Carry:
-        del store  # A second or two for a whole network: cheaper done again than read back.
-        return Carry(state, {}, 0, None)
-
-    def run(carry: Carry, n: int) -> Carry:
-        entries = carry.state.plan.quantized("weight")
-        flat = flatten_sites(carry.state.quant)
-        for entry in entries[carry.position : carry.position + n]:
-            kernel = model.params
-            for part in entry.site.split("/"):
-                kernel = kernel[part]
-            qparams = weight_qparams(kernel["kernel"], entry.spec, entry.bits, method=method)
-            flat[entry.site] = flat.get(entry.site, SiteQuant()).replace(rhs=qparams)
-        state = carry.state.replace(quant=nest_sites(flat))
-        return carry._replace(state=state, position=min(carry.position + n, len(entries)))
-
-    def done(carry: Carry) -> bool:
-        return carry.position >= len(carry.state.plan.quantized("weight"))
-
-    def finish(carry: Carry) -> tuple[QuantState, dict]:
-        return carry.state, {"weights": carry.position}
-
-    return Stage("calibrate_weights", init, run, finish, done)
-
-
-def round_to_nearest(model: Model) -> Stage:
-    """The stage that decides the nearest code of every weight that has a range and no codes yet."""
-
-    def init(state: QuantState, store: pathlib.Path | None) -> Carry:
-        del store
-        return Carry(state, {}, 0, None)
-
-    def run(carry: Carry, n: int) -> Carry:
-        del n
-        quant = decide_codes(carry.state.quant, model.params)
-        return carry._replace(state=carry.state.replace(quant=quant), position=1)
-
-    def finish(carry: Carry) -> tuple[QuantState, dict]:
-        return carry.state, {}
-
-    return Stage("round_to_nearest", init, run, finish, lambda carry: carry.position >= 1)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "update"))
@@ -171,7 +120,7 @@ def calibrate_activations(
     steps = np.asarray(timesteps, np.float32)
     size = int(np.shape(calibration.t)[0])
     bounds = batch_bounds(size, min(config.batch_size, size))
-    shared_observer = _observer(config)
+    shared_observer = _observer(config.observer, config.momentum)
 
     def entries(state: QuantState) -> tuple[Entry, ...]:
         return tuple(e for e in state.plan.quantized() if e.operand != "weight")
@@ -181,6 +130,8 @@ def calibrate_activations(
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
         observers: dict[str, dict] = {"step": {}, "shared": {}}
+        if not static(state):  # Only weights are planned, or ranges are measured at run time.
+            return Carry(state, observers, len(bounds), None)
         for entry in static(state):
             name = f"{entry.site}:{entry.operand}"
             if matches(name, config.per_step):
@@ -242,17 +193,33 @@ def calibrate_activations(
             product = entry.operand in ("q", "k", "softmax", "v")
             flat[entry.site] = site.replace(product=product)
         state = carry.state.replace(quant=nest_sites(flat))
-        return state, {"activations": len(ranges), "network_passes": 1.0}
+        passes = 1.0 if static(state) else 0.0
+        return state, {"activations": len(ranges), "network_passes": passes, "ranges": ranges}
 
     return Stage("calibrate_activations", init, run, finish, done)
 
 
-def _observer(config: ActivationConfig) -> Observer:
-    if config.observer == "minmax":
+def ranges_by_step(
+    model: Model, calibration: Any, timesteps: np.ndarray, plan: SitePlan, batch_size: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{"site:operand": (lo [S], hi [S])}: full-precision activation ranges at every step, in order of
+    execution, for every activation of the plan."""
+    config = ActivationConfig(per_step=("*",), margin=1.0, batch_size=batch_size)
+    stage = calibrate_activations(model, calibration, timesteps, config)
+    carry = stage.init(initial_state(plan, jax.random.key(0)), None)
+    while not stage.done(carry):
+        carry = stage.run(carry, 1_000_000)
+    return stage.finish(carry)[1]["ranges"]
+
+
+@functools.lru_cache(maxsize=8)
+def _observer(name: str, momentum: float) -> Observer:
+    """The same object for the same arguments: its `update` is part of what `_observe` is compiled for."""
+    if name == "minmax":
         return minmax()
-    if config.observer == "ema":
-        return ema(config.momentum)
-    raise ValueError(f"Observer {config.observer!r} is unknown; use 'minmax' or 'ema'.")
+    if name == "ema":
+        return ema(momentum)
+    raise ValueError(f"Observer {name!r} is unknown; use 'minmax' or 'ema'.")
 
 
 def _as_dict(calibration) -> dict:

@@ -14,6 +14,7 @@ dropout is off, units run in order of execution, floor(w / scale) is computed on
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -212,9 +213,6 @@ def reconstruct(
             logging.info("%s: unit %s continues at step %d", name, unit.name, restored.step)
         return carry
 
-    def _unit_params(unit: Unit) -> dict:
-        return {n: model.params[n] for n in unit.nodes if n in model.params}
-
     def _trainables(quant: Mapping, unit: Unit) -> tuple[dict, tuple[dict, ...]]:
         trees = (
             soft_trees(model.params, quant, unit) if trains_weights else folded_trees(quant, unit)
@@ -237,8 +235,12 @@ def reconstruct(
         }
         if config.inputs == "mixed":
             data["fp_inputs"] = tuple(carry.full.values[n] for n in unit.inputs)
-        params = subtrees(fold_weights(_unit_params(unit), carry.state.quant)[0], unit)
-        params = tuple(without_kernels(p, q) for p, q in zip(params, quant, strict=True))
+        params = _part(model.params, unit)
+        if not trains_weights:
+            params, _ = fold_weights(params, _part(carry.state.quant, unit))
+        params = tuple(
+            without_kernels(p, q) for p, q in zip(subtrees(params, unit), quant, strict=True)
+        )
         work = {
             "frozen": (params, quant),
             "data": data,
@@ -299,7 +301,8 @@ def reconstruct(
             report.update(result["report"])
         quantized = carry.quantized
         if config.inputs != "full_precision":
-            params, quant = fold_weights(_unit_params(unit), only_weights(state.quant))
+            weights = only_weights(_part(state.quant, unit))
+            params, quant = fold_weights(_part(model.params, unit), weights)
             quantized = advance(
                 quantized,
                 unit,
@@ -354,6 +357,16 @@ def reconstruct(
     return Stage(name, init, run, finish, done)
 
 
+def _part(tree: Mapping, unit: Unit) -> dict:
+    """The unit's entries of a {block: ...} tree: what it does not own must not reach its compiles."""
+    return {name: tree[name] for name in unit.nodes if name in tree}
+
+
+@functools.lru_cache(maxsize=8)
+def _betas(steps: int, start: float, end: float, warmup: float) -> np.ndarray:
+    return np.asarray(beta_schedule(np.arange(steps), steps, start, end, warmup), np.float32)
+
+
 def step_inputs(config: ReconstructConfig, carry: Carry, n: int) -> StepInputs:
     """The next n rows of step inputs, functions of (state key, unit, step) alone."""
     size, total = carry.full.size, config.steps
@@ -367,13 +380,12 @@ def step_inputs(config: ReconstructConfig, carry: Carry, n: int) -> StepInputs:
         keys[i] = generator.integers(0, 2**32, 2, np.uint32)
     cosine = 0.5 * (1.0 + np.cos(np.pi * steps / total))
     decay = cosine if config.schedule == "cosine" else np.ones(n)
-    beta = beta_schedule(steps, total, *config.beta_range, config.warmup)
     active = steps >= config.warmup * total
     return StepInputs(
         rows=rows,
         lr=np.asarray(config.lr * decay, np.float32),
         scale_lr=np.asarray(config.scale_lr * cosine, np.float32),
-        beta=np.asarray(beta, np.float32),
+        beta=_betas(total, *config.beta_range, config.warmup)[steps],
         rounding_weight=np.asarray(config.rounding_weight * active, np.float32),
         key_data=keys,
     )

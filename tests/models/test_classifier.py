@@ -7,7 +7,15 @@ import pytest
 
 from qdiff_jax.models.classifier import Classifier, ClassifierConfig
 
-TINY = ClassifierConfig(widths=(4, 8), blocks=(1, 1), in_channels=3, num_classes=5, dropout=0.5)
+TINY = ClassifierConfig(
+    widths=(4, 8),
+    blocks=(1, 1),
+    feature_dim=6,
+    resolution=8,
+    in_channels=3,
+    num_classes=5,
+    dropout=0.5,
+)
 
 
 def _init(config, shape=(2, 8, 8, 3)):
@@ -20,7 +28,7 @@ def _init(config, shape=(2, 8, 8, 3)):
 def test_outputs_are_float32_and_parameters_too(dtype):
     model, variables, x = _init(ClassifierConfig(**{**vars(TINY), "dtype": dtype}))
     logits, features = model.apply(variables, x)
-    assert (logits.shape, features.shape) == ((2, 5), (2, 8))
+    assert (logits.shape, features.shape) == ((2, 5), (2, 6))
     assert logits.dtype == features.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert float(features.min()) >= 0
@@ -52,9 +60,11 @@ def test_dropout_is_off_unless_training():
 
 def test_what_does_not_fit_is_refused():
     model, variables, _ = _init(TINY)
-    with pytest.raises(ValueError, match=r"takes \[B, H, W, 3\] images, got \(2, 8, 8, 1\)"):
+    with pytest.raises(ValueError, match=r"takes images .*8, 8, 3.*got \(2, 8, 8, 1\)"):
         model.apply(variables, jnp.zeros((2, 8, 8, 1)))
     with pytest.raises(ValueError, match="equal lengths"):
         ClassifierConfig(widths=(4,), blocks=(1, 1))
+    with pytest.raises(ValueError, match="divisible by 8"):
+        ClassifierConfig(resolution=28)
     with pytest.raises(ValueError, match="float16"):
         ClassifierConfig(dtype="float16")

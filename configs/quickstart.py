@@ -1,0 +1,67 @@
+"""The main job: round-to-nearest, BRECQ and TFMQ-DM on the shipped Fashion-MNIST U-Net, side by side.
+
+    python -m experiments.quantize --config=configs/quickstart.py --workdir=/tmp/quickstart
+
+Papers: BRECQ (Li et al. 2021, arXiv:2102.05426) as run by Q-Diffusion (Li et al. 2023,
+arXiv:2302.04304); TFMQ-DM (Huang et al. 2024, arXiv:2311.16503). 20 DDIM steps, all variants under
+one site policy (`common`: everything quantized, first and last layer and softmax at 8 bits).
+
+`quickstart.py` uses 150 steps a unit at 1e-2 with cosine decay, because at the papers' 1e-3 so few
+steps change almost nothing. `quickstart.py:paper` is the papers' setting, 20,000 steps at 1e-3 and a
+5,000-step activation phase for BRECQ: hours on a CPU. `quickstart.py:smoke` runs in seconds.
+`--config.policy=official:tfmq` (or `official:brecq`, ...) chooses who stays in full precision.
+
+Expected on two CPU cores: less than 10 minutes and 4 GiB; figures in the README.
+"""
+
+import ml_collections
+
+from qdiff_jax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, paper=False, smoke=False)
+    config = ml_collections.ConfigDict()
+    config.model = "unet_fashion"
+    config.classifier = "classifier_fashion"
+    config.seed = 0
+    config.policy = "common"
+    config.cpu_devices = 2
+    config.sampler = dict(name="ddim", spacing="uniform", steps=20, eta=0.0, guidance_scale=-1.0)
+    config.calibration = dict(samples=16, weight_steps=20)
+    config.evaluation = dict(held_out=16, samples=64, batch=32)
+    config.variants = dict(
+        rtn_w8a8=dict(method="rtn", w_bits=8, a_bits=8),
+        rtn_w4a8=dict(method="rtn", w_bits=4, a_bits=8),
+        brecq_w4a8=dict(method="brecq", w_bits=4, a_bits=8),
+        tfmq_w4a8=dict(method="tfmq", w_bits=4, a_bits=8),
+    )
+    config.reconstruct = dict(
+        steps=150,
+        batch_size=32,
+        lr=1e-2,
+        schedule="cosine",
+        rounding_weight=0.01,
+        walk_batch=64,
+        memory_mib=1024,
+        activation_steps=0,
+        activation_lr=4e-4,
+    )
+    config.activations = dict(observer="ema", margin=1.1, batch_size=64)
+    config.tfmq_variant = "fixed"
+    if arg.paper:
+        config.reconstruct.steps = 20_000
+        config.reconstruct.lr = 1e-3
+        config.reconstruct.schedule = "constant"
+        config.reconstruct.activation_steps = 5_000
+    if arg.smoke:
+        config.model = "random:miniature"
+        config.classifier = ""
+        config.sampler.steps = 4
+        config.calibration = dict(samples=4, weight_steps=4)
+        config.evaluation = dict(held_out=2, samples=4, batch=4)
+        config.reconstruct.steps = 6
+        config.reconstruct.batch_size = 8
+        config.reconstruct.walk_batch = 8
+        config.activations.batch_size = 8
+    return config

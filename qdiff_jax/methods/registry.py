@@ -1,0 +1,107 @@
+"""Methods by name, built from one settings record, so that a config can name them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from qdiff_jax.methods.brecq import brecq
+from qdiff_jax.methods.rtn import rtn
+from qdiff_jax.methods.tfmq import tfmq
+from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.reconstruct import ReconstructConfig
+from qdiff_jax.stages.stage import Method, Model
+
+
+class CalibrationSets(NamedTuple):
+    """What methods calibrate on. weights: for reconstruction; activations: visits every step;
+    timesteps: [S], the sampler's schedule by step index."""
+
+    weights: Any
+    activations: Any
+    timesteps: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSettings:
+    """Every knob of the methods here; a method reads those it has.
+
+    weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it.
+    variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code).
+    """
+
+    weight_method: str = "mse"
+    weights: ReconstructConfig = ReconstructConfig()
+    activations: ActivationConfig = ActivationConfig()
+    activation_steps: int = 0
+    activation_lr: float = 4e-4
+    variant: str = "fixed"
+
+
+def _rtn(model, sets, settings, on_progress):
+    return rtn(
+        model,
+        sets.activations,
+        sets.timesteps,
+        weight_method=settings.weight_method,
+        activations=settings.activations,
+        on_progress=on_progress,
+    )
+
+
+def _brecq(model, sets, settings, on_progress):
+    second = None
+    if settings.activation_steps:
+        second = dataclasses.replace(
+            settings.weights,
+            steps=settings.activation_steps,
+            scale_lr=settings.activation_lr,
+            trains="scales",
+            inputs="full_precision",
+            p=2.4,
+        )
+    return brecq(
+        model,
+        sets.weights,
+        sets.activations,
+        sets.timesteps,
+        weight_method=settings.weight_method,
+        weights=settings.weights,
+        activations=settings.activations,
+        activation_steps=second,
+        on_progress=on_progress,
+    )
+
+
+def _tfmq(model, sets, settings, on_progress):
+    return tfmq(
+        model,
+        sets.weights,
+        sets.activations,
+        sets.timesteps,
+        variant=settings.variant,
+        weight_method=settings.weight_method,
+        weights=settings.weights,
+        activations=settings.activations,
+        on_progress=on_progress,
+    )
+
+
+METHODS: dict[str, Callable[..., Method]] = {"rtn": _rtn, "brecq": _brecq, "tfmq": _tfmq}
+
+
+def build(
+    name: str,
+    model: Model,
+    sets: CalibrationSets,
+    settings: MethodSettings,
+    on_progress: Callable | None = None,
+) -> Method:
+    """The method of that name on a model. Raises ValueError for an unknown name, with those there are."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Method {name!r} is unknown; there are {sorted(METHODS)}.{hint}")
+    return METHODS[name](model, sets, settings, on_progress)

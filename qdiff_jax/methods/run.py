@@ -1,0 +1,113 @@
+"""One method on one model, from plan to bundle, and the bundle back to something that samples."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from qdiff_jax.diffusion.samplers import SamplerPlan, make_plan
+from qdiff_jax.diffusion.schedule import make_schedule
+from qdiff_jax.diffusion.timesteps import make_timesteps
+from qdiff_jax.eval.files import write_atomic
+from qdiff_jax.export.bundle import Bundle, load_bundle, save_bundle
+from qdiff_jax.export.integer import check_executable
+from qdiff_jax.models.registry import DiffusionModel, from_config
+from qdiff_jax.policy import SitePlan
+from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.stages.stage import Method, fold_weights, initial_state, run_stage
+
+_QUANTIZE_S = {"calibrate": "calibrate_s", "round": "calibrate_s"}
+
+
+class Loaded(NamedTuple):
+    """A bundle ready to sample: variables for `registry.predictor(module)`, and what it was made for."""
+
+    module: Any
+    variables: dict
+    plan: SamplerPlan
+    manifest: dict
+
+
+def run_method(
+    method: Method,
+    diffusion: DiffusionModel,
+    plan: SitePlan,
+    key: jax.Array,
+    directory: pathlib.Path,
+    *,
+    sampler_config: Mapping,
+    extra: Mapping,
+    on_stage: Callable[[str], None] | None = None,
+) -> dict:
+    """Run the method's stages and write `directory/bundle` and `directory/quantize.json`.
+
+    Stages keep their unfinished work under `directory/stages`; called again after a kill, they go on
+    from it. Returns the record: seconds by kind of stage, compile seconds and each stage's report.
+    """
+    record = directory / "quantize.json"
+    if record.exists() and (directory / "bundle").is_dir():
+        return json.loads(record.read_text())
+    # A kill between the bundle and its record leaves a bundle whose figures are lost: made again.
+    shutil.rmtree(directory / "bundle", ignore_errors=True)
+    state = initial_state(plan, key, diffusion.source["sha256"])
+    seconds = {"calibrate_s": 0.0, "reconstruct_s": 0.0, "compile_s": 0.0}
+    reports = {}
+    for i, stage in enumerate(method.stages):
+        if on_stage is not None:
+            on_stage(stage.name)
+        state, report = run_stage(stage, state, directory / "stages" / f"{i}_{stage.name}")
+        kind = _QUANTIZE_S.get(stage.name.split("_")[0], "reconstruct_s")
+        seconds[kind] += report["seconds"]
+        seconds["compile_s"] += report["compile_seconds"]
+        reports[f"{i}_{stage.name}"] = {k: v for k, v in report.items() if k != "ranges"}
+    save_bundle(
+        directory / "bundle",
+        params=diffusion.model.params,
+        quant=state.quant,
+        plan_json=plan.to_json(),
+        model_config=diffusion.config,
+        schedule_config=diffusion.source["schedule"],
+        sampler_config=dict(sampler_config),
+        source={"sha256": diffusion.source["sha256"], "name": diffusion.source["name"]},
+        extra={"method": method.name, "notes": method.notes, **extra},
+    )
+    result = {**seconds, "stages": reports}
+    write_atomic(record, json.dumps(result, indent=1))
+    return result
+
+
+def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPlan:
+    """The sampler's plan from its JSON config: name, spacing, steps, options."""
+    schedule = make_schedule(schedule_config["schedule"], schedule_config["timesteps"])
+    grid = make_timesteps(
+        sampler_config["spacing"], schedule_config["timesteps"], sampler_config["steps"]
+    )
+    return make_plan(sampler_config["name"], schedule, grid, **sampler_config.get("options", {}))
+
+
+def load_for_sampling(directory: pathlib.Path, execute: bool = False) -> Loaded:
+    """A bundle with its weights folded (simulated), or kept packed and multiplied as integers.
+
+    Raises BundleError for a damaged bundle and ValueError, with execute, for one whose sites cannot
+    run as integers (it names the first).
+    """
+    bundle: Bundle = load_bundle(directory)
+    manifest = bundle.manifest
+    if execute:
+        check_executable(bundle.quant)
+        sites = flatten_sites(bundle.quant)
+        ready = {
+            name: site.replace(execute=site.lhs is not None and site.rhs is not None)
+            for name, site in sites.items()
+        }
+        params, quant = bundle.params, nest_sites(ready)
+    else:
+        params, quant = fold_weights(bundle.params, bundle.quant)
+    module = from_config(manifest["model"])
+    plan = make_sampler(manifest["schedule"], manifest["sampler"])
+    return Loaded(module, {"params": params, "quant": quant}, plan, manifest)
