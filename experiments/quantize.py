@@ -46,6 +46,9 @@ from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, ranges_by_step
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 
+# Evaluation noise starts far from the indices of the calibration trajectories.
+FIRST_INDEX = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
@@ -144,7 +147,9 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     # A ConfigDict sorts its keys; the table reads from little damage to much, simple method to complex.
     order = list(METHODS)
     variants = dict(
-        sorted(variants.items(), key=lambda v: (-v[1].w_bits, -v[1].a_bits, order.index(v[1].method)))
+        sorted(
+            variants.items(), key=lambda v: (-v[1].w_bits, -v[1].a_bits, order.index(v[1].method))
+        )
     )
     claim_workdir(workdir, config)
     diffusion = registry.load(config.model)
@@ -179,7 +184,7 @@ def trajectories(config, diffusion, predict, workdir) -> tuple[Trajectory, Traje
     """Full-precision trajectories: to calibrate on, and others to measure on."""
     plan = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
     variables = {"params": diffusion.model.params, "quant": {}}
-    guidance = guidance_of(config.sampler.guidance_scale, diffusion)
+    guidance = guidance_of(config.sampler.guidance_scale, diffusion.null_class)
     total = config.calibration.samples + config.evaluation.held_out
     recorded = []
     for name, indices in (
@@ -196,7 +201,7 @@ def trajectories(config, diffusion, predict, workdir) -> tuple[Trajectory, Traje
                     jax.random.fold_in(jax.random.key(config.seed), 1),
                     list(indices),
                     shape=diffusion.image_shape,
-                    y=labels(diffusion, indices),
+                    y=labels(diffusion.null_class, indices),
                     guidance=guidance,
                     batch_size=config.evaluation.batch,
                     on_batch=tell,
@@ -206,15 +211,13 @@ def trajectories(config, diffusion, predict, workdir) -> tuple[Trajectory, Traje
     return tuple(recorded)
 
 
-def labels(diffusion, indices) -> np.ndarray | None:
-    """Every class in turn, by global sample index."""
-    if diffusion.null_class is None:
-        return None
-    return np.asarray(indices, np.int32) % diffusion.null_class
+def labels(classes: int | None, indices) -> np.ndarray | None:
+    """Every class in turn, by global sample index; None for an unconditional model."""
+    return None if classes is None else np.asarray(indices, np.int32) % classes
 
 
-def guidance_of(scale: float, diffusion):
-    return classifier_free(None if scale < 0 else scale, diffusion.null_class)
+def guidance_of(scale: float, null_class: int | None):
+    return classifier_free(None if scale < 0 else scale, null_class)
 
 
 def calibration_sets(config, calibration: Trajectory) -> CalibrationSets:
@@ -234,7 +237,7 @@ def quantize_one(config, name, v, diffusion, sets, folder) -> dict:
     example = (
         np.zeros((2, *diffusion.image_shape), np.float32),
         np.zeros((2,), np.float32),
-        labels(diffusion, range(2)),
+        labels(diffusion.null_class, range(2)),
     )
     sites = list_sites(module, *example)
     w_bits, a_bits = (bits if 0 < bits < 32 else None for bits in (v.w_bits, v.a_bits))
@@ -271,7 +274,7 @@ def quantize_one(config, name, v, diffusion, sets, folder) -> dict:
 
 def rollout(config, diffusion, variables, plan, module, name: str) -> np.ndarray:
     """x_0 of all evaluation samples: the same noise and labels for every variant."""
-    indices = range(1_000_000, 1_000_000 + config.evaluation.samples)
+    indices = range(FIRST_INDEX, FIRST_INDEX + config.evaluation.samples)
     with progress(f"{name}: sampling", len(indices)) as tell:
         return sample(
             registry.predictor(module),
@@ -280,8 +283,8 @@ def rollout(config, diffusion, variables, plan, module, name: str) -> np.ndarray
             jax.random.fold_in(jax.random.key(config.seed), 1),
             list(indices),
             shape=diffusion.image_shape,
-            y=labels(diffusion, indices),
-            guidance=guidance_of(config.sampler.guidance_scale, diffusion),
+            y=labels(diffusion.null_class, indices),
+            guidance=guidance_of(config.sampler.guidance_scale, diffusion.null_class),
             batch_size=config.evaluation.batch,
             on_batch=tell,
         ).x
@@ -372,7 +375,7 @@ def draw(config, diffusion, calibration, records, workdir) -> dict[str, pathlib.
     module = diffusion.model.module
     shape = (2, *diffusion.image_shape)
     sites = list_sites(
-        module, np.zeros(shape, np.float32), np.zeros(2), labels(diffusion, range(2))
+        module, np.zeros(shape, np.float32), np.zeros(2), labels(diffusion.null_class, range(2))
     )
     ranges = ranges_by_step(
         diffusion.model,

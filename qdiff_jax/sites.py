@@ -95,34 +95,33 @@ class Site:
         return self.operands[1] == "weight"
 
 
-def operand(quantizer: QParams | TimeIndexed | None, x: jax.Array, where: str) -> jax.Array:
-    """An operand as its quantizer leaves it; raises if a step table was not selected."""
-    if quantizer is None:
-        return x
-    if isinstance(quantizer, TimeIndexed):
-        raise ValueError(
-            f"The quantizer of {where} is a step table: select its row with "
-            "quant.timed.select(quant, ctx) before applying the model."
-        )
-    return fake_quant(quantizer, x)
+def operand(quantizer: QParams | None, x: jax.Array) -> jax.Array:
+    """An activation operand as its quantizer leaves it."""
+    return x if quantizer is None else fake_quant(quantizer, x)
 
 
-def kernel_of(rhs: Any, kernel: Callable[[], jax.Array], where: str = "this site") -> jax.Array:
-    """The weight a simulated forward pass multiplies with, from what the site holds for it.
-
-    Raises ValueError for a step table of weights that was not selected, or selected for a batch of
-    mixed steps: one weight per sample would turn convolutions into grouped ones.
-    """
-    if getattr(getattr(rhs, "qparams", rhs), "rows", False):
-        raise ValueError(
-            f"The weight of {where} varies with the step and the batch mixes steps: give all samples "
-            "one step (a scalar ctx), or move what varies into the activation and the output."
-        )
+def kernel_of(rhs: Any, kernel: Callable[[], jax.Array]) -> jax.Array:
+    """The weight a simulated forward pass multiplies with, from what the site holds for it."""
     if isinstance(rhs, QTensor):
         return dequantize_tensor(rhs)
     if isinstance(rhs, SoftRounding):
         return soft_weight(rhs)
-    return operand(rhs, kernel(), where)
+    return operand(rhs, kernel())
+
+
+def check_selected(site: SiteQuant, where: str, has_weight: bool) -> None:
+    """Raise ValueError for a step table still in the site, or for a weight that varies by sample."""
+    if isinstance(site.lhs, TimeIndexed) or isinstance(site.rhs, TimeIndexed):
+        raise ValueError(
+            f"The quantizer of {where} is a step table: select its row with "
+            "quant.timed.select(quant, ctx) before applying the model."
+        )
+    if has_weight and getattr(getattr(site.rhs, "qparams", site.rhs), "rows", False):
+        # One weight per sample would turn every convolution into a grouped one.
+        raise ValueError(
+            f"The weight of {where} varies with the step and the batch mixes steps: give all samples "
+            "one step (a scalar ctx), or move what varies into the activation and the output."
+        )
 
 
 def op(
@@ -145,7 +144,7 @@ def op(
     site = module.get_variable("quant", name) if module.has_variable("quant", name) else None
     if site is None:
         return plain(operator, lhs, weight() if weight is not None else rhs, bias)
-    where = "/".join((*module.path, name))
+    check_selected(site, "/".join((*module.path, name)), weight is not None)
     if site.tap is not None:
         report = {OPERANDS[operator.kind][0]: measure(site.tap, lhs)}
         if weight is None:
@@ -157,12 +156,11 @@ def op(
     if site.execute:
         other = None if weight is not None else rhs
         return integer_op(operator, lhs, site.lhs, site.rhs, bias, rhs=other).astype(lhs.dtype)
-    lhs = operand(site.lhs, lhs, where)
     if weight is not None:
-        rhs = kernel_of(site.rhs, weight, where).astype(lhs.dtype)
+        rhs = kernel_of(site.rhs, weight).astype(lhs.dtype)
     else:
-        rhs = operand(site.rhs, rhs, where)
-    return plain(operator, lhs, rhs, bias)
+        rhs = operand(site.rhs, rhs)
+    return plain(operator, operand(site.lhs, lhs), rhs, bias)
 
 
 def flatten_sites(tree: dict) -> dict[str, Any]:

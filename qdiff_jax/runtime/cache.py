@@ -25,7 +25,9 @@ def enable_compile_cache(directory=None) -> pathlib.Path:
     directory = pathlib.Path(directory or pathlib.Path.home() / ".cache" / "qdiff_jax" / "xla")
     directory.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Hundreds of small programs take longer to compile than to read back: keep every one.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return directory
 
 

@@ -134,6 +134,11 @@ def calibrate_activations(
             return Carry(state, observers, len(bounds), None)
         for entry in static(state):
             name = f"{entry.site}:{entry.operand}"
+            if entry.spec.granularity != "tensor":
+                raise ValueError(
+                    f"{name} is planned with granularity {entry.spec.granularity!r}, but a calibrated "
+                    "activation has one range per tensor; use that, or dynamic=True."
+                )
             if matches(name, config.per_step):
                 observers["step"][name] = minmax().init(len(steps))
             else:

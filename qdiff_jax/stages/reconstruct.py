@@ -13,9 +13,8 @@ dropout is off, units run in order of execution, floor(w / scale) is computed on
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import pathlib
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,78 +33,22 @@ from qdiff_jax.observe.capture import (
     plan_pool,
     start_stream,
 )
-from qdiff_jax.quant.qparams import SCALE_FLOOR
-from qdiff_jax.quant.rounding import beta_schedule
 from qdiff_jax.runtime import checkpoint
+from qdiff_jax.runtime.cache import compile_account
 from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.runtime.mesh import data_mesh, replicate
-from qdiff_jax.sites import flatten_sites
-from qdiff_jax.stages.objective import (
-    StepInputs,
-    initial_optimizer,
-    make_step,
-    sum_of_outputs,
-)
+from qdiff_jax.stages.objective import initial_optimizer, make_step, sum_of_outputs
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
-from qdiff_jax.stages.unit_results import apply_result, load_result, save_result
+from qdiff_jax.stages.unit_results import apply_result, load_result, save_result, unit_result
+from qdiff_jax.stages.unit_steps import ReconstructConfig, step_inputs
 from qdiff_jax.stages.unit_trees import (
     folded_trees,
-    harden,
     only_weights,
     soft_trees,
     trainable_alphas,
     trainable_scales,
     without_kernels,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructConfig:
-    """How one pass of reconstruction runs. Defaults are BRECQ's for diffusion models.
-
-    trains: "weights" (alpha), "scales" (static activation steps) or "both". inputs: "quantized",
-    "full_precision" or "mixed" (each element quantized with probability input_prob). rounding_weight:
-    lambda; off for the first `warmup` of the steps, then beta falls linearly over beta_range.
-    lr, scale_lr: Adam rates of alpha and of activation scales. schedule: "constant" or "cosine" to 0
-    (for lr; scale_lr is always cosine). save_seconds: least time between saves inside a unit.
-    """
-
-    steps: int = 20_000
-    batch_size: int = 32
-    lr: float = 1e-3
-    scale_lr: float = 4e-4
-    schedule: str = "constant"
-    trains: str = "weights"
-    inputs: str = "quantized"
-    input_prob: float = 0.5
-    p: float = 2.0
-    rounding_weight: float = 0.01
-    warmup: float = 0.2
-    beta_range: tuple[float, float] = (20.0, 2.0)
-    walk_batch: int = 64
-    memory_mib: int = 2048
-    save_seconds: float = 20.0
-    devices: int = 1
-
-    def __post_init__(self):
-        choices = {
-            "trains": ("weights", "scales", "both"),
-            "inputs": ("quantized", "full_precision", "mixed"),
-            "schedule": ("constant", "cosine"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"ReconstructConfig.{field}={getattr(self, field)!r}: use one of {allowed}."
-                )
-        if self.trains != "scales" and self.steps * self.lr < 2 and self.schedule == "constant":
-            logging.warning(
-                "reconstruction: %d steps at rate %g move alpha by at most %.2g, while a decision "
-                "needs about 2; expect little change from nearest rounding.",
-                self.steps,
-                self.lr,
-                self.steps * self.lr,
-            )
 
 
 class Carry(NamedTuple):
@@ -119,7 +62,6 @@ class Carry(NamedTuple):
     step: int
     unit: dict | None
     reports: tuple[dict, ...]
-    began: float
     saved: float
     store: pathlib.Path | None
 
@@ -146,6 +88,13 @@ def reconstruct(
     number of network passes spent on inputs and targets.
     """
     check_order(model.program, units, ("x", "t", "y"))
+    unknown = sorted(set(frozen_units) - {unit.name for unit in units})
+    if unknown:
+        raise ValueError(f"{name}: frozen_units {unknown} are not among the units of this pass.")
+    if config.devices > len(jax.devices()):
+        raise ValueError(
+            f"{name}: devices={config.devices} were asked for, but JAX sees {len(jax.devices())}."
+        )
     trains_weights = config.trains in ("weights", "both")
     mesh = data_mesh(jax.devices()[: config.devices]) if config.devices > 1 else None
 
@@ -158,7 +107,7 @@ def reconstruct(
             units, model.params, stream, limit_bytes=config.memory_mib << 20, spill=spill
         )
         now = time.monotonic()
-        return Carry(state, stream, stream, pool, 0, 0, None, (), now, now, store)
+        return Carry(state, stream, stream, pool, 0, 0, None, (), now, store)
 
     def run(carry: Carry, n: int) -> Carry:
         if done(carry):
@@ -195,8 +144,9 @@ def reconstruct(
         trainable, quant = {}, ()
         if unit.name not in frozen_units:
             trainable, quant = _trainables(carry.state.quant, unit)
-        work = {"trainable": trainable, "losses": [], "seconds": 0.0, "result": None}
-        carry = carry._replace(full=full, unit=work, step=0, began=time.monotonic())
+        # timed: steps run here and their seconds, without compiling and what an earlier run did.
+        work = {"trainable": trainable, "losses": [], "timed": np.zeros(2), "result": None}
+        carry = carry._replace(full=full, unit=work, step=0)
         if not trainable:
             return carry
         work["result"] = load_result(carry.store, carry.position, unit.name)
@@ -253,11 +203,13 @@ def reconstruct(
 
     def _train(carry: Carry, unit: Unit, n: int) -> Carry:
         began = time.monotonic()
-        xs = step_inputs(config, carry, n)
+        stop = carry.step + n
+        xs = step_inputs(config, carry.state.key, carry.full.size, carry.position, carry.step, stop)
         prob = config.input_prob if config.inputs == "mixed" else None
         step = make_step(unit.signature, config.p, prob, loss, mesh)
         # A fresh chunk owns its buffers, so they can be given up: nothing is copied per chunk.
-        work, values = run_steps(step, carry.unit["carry"], xs, donate=True)
+        with compile_account() as account:
+            work, values = run_steps(step, carry.unit["carry"], xs, donate=True)
         totals, losses = (np.asarray(v) for v in values)
         bad = np.flatnonzero(~np.isfinite(totals))
         if bad.size:
@@ -266,14 +218,14 @@ def reconstruct(
                 f"{carry.step + int(bad[0])}; lower the learning rate or check the calibration set. "
                 "The units before it are saved and will not be computed again."
             )
-        spent = carry.unit["seconds"] + time.monotonic() - began
+        seconds = max(time.monotonic() - began - account.seconds, 0.0)
         unit_work = {
             **carry.unit,
             "carry": work,
             "losses": [*carry.unit["losses"], *losses.tolist()],
-            "seconds": spent,
+            "timed": carry.unit["timed"] + np.array([n, seconds]),
         }
-        carry = carry._replace(unit=unit_work, step=carry.step + n)
+        carry = carry._replace(unit=unit_work, step=stop)
         if on_progress is not None:
             total = config.steps * len(units)
             at = config.steps * carry.position + carry.step
@@ -295,8 +247,17 @@ def reconstruct(
         if work["trainable"]:
             result = work["result"]
             if result is None:
-                result = _result(work, state.quant, unit)
+                soft = soft_trees(model.params, state.quant, unit) if trains_weights else ()
+                trained = jax.device_get(work["carry"]["trainable"])
+                if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)):
+                    raise FloatingPointError(
+                        f"{name}: the last step of unit {unit.name!r} left values that are not "
+                        "finite; lower the learning rate. The units before it are saved."
+                    )
+                result = unit_result(soft, trained, work["losses"], work["timed"])
                 save_result(carry.store, carry.position, unit.name, result)
+                if carry.store is not None:
+                    shutil.rmtree(_partial(carry), ignore_errors=True)
             state = state.replace(quant=apply_result(state.quant, unit, result))
             report.update(result["report"])
         quantized = carry.quantized
@@ -326,31 +287,6 @@ def reconstruct(
             saved=time.monotonic(),
         )
 
-    def _result(work: dict, quant: Mapping, unit: Unit) -> dict:
-        trained = jax.device_get(work["carry"]["trainable"])
-        soft = soft_trees(model.params, quant, unit)
-        alphas = trained.get("alpha", {})
-        roundings = []
-        for key, alpha in alphas.items():
-            module, op_name = key.split(":")
-            site = flatten_sites(soft[int(module)])[op_name]
-            roundings.append(site.rhs.replace(alpha=alpha))
-        hardened = jax.device_get(harden(roundings))
-        codes = {key: codes for key, (codes, _) in zip(alphas, hardened)}
-        fractions = [(float(f), a.size) for (_, f), a in zip(hardened, alphas.values())]
-        scales = {k: np.maximum(v, SCALE_FLOOR) for k, v in trained.get("scale", {}).items()}
-        losses = np.asarray(work["losses"])
-        window = max(1, len(losses) // 20)
-        report = {
-            "first_loss": float(losses[:window].mean()) if losses.size else None,
-            "last_loss": float(losses[-window:].mean()) if losses.size else None,
-            "steps_per_second": config.steps / max(work["seconds"], 1e-9),
-        }
-        if fractions:
-            sizes = sum(size for _, size in fractions)
-            report["binarised_fraction"] = sum(f * s for f, s in fractions) / sizes
-        return {"codes": codes, "scales": scales, "report": report}
-
     def _partial(carry: Carry) -> pathlib.Path:
         return carry.store / f"unit_{carry.position:03d}.partial"
 
@@ -360,32 +296,3 @@ def reconstruct(
 def _part(tree: Mapping, unit: Unit) -> dict:
     """The unit's entries of a {block: ...} tree: what it does not own must not reach its compiles."""
     return {name: tree[name] for name in unit.nodes if name in tree}
-
-
-@functools.lru_cache(maxsize=8)
-def _betas(steps: int, start: float, end: float, warmup: float) -> np.ndarray:
-    return np.asarray(beta_schedule(np.arange(steps), steps, start, end, warmup), np.float32)
-
-
-def step_inputs(config: ReconstructConfig, carry: Carry, n: int) -> StepInputs:
-    """The next n rows of step inputs, functions of (state key, unit, step) alone."""
-    size, total = carry.full.size, config.steps
-    steps = np.arange(carry.step, carry.step + n)
-    seed = np.asarray(jax.random.key_data(carry.state.key)).astype(np.uint32).reshape(-1).tolist()
-    rows = np.empty((n, config.batch_size), np.int32)
-    keys = np.empty((n, 2), np.uint32)
-    for i, step in enumerate(steps):
-        generator = np.random.default_rng([*seed, carry.position, int(step)])
-        rows[i] = generator.choice(size, config.batch_size, replace=size < config.batch_size)
-        keys[i] = generator.integers(0, 2**32, 2, np.uint32)
-    cosine = 0.5 * (1.0 + np.cos(np.pi * steps / total))
-    decay = cosine if config.schedule == "cosine" else np.ones(n)
-    active = steps >= config.warmup * total
-    return StepInputs(
-        rows=rows,
-        lr=np.asarray(config.lr * decay, np.float32),
-        scale_lr=np.asarray(config.scale_lr * cosine, np.float32),
-        beta=_betas(total, *config.beta_range, config.warmup)[steps],
-        rounding_weight=np.asarray(config.rounding_weight * active, np.float32),
-        key_data=keys,
-    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,46 @@ from safetensors.numpy import load_file, safe_open, save_file
 
 from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.models.program import Unit
+from qdiff_jax.quant.qparams import SCALE_FLOOR
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.stage import code_bits
+from qdiff_jax.stages.unit_trees import Trees, harden
 
 _pack = jax.jit(from_codes, static_argnames="bits")
+
+
+def unit_result(
+    soft: Trees, trained: Mapping, losses: Sequence[float], timed: Sequence[float]
+) -> dict:
+    """{"codes", "scales", "report"} of a trained unit, on the host.
+
+    soft: the unit's soft roundings as they were before training. trained: {"alpha", "scale"} leaves.
+    losses: reconstruction loss of every step. timed: (steps, seconds) of a stretch of them.
+    """
+    alphas = trained.get("alpha", {})
+    roundings = []
+    for key, alpha in alphas.items():
+        module, op_name = key.split(":")
+        rounding = flatten_sites(soft[int(module)])[op_name].rhs
+        roundings.append(rounding.replace(alpha=alpha))
+    hardened = jax.device_get(harden(roundings)) if roundings else []
+    fractions = [(float(f), a.size) for (_, f), a in zip(hardened, alphas.values())]
+    losses = np.asarray(losses)
+    window = max(1, losses.size // 20)
+    steps, seconds = timed
+    report = {
+        "first_loss": float(losses[:window].mean()) if losses.size else None,
+        "last_loss": float(losses[-window:].mean()) if losses.size else None,
+        "steps_per_second": float(steps / seconds) if seconds else None,
+    }
+    if fractions:
+        sizes = sum(size for _, size in fractions)
+        report["binarised_fraction"] = sum(f * s for f, s in fractions) / sizes
+    return {
+        "codes": {key: codes for key, (codes, _) in zip(alphas, hardened)},
+        "scales": {k: np.maximum(v, SCALE_FLOOR) for k, v in trained.get("scale", {}).items()},
+        "report": report,
+    }
 
 
 def result_path(store: pathlib.Path, position: int, unit_name: str) -> pathlib.Path:
@@ -42,7 +79,8 @@ def save_result(store: pathlib.Path | None, position: int, unit_name: str, resul
     path = result_path(store, position, unit_name)
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(arrays, temporary, metadata={"report": json.dumps(result["report"])})
+        header = {"report": json.dumps(result["report"]), "crc32": str(_checksum(arrays))}
+        save_file(arrays, temporary, metadata=header)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -64,8 +102,11 @@ def load_result(store: pathlib.Path | None, position: int, unit_name: str) -> di
     try:
         arrays = load_file(path)
         with safe_open(path, "np") as handle:
-            report = json.loads(handle.metadata()["report"])
-    except (SafetensorError, OSError, TypeError, KeyError) as error:
+            header = handle.metadata()
+        report = json.loads(header["report"])
+        if header["crc32"] != str(_checksum(arrays)):
+            raise ValueError("its arrays do not match their checksum")
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"The unit result {path} is damaged ({error}); delete it and run again: "
             "only this unit is computed anew."
@@ -90,3 +131,11 @@ def apply_result(quant: Mapping, unit: Unit, result: Mapping) -> dict:
         quantizer = getattr(flat[name], side).replace(scale=jnp.asarray(scale))
         flat[name] = flat[name].replace(**{side: quantizer})
     return nest_sites(flat)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    """CRC-32 over all arrays in the order of their names: safetensors has none of its own."""
+    total = 0
+    for name in sorted(arrays):
+        total = zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8), total)
+    return total

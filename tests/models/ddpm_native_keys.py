@@ -22,7 +22,7 @@ MODULES = (
 
 
 def our_path(key: str) -> tuple[str, ...]:
-    """"down.0.block.1.conv1.weight" -> ("down_0_block_1", "conv1", "kernel"). Raises KeyError."""
+    """ "down.0.block.1.conv1.weight" -> ("down_0_block_1", "conv1", "kernel"). Raises KeyError."""
     native, leaf = key.rsplit(".", 1)
     for pattern, ours in MODULES:
         if re.fullmatch(pattern, native):

@@ -15,13 +15,12 @@ from qdiff_jax.models.unet_ddpm import (
     UNetConfig,
     UNetDDPM,
     Upsample,
-    conv,
     group_norm,
     timestep_embedding,
     unet_program,
 )
 
-from ..tiny_unet import QUICK, SMALL, forward, inputs, network, quantized, random_params
+from ..tiny_unet import QUICK, SMALL, forward, inputs, network, quantized
 from .ddpm_native_keys import our_path, port, seeded
 
 CASES = pathlib.Path(__file__).parents[1] / "parity" / "cases"
@@ -109,7 +108,10 @@ def test_single_operations_match_the_reference():
 
     weights = {"params": {"norm": {"scale": case["in/gn_w"], "bias": case["in/gn_b"]}}}
     norm = Norm()
-    for kind in ("small", "offset"):  # a wrong eps shows on the first, a fast variance on the second
+    for kind in (
+        "small",
+        "offset",
+    ):  # a wrong eps shows on the first, a fast variance on the second
         y = norm.apply(weights, nhwc(case[f"in/gn_x_{kind}"]))
         expected = nhwc(case[f"out/groupnorm32_eps1e-06_{kind}_f64"])
         np.testing.assert_allclose(y, expected, atol=5e-5)
