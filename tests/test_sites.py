@@ -38,6 +38,7 @@ from .tiny_unet import (
     network,
     qparams,
     quantized,
+    random_params,
 )
 
 TENSOR, CHANNEL = QuantSpec(), QuantSpec(granularity="channel")
@@ -108,7 +109,7 @@ def run(module, params, quant, *args, mutable=False):
 
 
 quick = functools.partial(jax.jit, compiler_options=QUICK)
-apply = quick(run, static_argnums=0)
+apply = quick(run, static_argnums=0, static_argnames="mutable")
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -192,30 +193,24 @@ def test_a_network_of_packed_codes_needs_no_kernels_and_executes_as_simulated():
     simulated = forward(SMALL)({"params": bare, "quant": quant}, x, t)
     executed = forward(SMALL)({"params": bare, "quant": quantized(SMALL, 4, execute=True)}, x, t)
     np.testing.assert_allclose(executed, simulated, atol=1e-5)
-    plain = forward(SMALL)({"params": net.params}, x, t)
-    assert np.abs(plain - simulated).max() > 1e-2
     assert {type(site.rhs) for site in flatten_sites(quant).values()} == {QTensor, QParams}
 
 
 def test_taps_report_operands_under_jit_and_remat():
     module, rematerialised = AttnBlock(4), nn.remat(AttnBlock)(4)
-    x = jnp.asarray(draw((2, 2, 2, 8), 0))
-    params = module.init(jax.random.key(0), x)["params"]
+    x = draw((2, 2, 2, 8), 0)
+    params = random_params(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
     taps = {
         "qk": SiteQuant(lhs=qparams(TENSOR, (0, 3), -1, 1), tap=Tap()),
         "pv": SiteQuant(tap=Tap("value")),
         "proj_out": SiteQuant(tap=Tap("channel_range")),
     }
 
-    @functools.partial(quick, static_argnums=0)
-    def gradient_and_reports(module, params, taps, x):
-        def loss(params):
-            out, state = run(module, params, taps, x, mutable=["observed"])
-            return jnp.sum(out**2), state["observed"]
+    def loss(params, x):
+        out, state = run(rematerialised, params, taps, x, mutable=["observed"])
+        return jnp.sum(out**2), state["observed"]
 
-        return jax.grad(loss, has_aux=True)(params)
-
-    gradient, seen = gradient_and_reports(module, params, taps, x)
+    seen = apply(module, params, taps, x, mutable=("observed",))[1]["observed"]
     assert jax.tree.map(jnp.shape, seen) == {
         "qk": {"q": {"lo": (2,), "hi": (2,)}, "k": {"lo": (2,), "hi": (2,)}},
         "pv": {"softmax": {"value": (2, 4, 4)}, "v": {"value": (2, 4, 8)}},
@@ -224,10 +219,9 @@ def test_taps_report_operands_under_jit_and_remat():
     # What is reported is the operand as it comes, before its own quantizer.
     assert np.abs(np.asarray(seen["qk"]["q"]["hi"])).max() > 1.0
     np.testing.assert_allclose(np.sum(seen["pv"]["softmax"]["value"], -1), 1.0, rtol=1e-5)
-    again = gradient_and_reports(rematerialised, params, taps, x)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), again, (gradient, seen)
-    )
+    # The same from a block whose forward pass runs again in the backward pass.
+    _, again = quick(jax.grad(loss, has_aux=True))(params, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), again, seen)
 
 
 def test_a_step_table_that_nobody_selected_is_an_error():
@@ -305,19 +299,20 @@ def test_sites_are_listed_in_order_of_execution_without_computing():
 
 
 class Mixed(nn.Module):
-    """A convolution, products and dense layers behind one another."""
+    """A convolution and the two products of attention behind one another."""
 
     @nn.compact
     def __call__(self, x):
-        return AttnBlock(4, name="attn")(Downsample(name="down")(x))
+        h = Downsample(name="down")(x).reshape(x.shape[0], -1, x.shape[-1])
+        weights = nn.softmax(op(self, "qk", QK, h, h))
+        return op(self, "pv", PV, weights, h)
 
 
 @functools.cache
 def mixed():
     x = draw((3, 4, 4, 8), 5)
     module = Mixed()
-    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    params = jax.tree.map(lambda leaf: 0.4 * draw(leaf.shape, leaf.size), params)
+    params = random_params(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
     quant = {}
     for i, site in enumerate(list_sites(module, x)):
         rows = [qparams(TENSOR, (0, 15), -f, 1.3 * f) for f in (0.5 + 0.1 * i, 1.0, 2.0)]
@@ -342,18 +337,18 @@ def test_a_batch_of_mixed_steps_equals_its_samples_one_by_one():
         alone = predict(params, quant, x[i : i + 1], step_context(STEPS[step], step))
         np.testing.assert_allclose(out[i : i + 1], alone, atol=2e-6)
     wrong = predict(params, quant, x, step_context(np.float32(STEPS), order))
-    assert np.isnan(wrong).any(axis=(1, 2, 3)).tolist() == [True, True, True]
+    assert np.isnan(wrong).any(axis=(1, 2)).tolist() == [True, True, True]
 
 
 @pytest.mark.parametrize("execute", [False, True])
 def test_a_batch_of_mixed_steps_lowers_to_no_grouped_convolution(execute):
-    net = network(TINY)
-    quant = quantized(TINY, tables=True, execute=execute)
+    net = network(SMALL)
+    quant = quantized(SMALL, tables=True, execute=execute)
 
     def predict(params, quant, x, t, ctx):
         return run(net.module, params, select(quant, ctx), x, t)
 
-    x, t = inputs(TINY, 3)
+    x, t = inputs(SMALL, 3)
     ctx = step_context(t, np.arange(3))
     text = jax.jit(predict).lower(net.params, quant, x, t, ctx).as_text()
     convolutions = text.count("stablehlo.convolution")
@@ -384,7 +379,7 @@ def test_values_and_bits_are_data_and_a_grid_is_not():
     assert len(traces) == 1
     flat = flatten_sites(quant)
     log = QuantSpec(grid="log2")
-    flat["attn/pv"] = flat["attn/pv"].replace(lhs=flat["attn/pv"].lhs.replace(spec=log))
+    flat["pv"] = flat["pv"].replace(lhs=flat["pv"].lhs.replace(spec=log))
     predict(params, nest_sites(flat), x)
     predict(params, nest_sites(flat), x)
     assert len(traces) == 2

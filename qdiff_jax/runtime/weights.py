@@ -20,13 +20,15 @@ def save_weights(path, params: Mapping, metadata: Mapping) -> None:
       metadata: JSON values, such as {"kind": "diffusion", "model": {...}, "schedule": {...},
         "step": 20000}.
     """
-    flat = {"/".join(names): np.ascontiguousarray(leaf) for names, leaf in _leaves(params)}
+    flat = {"/".join(names): np.asarray(leaf, order="C") for names, leaf in _leaves(params)}
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".partial")
     # The header holds strings only, hence one JSON text per entry.
     header = {name: json.dumps(value, sort_keys=True) for name, value in metadata.items()}
     safetensors.numpy.save_file(flat, draft, metadata=header)
+    # safetensors writes 0600, which would hide the weights from other readers.
+    draft.chmod(0o644)
     os.replace(draft, path)
 
 

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.observe.capture import batch_bounds, slice_rows
-from qdiff_jax.observe.observers import Observer, ema, minmax
+from qdiff_jax.observe.observers import Observer, ema, minmax, mse, percentile
 from qdiff_jax.observe.taps import Tap
-from qdiff_jax.policy import Entry, SitePlan
+from qdiff_jax.policy import ACTIVATION, Entry, SitePlan
 from qdiff_jax.quant.qparams import dynamic_qparams, from_range
+from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import StepContext, TimeIndexed, select, widen
 from qdiff_jax.runtime import checkpoint
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
@@ -31,7 +32,8 @@ from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights, initi
 
 @dataclasses.dataclass(frozen=True)
 class ActivationConfig:
-    """observer: "minmax" or "ema" (momentum 0.95, batches shuffled over steps).
+    """observer: of shared ranges: "minmax", "ema" (batches shuffled over steps), "percentile" or "mse"
+    (the last two on a bounded sample of values; the MSE search is LAPQ's shrink search).
 
     per_step: patterns of "site:operand" whose ranges are kept per step, in a table with rule "step";
     all others share one range. Per-step ranges are min-max. margin: widening of per-step ranges of
@@ -54,11 +56,11 @@ class Carry(NamedTuple):
     store: pathlib.Path | None
 
 
-@functools.partial(jax.jit, static_argnames=("module", "update"))
-def _observe(module, update, variables, batch, observers):
+@functools.partial(jax.jit, static_argnames=("module", "observer"))
+def _observe(module, observer, variables, batch, observers):
     """One batch through the tapped network, and every observer updated with what its site reported.
 
-    observers: {"step": by step index, always min-max, "shared": all steps in one row, by `update`}.
+    observers: {"step": by step index, always min-max, "shared": all steps in one row, by `observer`}.
     """
     ctx = StepContext(t=batch["t"], index=batch["index"], branch=batch["branch"])
     quant = select(variables["quant"], ctx)
@@ -72,15 +74,17 @@ def _observe(module, update, variables, batch, observers):
     observed = flatten_reports(written["observed"])
     rows = batch["index"]
 
-    def updated(states, update, rows):
-        return {
-            name: update(state, observed[name]["lo"], observed[name]["hi"], rows)
-            for name, state in states.items()
-        }
+    def updated(states, observer, rows):
+        def one(name, state):
+            report = observed[name]
+            sample = (report["sample"], batch["number"]) if observer.takes == "sample" else ()
+            return observer.update(state, report["lo"], report["hi"], rows, *sample)
+
+        return {name: one(name, state) for name, state in states.items()}
 
     return {
-        "step": updated(observers["step"], minmax().update, rows),
-        "shared": updated(observers["shared"], update, jnp.zeros_like(rows)),
+        "step": updated(observers["step"], minmax(), rows),
+        "shared": updated(observers["shared"], observer, jnp.zeros_like(rows)),
     }
 
 
@@ -155,12 +159,16 @@ def calibrate_activations(
         return carry
 
     def run(carry: Carry, n: int) -> Carry:
-        params, quant = fold_weights(model.params, carry.state.quant)
-        variables = {"params": params, "quant": _tapped(quant, static(carry.state))}
+        params, _ = fold_weights(model.params, carry.state.quant)
+        tap = Tap("sample" if shared_observer.takes == "sample" else "range")
+        # Taps and nothing else: activations stay in full precision while they are observed.
+        tapped = {entry.site: SiteQuant(tap=tap) for entry in static(carry.state)}
+        variables = {"params": params, "quant": nest_sites(tapped)}
         observers = carry.observers
         for start, stop in bounds[carry.position : carry.position + n]:
             batch = slice_rows(_as_dict(calibration), start, stop)
-            observers = _observe(model.module, shared_observer.update, variables, batch, observers)
+            batch["number"] = np.arange(start, stop, dtype=np.int32)
+            observers = _observe(model.module, shared_observer, variables, batch, observers)
             if on_progress is not None:
                 on_progress(stop, size)
         position = min(carry.position + n, len(bounds))
@@ -187,7 +195,8 @@ def calibrate_activations(
                 quantizer = TimeIndexed(rows, jnp.asarray(steps), "step")
                 ranges[name] = (np.asarray(lo), np.asarray(hi))
             else:
-                lo, hi = _finish(shared_observer, carry.observers["shared"][name], name, None)
+                observer = _observer(config.observer, config.momentum, entry.spec, entry.codes)
+                lo, hi = _finish(observer, carry.observers["shared"][name], name, None)
                 quantizer = from_range(entry.spec, lo[0], hi[0], *entry.codes)
                 ranges[name] = (np.asarray(lo), np.asarray(hi))
             site = flat.get(entry.site, SiteQuant())
@@ -217,14 +226,26 @@ def ranges_by_step(
     return stage.finish(carry)[1]["ranges"]
 
 
-@functools.lru_cache(maxsize=8)
-def _observer(name: str, momentum: float) -> Observer:
-    """The same object for the same arguments: its `update` is part of what `_observe` is compiled for."""
+@functools.lru_cache(maxsize=64)
+def _observer(
+    name: str,
+    momentum: float,
+    spec: QuantSpec = ACTIVATION,
+    codes: tuple[int, int] = (0, 255),
+) -> Observer:
+    """The same object for the same arguments: it is part of what `_observe` is compiled for.
+
+    spec and codes matter to the end of "mse" alone; observing is the same for all.
+    """
     if name == "minmax":
         return minmax()
     if name == "ema":
         return ema(momentum)
-    raise ValueError(f"Observer {name!r} is unknown; use 'minmax' or 'ema'.")
+    if name == "percentile":
+        return percentile()
+    if name == "mse":
+        return mse(spec, *codes)
+    raise ValueError(f"Observer {name!r} is unknown; use 'minmax', 'ema', 'percentile' or 'mse'.")
 
 
 def _as_dict(calibration) -> dict:
@@ -235,12 +256,6 @@ def _as_rows(entry: Entry, rows: int) -> tuple[jax.Array, jax.Array]:
     """qmin and qmax as tables too, since `select` takes a row of every leaf."""
     qmin, qmax = entry.codes
     return jnp.full((rows,), float(qmin)), jnp.full((rows,), float(qmax))
-
-
-def _tapped(quant: Mapping, entries: Sequence[Entry]) -> dict:
-    """Taps at the sites of the entries and nothing else: activations stay in full precision."""
-    del quant
-    return nest_sites({entry.site: SiteQuant(tap=Tap("range")) for entry in entries})
 
 
 def _finish(observer: Observer, state, name: str, steps) -> tuple[jax.Array, jax.Array]:

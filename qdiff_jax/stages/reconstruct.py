@@ -262,8 +262,10 @@ def reconstruct(
             report.update(result["report"])
         quantized = carry.quantized
         if config.inputs != "full_precision":
-            weights = only_weights(_part(state.quant, unit))
-            params, quant = fold_weights(_part(model.params, unit), weights)
+            decided = _part(state.quant, unit)
+            # With activations trained too, what follows meets them quantized.
+            decided = decided if config.trains == "both" else only_weights(decided)
+            params, quant = fold_weights(_part(model.params, unit), decided)
             quantized = advance(
                 quantized,
                 unit,

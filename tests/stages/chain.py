@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from qdiff_jax.models.program import Node, run_program, units_with_time_block
+from qdiff_jax.models.program import Node, run_program, subtrees, units_with_time_block
 from qdiff_jax.models.unet_ddpm import TimeEmbedding, TimeProjection, conv
+from qdiff_jax.observe.capture import run_unit
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.operators import QK
 from qdiff_jax.policy import make_plan, policy
 from qdiff_jax.quant.timed import step_context
 from qdiff_jax.sites import SiteQuant, flatten_sites, list_sites, nest_sites, op
-from qdiff_jax.stages.stage import Model, initial_state, run_stage
+from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage
 from qdiff_jax.stages.weights import calibrate_weights
 
 WIDTH, SIDE = 6, 4
@@ -134,3 +135,35 @@ def leaves_equal(a, b) -> bool:
         np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True)
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
+
+
+def run_until(stage, carry, position: int, chunk: int = 50):
+    """Run a reconstruction stage up to the beginning of the unit at `position`."""
+    while carry.position < position:
+        carry = stage.run(carry, chunk)
+    return carry
+
+
+def block_errors(quant, calibrated: CalibrationSet, p: float = 2.0) -> dict[str, float]:
+    """Mean |error|^p of every unit's outputs on full-precision inputs."""
+    params, left = fold_weights(model().params, quant)
+    env = {"x": calibrated.x, "t": calibrated.t, "y": None}
+    ctx = context(calibrated)
+    errors = {}
+    for unit in UNITS:
+        inputs = tuple(env[name] for name in unit.inputs)
+        none = tuple({} for _ in unit.nodes)
+        full = run_unit(unit.signature, subtrees(model().params, unit), none, inputs, ctx)
+        made = run_unit(unit.signature, subtrees(params, unit), subtrees(left, unit), inputs, ctx)
+        pairs = [np.abs(np.asarray(f) - np.asarray(m)) ** p for f, m in zip(full, made)]
+        errors[unit.name] = float(np.mean([pair.mean() for pair in pairs]))
+        env.update(zip(unit.outputs, full))
+    return errors
+
+
+def output_error(quant, calibrated: CalibrationSet) -> float:
+    """Mean squared error of the network's output, weights quantized and activations not."""
+    params, _ = fold_weights(model().params, quant)
+    apply = jax.jit(model().module.apply)
+    full = apply({"params": model().params}, calibrated.x, calibrated.t)
+    return float(jnp.mean((apply({"params": params}, calibrated.x, calibrated.t) - full) ** 2))
