@@ -22,18 +22,33 @@ ACTIVATION = QuantSpec()
 ALWAYS_ZERO = QuantSpec(symmetric=True)
 FULL_PRECISION = None
 _ACTIVATIONS = ("input", "q", "k", "v", "softmax")
+ROLES = ("weight", *_ACTIVATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """pattern: of site names ("*" crosses "/"). operands: roles it speaks of. bits: None keeps them
-    in full precision. name: shown in the plan."""
+    in full precision. name: shown in the plan. Raises ValueError for an unknown role, or bits
+    without a spec."""
 
     name: str
     pattern: str
     operands: tuple[str, ...]
     bits: int | None
     spec: QuantSpec | None
+
+    def __post_init__(self):
+        unknown = [operand for operand in self.operands if operand not in ROLES]
+        if unknown:
+            raise ValueError(f"Rule {self.name!r} names operands {unknown}; there are {ROLES}.")
+        if self.bits is not None and self.spec is None:
+            raise ValueError(
+                f"Rule {self.name!r} asks for {self.bits} bits without saying on which grid: give a "
+                "QuantSpec, or bits=None to keep full precision."
+            )
+
+    def takes(self, site: str, operand: str) -> bool:
+        return operand in self.operands and fnmatch.fnmatchcase(site, self.pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +114,7 @@ def make_plan(sites: Sequence[Site], rules: Sequence[Rule]) -> SitePlan:
     for site in sites:
         for operand in site.operands:
             for i, rule in enumerate(rules):
-                if operand in rule.operands and fnmatch.fnmatchcase(site.name, rule.pattern):
+                if rule.takes(site.name, operand):
                     taken[i] += 1
                     entries.append(Entry(site.name, operand, rule.bits, rule.spec, rule.name))
                     break
@@ -121,16 +136,15 @@ def make_plan(sites: Sequence[Site], rules: Sequence[Rule]) -> SitePlan:
 
 
 def _present(sites: Sequence[Site], rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """Drop a preset's rules about roles the model does not have (no attention, no shortcut)."""
-
-    def speaks(rule):
-        return any(
-            o in rule.operands and fnmatch.fnmatchcase(s.name, rule.pattern)
-            for s in sites
-            for o in s.operands
-        )
-
-    return tuple(rule for rule in rules if speaks(rule))
+    """Drop a preset's rules that take nothing here (no attention, no shortcut, first layer = last)."""
+    left = [(site.name, operand) for site in sites for operand in site.operands]
+    kept = []
+    for rule in rules:
+        rest = [pair for pair in left if not rule.takes(*pair)]
+        if len(rest) < len(left):
+            kept.append(rule)
+        left = rest
+    return tuple(kept)
 
 
 def _targets(w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
@@ -179,6 +193,11 @@ def official_tfmq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     are never quantized."""
     fp = ("input", "weight")
     convs = [s.name for s in sites if s.operator.kind == "conv"]
+    if len(convs) < 3:
+        raise ValueError(
+            f"Policy 'official:tfmq' speaks of the first three convolutions and the model has "
+            f"{len(convs)}; use 'common', or rules of your own."
+        )
     second, third = convs[1:3]
     rules = (
         Rule("conv_in in full precision", convs[0], fp, None, None),

@@ -143,7 +143,10 @@ def needed_after(units: Sequence[Unit], position: int, keep: Sequence[str] = ())
 
 
 def estimate_bytes(units: Sequence[Unit], params: Mapping, stream: Stream, streams: int = 2) -> int:
-    """The largest number of bytes that `streams` streams hold at once during a walk, from shapes."""
+    """The largest number of bytes that `streams` streams hold at once during a walk, from shapes.
+
+    The network's inputs count once: all streams start from the same arrays and never write them.
+    """
     size = stream.size
     shapes: dict[str, Any] = {
         name: None if v is None else jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype)
@@ -158,11 +161,16 @@ def estimate_bytes(units: Sequence[Unit], params: Mapping, stream: Stream, strea
             functools.partial(run_unit, unit.signature), subtrees(params, unit), empty, inputs, ctx
         )
         shapes.update(zip(unit.outputs, outputs, strict=True))
-        held = [s for s in shapes.values() if s is not None]
-        peak = max(peak, sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in held) * size)
+        held = {
+            name: int(np.prod(s.shape)) * s.dtype.itemsize * size
+            for name, s in shapes.items()
+            if s is not None
+        }
+        once = sum(nbytes for name, nbytes in held.items() if name in stream.values)
+        peak = max(peak, once + streams * (sum(held.values()) - once))
         alive = needed_after(units, i) | {"x", "t", "y"}
         shapes = {name: s for name, s in shapes.items() if name in alive}
-    return peak * streams
+    return peak
 
 
 def plan_pool(

@@ -74,8 +74,9 @@ def save_result(store: pathlib.Path | None, position: int, unit_name: str, resul
     if store is None:
         return
     store.mkdir(parents=True, exist_ok=True)
-    arrays = {f"codes|{k}": np.ascontiguousarray(v) for k, v in result["codes"].items()}
-    arrays |= {f"scales|{k}": np.ascontiguousarray(v) for k, v in result["scales"].items()}
+    # Not ascontiguousarray, which turns the scalar scale of a tensor into a vector.
+    arrays = {f"codes|{k}": np.asarray(v, order="C") for k, v in result["codes"].items()}
+    arrays |= {f"scales|{k}": np.asarray(v, order="C") for k, v in result["scales"].items()}
     path = result_path(store, position, unit_name)
     temporary = path.with_suffix(".tmp")
     try:

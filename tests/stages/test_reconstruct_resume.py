@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -29,9 +30,7 @@ def stage(config=CONFIG, calibration=CALIBRATION, **options):
 
 
 def without_timing(report):
-    return [
-        {k: v for k, v in unit.items() if k != "steps_per_second"} for unit in report["units"]
-    ]
+    return [{k: v for k, v in unit.items() if k != "steps_per_second"} for unit in report["units"]]
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +151,8 @@ class TestFullDisk:
         assert chain.leaves_equal(state.quant, whole[0].quant)
 
     def test_checkpoint_that_cannot_be_written(self, start, store, monkeypatch):
-        none = shutil._ntuple_diskusage(1, 1, 0)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: none)
+        none_free = types.SimpleNamespace(free=0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: none_free)
         with pytest.raises(CheckpointError, match="disk is too full.*free some space"):
             run_stage(stage(), start, store, chunk=CHUNK)
 
