@@ -26,7 +26,6 @@ def get_config(arg=None):
     config.classifier = "classifier_fashion"
     config.seed = 0
     config.policy = "common"
-    config.cpu_devices = 2
     config.sampler = dict(name="ddim", spacing="uniform", steps=20, eta=0.0, guidance_scale=-1.0)
     config.calibration = dict(samples=16, weight_steps=20)
     config.evaluation = dict(held_out=16, samples=64, batch=32)

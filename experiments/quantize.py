@@ -135,7 +135,6 @@ class QuantizeConfig:
     reconstruct: ReconstructionConfig
     activations: ActivationsConfig
     tfmq_variant: str = "fixed"
-    cpu_devices: int = 1
 
 
 def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
@@ -419,13 +418,9 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     logging.set_verbosity(logging.INFO)
-    config = flags.FLAGS.config
-    if config.cpu_devices > 1:
-        # XLA:CPU computes a convolution's weight gradient on one core: a device per core uses all.
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     enable_compile_cache(flags.FLAGS.compile_cache)
     command = shlex.join(["python", "-m", "experiments.quantize", *sys.argv[1:]])
-    quantize(config, pathlib.Path(flags.FLAGS.workdir), command)
+    quantize(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), command)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,14 @@ def run_steps(
     if prefers_scan() if scan is None else scan:
         return _scanned(step)(carry, xs, count)
     jitted = _stepped(step)
+    several = any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(carry) if _is_array(leaf))
     outputs = []
     for i in range(count):
         carry, y = jitted(carry, jax.tree.map(lambda leaf: leaf[i], xs))  # noqa: B023
         outputs.append(y)
+        if several:
+            # Two runs in flight over several CPU devices can each hold the thread the other waits for.
+            jax.block_until_ready(carry)
     # Fetched at the end only: asking for a value earlier would stop the dispatch of the next steps.
     fetched = jax.device_get(outputs)
     return carry, jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *fetched)
@@ -82,6 +86,10 @@ def _scanned(step):
         return jax.lax.scan(step, carry, xs, length=count)
 
     return jax.jit(run, donate_argnums=0, static_argnums=2)
+
+
+def _is_array(leaf) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def _length(xs: Any, length: int | None) -> int:

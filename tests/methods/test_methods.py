@@ -88,7 +88,7 @@ def plan(a_bits: int | None = 8):
     return make_plan(sites, (*kept, *policy("common", sites, 4, a_bits)))
 
 
-def method(name: str, on_progress=None):
+def method(name: str, on_progress=None, save_seconds: float = 60.0):
     which, variant = VARIANTS[name]
     settings = MethodSettings(
         weights=ReconstructConfig(
@@ -97,7 +97,7 @@ def method(name: str, on_progress=None):
             lr=5e-2,
             schedule="cosine",
             walk_batch=12,
-            save_seconds=0.0,
+            save_seconds=save_seconds,
         ),
         activations=ActivationConfig(batch_size=6, margin=1.5),
         variant=variant,
@@ -190,7 +190,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(name, calls, tmp_path):
             raise KeyboardInterrupt
 
     try:
-        finish(method(name, kill), begin(), tmp_path, chunk=1 if name == "rtn" else 3)
+        made = method(name, kill, save_seconds=0.0)
+        finish(made, begin(), tmp_path, chunk=1 if name == "rtn" else 3)
         assert calls == 11  # nearest rounding reports its four batches only
         assert name == "rtn"
     except KeyboardInterrupt:
@@ -304,8 +305,8 @@ def test_paper_activation_steps_are_those_of_the_specification():
 
 
 def test_inputs_and_targets_of_both_phases_cost_at_most_three_passes():
-    both = sum(outcome("brecq").reports[n]["network_passes"] for n in ("brecq_weights",))
-    assert both + 1.0 <= 3.0
+    # The second phase reads full precision alone: one pass, see the tests of the stage.
+    assert outcome("brecq").reports["brecq_weights"]["network_passes"] + 1.0 <= 3.0
 
 
 class TestTemporalBlock:
