@@ -103,6 +103,7 @@ class ReconstructionConfig:
     """The fields of ReconstructConfig that a config sets, and BRECQ's activation phase (0: none)."""
 
     steps: int = 150
+    temporal_steps: int = 0
     batch_size: int = 32
     lr: float = 1e-2
     schedule: str = "cosine"

@@ -17,8 +17,8 @@ def phases(
 ) -> Iterator[Callable[[str], None]]:
     """Yields `enter(name)`, which logs the phase, the time so far and an estimate of what is left.
 
-    weights: relative cost of each phase, in order. The estimate scales the elapsed time by the weight
-    that is still to come, so it settles as phases pass.
+    weights: relative cost of each phase, in order; 0 for one that an earlier run has finished. The
+    estimate scales the elapsed time by the weight that is still to come, so it settles as phases pass.
     """
     began = clock()
     names = list(weights)
@@ -47,18 +47,19 @@ def phases(
 def follow(what: str, every_seconds: float = 15.0) -> Iterator[Callable[..., None]]:
     """Yields `tell(done, total, **shown)` for work whose total is known only once it runs.
 
-    A new total starts a new count (a method's stages follow one another).
+    Another total, or fewer done than before, starts a new count (a method's stages follow one another).
     """
     with contextlib.ExitStack() as stack:
-        current: dict = {"total": None, "tell": None}
+        current: dict = {"total": None, "done": 0, "tell": None}
 
         def tell(done: int, total: int, **shown) -> None:
-            if total != current["total"]:
+            if total != current["total"] or done < current["done"]:
                 stack.close()
                 current["tell"] = stack.enter_context(
                     progress(what, total, start=done - 1, every_seconds=every_seconds)
                 )
                 current["total"] = total
+            current["done"] = done
             current["tell"](done, **shown)
 
         yield tell

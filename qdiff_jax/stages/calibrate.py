@@ -48,6 +48,9 @@ class ActivationConfig:
     margin: float = 1.1
     batch_size: int = 64
 
+    def __post_init__(self):
+        _observer(self.observer, self.momentum)  # an unknown name is said here, before any work
+
 
 class Carry(NamedTuple):
     state: QuantState

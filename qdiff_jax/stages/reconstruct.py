@@ -40,7 +40,7 @@ from qdiff_jax.runtime.mesh import data_mesh, replicate
 from qdiff_jax.stages.objective import initial_optimizer, make_step, sum_of_outputs
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
 from qdiff_jax.stages.unit_results import apply_result, load_result, save_result, unit_result
-from qdiff_jax.stages.unit_steps import ReconstructConfig, step_inputs
+from qdiff_jax.stages.unit_steps import ReconstructConfig, for_unit, step_inputs
 from qdiff_jax.stages.unit_trees import (
     folded_trees,
     only_weights,
@@ -96,6 +96,7 @@ def reconstruct(
             f"{name}: devices={config.devices} were asked for, but JAX sees {len(jax.devices())}."
         )
     trains_weights = config.trains in ("weights", "both")
+    totals = [for_unit(config, unit).steps for unit in units]
     mesh = data_mesh(jax.devices()[: config.devices]) if config.devices > 1 else None
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
@@ -115,9 +116,10 @@ def reconstruct(
         unit = units[carry.position]
         if carry.unit is None:
             carry = _begin(carry, unit)
-        if carry.unit["trainable"] and carry.step < config.steps:
-            carry = _train(carry, unit, min(n, config.steps - carry.step))
-        if not carry.unit["trainable"] or carry.step >= config.steps:
+        steps = totals[carry.position]
+        if carry.unit["trainable"] and carry.step < steps:
+            carry = _train(carry, unit, min(n, steps - carry.step))
+        if not carry.unit["trainable"] or carry.step >= steps:
             carry = _close(carry, unit)
         return carry
 
@@ -151,11 +153,11 @@ def reconstruct(
             return carry
         work["result"] = load_result(carry.store, carry.position, unit.name)
         if work["result"] is not None:
-            return carry._replace(step=config.steps)
+            return carry._replace(step=totals[carry.position])
         work["carry"] = _device_carry(carry, unit, trainable, quant)
         if carry.store is not None and checkpoint.latest_step(_partial(carry)) is not None:
             template = {k: work["carry"][k] for k in ("trainable", "optimizer")}
-            template["losses"] = np.zeros(config.steps, np.float32)
+            template["losses"] = np.zeros(totals[carry.position], np.float32)
             restored = checkpoint.restore(_partial(carry), template)
             work["losses"] = list(restored.tree.pop("losses")[: restored.step])
             work["carry"].update(restored.tree)
@@ -204,17 +206,18 @@ def reconstruct(
     def _train(carry: Carry, unit: Unit, n: int) -> Carry:
         began = time.monotonic()
         stop = carry.step + n
-        xs = step_inputs(config, carry.state.key, carry.full.size, carry.position, carry.step, stop)
+        own = for_unit(config, unit)
+        xs = step_inputs(own, carry.state.key, carry.full.size, carry.position, carry.step, stop)
         prob = config.input_prob if config.inputs == "mixed" else None
         step = make_step(unit.signature, config.p, prob, loss, mesh)
         # A fresh chunk owns its buffers, so they can be given up: nothing is copied per chunk.
         with compile_account() as account:
             work, values = run_steps(step, carry.unit["carry"], xs, donate=True)
-        totals, losses = (np.asarray(v) for v in values)
-        bad = np.flatnonzero(~np.isfinite(totals))
+        objectives, losses = (np.asarray(v) for v in values)
+        bad = np.flatnonzero(~np.isfinite(objectives))
         if bad.size:
             raise FloatingPointError(
-                f"{name}: the loss of unit {unit.name!r} became {totals[bad[0]]} at step "
+                f"{name}: the loss of unit {unit.name!r} became {objectives[bad[0]]} at step "
                 f"{carry.step + int(bad[0])}; lower the learning rate or check the calibration set. "
                 "The units before it are saved and will not be computed again."
             )
@@ -227,13 +230,12 @@ def reconstruct(
         }
         carry = carry._replace(unit=unit_work, step=stop)
         if on_progress is not None:
-            total = config.steps * len(units)
-            at = config.steps * carry.position + carry.step
-            on_progress(at, total, unit=unit.name, loss=f"{losses[-1]:.3g}")
+            at = sum(totals[: carry.position]) + carry.step
+            on_progress(at, sum(totals), unit=unit.name, loss=f"{losses[-1]:.3g}")
         due = time.monotonic() - carry.saved > config.save_seconds
-        if carry.store is not None and due and carry.step < config.steps:
+        if carry.store is not None and due and carry.step < totals[carry.position]:
             kept = {k: work[k] for k in ("trainable", "optimizer")}
-            padded = np.zeros(config.steps, np.float32)
+            padded = np.zeros(totals[carry.position], np.float32)
             padded[: carry.step] = unit_work["losses"]
             checkpoint.save(_partial(carry), carry.step, {**kept, "losses": padded}, keep=2)
             carry = carry._replace(saved=time.monotonic())

@@ -1,0 +1,202 @@
+"""What a config of `experiments.quantize` holds, and the checks that cost nothing.
+
+Everything that a config can get wrong is found here, before the workdir is claimed and before the
+first minute of work: a typo must cost neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import jax
+
+from qdiff_jax.config import to_dataclass
+from qdiff_jax.diffusion.guidance import branches
+from qdiff_jax.eval.samples import guidance_of
+from qdiff_jax.methods.registry import METHODS, MethodSettings
+from qdiff_jax.methods.tfmq import VARIANTS
+from qdiff_jax.observe.capture import batch_bounds
+from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.reconstruct import ReconstructConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """guidance_scale: classifier-free guidance; negative for none (labels as they are)."""
+
+    name: str = "ddim"
+    spacing: str = "uniform"
+    steps: int = 20
+    eta: float = 0.0
+    guidance_scale: float = -1.0
+
+    def as_json(self) -> dict:
+        options = {"eta": self.eta} if self.name == "ddim" else {}
+        return {
+            "name": self.name,
+            "spacing": self.spacing,
+            "steps": self.steps,
+            "options": options,
+            "guidance_scale": self.guidance_scale,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationConfig:
+    """samples: full-precision trajectories; weight_steps: how many of their steps reconstruction sees
+    (activation ranges see every step)."""
+
+    samples: int = 16
+    weight_steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """held_out: trajectories for teacher-forced error; samples: rollouts; batch: of both."""
+
+    held_out: int = 16
+    samples: int = 64
+    batch: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantConfig:
+    """w_bits and a_bits: target bits, 2 to 8; 0 or 32 keeps that side in full precision."""
+
+    method: str
+    w_bits: int
+    a_bits: int
+
+    @property
+    def targets(self) -> tuple[int | None, int | None]:
+        """(w_bits, a_bits) as policies take them: None for full precision."""
+        return tuple(bits if 0 < bits < 32 else None for bits in (self.w_bits, self.a_bits))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionConfig:
+    """The fields of ReconstructConfig that a config sets, and BRECQ's activation phase (0: none)."""
+
+    steps: int = 150
+    temporal_steps: int = 0
+    batch_size: int = 32
+    lr: float = 1e-2
+    schedule: str = "cosine"
+    rounding_weight: float = 0.01
+    walk_batch: int = 64
+    memory_mib: int = 1024
+    save_seconds: float = 20.0
+    activation_steps: int = 0
+    activation_lr: float = 4e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationsConfig:
+    """The fields of ActivationConfig that a config sets."""
+
+    observer: str = "ema"
+    margin: float = 1.1
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """model, classifier: shipped names or .safetensors paths (classifier "" for none). variants:
+    {name: VariantConfig}, in the order of the report."""
+
+    model: str
+    classifier: str
+    seed: int
+    policy: str
+    variants: dict
+    sampler: SamplerConfig
+    calibration: CalibrationConfig
+    evaluation: EvaluationConfig
+    reconstruct: ReconstructionConfig
+    activations: ActivationsConfig
+    tfmq_variant: str = "fixed"
+
+
+# How often a long unit is saved, and how much memory it may take, does not touch the codes.
+FREE_TO_CHANGE = ("reconstruct.save_seconds", "reconstruct.memory_mib")
+
+
+def read_config(config: Any) -> QuantizeConfig:
+    """A ConfigDict as dataclasses, checked as far as it can be without the model.
+
+    Variants are put in the order of the report: from little damage to much, simple method to complex
+    (a ConfigDict sorts its keys). Raises ValueError naming the key.
+    """
+    config = to_dataclass(QuantizeConfig, config)
+    order = list(METHODS)
+    variants = {}
+    for name, values in config.variants.items():
+        where = f"config.variants.{name}"
+        if name == "fp32":
+            raise ValueError(f"{where}: this name belongs to full precision; choose another.")
+        variant = to_dataclass(VariantConfig, values, where)
+        if variant.method not in METHODS:
+            near = difflib.get_close_matches(variant.method, METHODS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{where}.method {variant.method!r} is unknown; there are {sorted(METHODS)}.{hint}"
+            )
+        for side in ("w_bits", "a_bits"):
+            bits = getattr(variant, side)
+            if bits not in (0, 32, *range(2, 9)):
+                raise ValueError(
+                    f"{where}.{side} is {bits}; choose 2 to 8, or 32 for full precision."
+                )
+        variants[name] = variant
+
+    def place(item):
+        _, variant = item
+        return -variant.w_bits, -variant.a_bits, order.index(variant.method)
+
+    if config.tfmq_variant not in VARIANTS:
+        raise ValueError(
+            f"config.tfmq_variant {config.tfmq_variant!r} is unknown; use one of {VARIANTS}."
+        )
+    return dataclasses.replace(config, variants=dict(sorted(variants.items(), key=place)))
+
+
+def method_settings(config: QuantizeConfig) -> MethodSettings:
+    """The knobs of every method. Raises ValueError for one outside its choices."""
+    fields = dataclasses.asdict(config.reconstruct)
+    activation_steps, activation_lr = fields.pop("activation_steps"), fields.pop("activation_lr")
+    # Several CPU devices share the same cores: they gain nothing, and the figures would depend on them.
+    devices = 1 if jax.default_backend() == "cpu" else len(jax.devices())
+    return MethodSettings(
+        weights=ReconstructConfig(**fields, devices=devices),
+        activations=ActivationConfig(**dataclasses.asdict(config.activations)),
+        activation_steps=activation_steps,
+        activation_lr=activation_lr,
+        variant=config.tfmq_variant,
+    )
+
+
+def check_sizes(config: QuantizeConfig, steps: int) -> None:
+    """Raise ValueError for a batch that does not divide its calibration set, before anything ran.
+
+    steps: of the sampler's plan, which may be a few more than the config asks for.
+    """
+    calibration = config.calibration
+    if not 1 <= calibration.weight_steps <= steps:
+        raise ValueError(
+            f"config.calibration.weight_steps is {calibration.weight_steps}; choose 1 to {steps}, "
+            "the steps of the sampler."
+        )
+    # Any label does: only the number of branches counts.
+    rows = calibration.samples * len(branches(guidance_of(config.sampler.guidance_scale, 0)))
+    seen = len(range(0, steps, steps // calibration.weight_steps))
+    batches = {
+        "reconstruct.walk_batch": (rows * seen, config.reconstruct.walk_batch),
+        "activations.batch_size": (rows * steps, min(config.activations.batch_size, rows * steps)),
+    }
+    for name, (size, batch) in batches.items():
+        try:
+            batch_bounds(size, batch)
+        except ValueError as error:
+            raise ValueError(f"config.{name}: {error}") from error

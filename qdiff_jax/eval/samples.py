@@ -1,0 +1,76 @@
+"""The images by which variants are compared: the same indices, noise and labels for every one.
+
+`experiments.quantize` draws them for each variant and `experiments.sample` draws them again from a
+bundle; both must come to the same bits.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qdiff_jax.diffusion.guidance import Guidance, classifier_free
+from qdiff_jax.diffusion.sample import sample
+from qdiff_jax.diffusion.samplers import SamplerPlan
+from qdiff_jax.models.registry import predictor
+
+# Far from the indices of calibration trajectories, which count from 0.
+FIRST_INDEX = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What is stored of them. x: [N, H, W, C] float32."""
+
+    x: np.ndarray
+
+
+def labels(classes: int | None, indices: Sequence[int]) -> np.ndarray | None:
+    """Every class in turn, by global sample index; None for an unconditional model."""
+    return None if classes is None else np.asarray(indices, np.int32) % classes
+
+
+def guidance_of(scale: float, null_class: int | None) -> Guidance | None:
+    """Classifier-free guidance of a config's scale: negative for none (labels as they are)."""
+    return classifier_free(None if scale < 0 else scale, null_class)
+
+
+def noise_key(seed: int) -> jax.Array:
+    """The key of all sampling noise of a run: trajectories and evaluation differ in their indices."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
+def draw_samples(
+    module: Any,
+    variables: Any,
+    plan: SamplerPlan,
+    *,
+    seed: int,
+    count: int,
+    batch_size: int,
+    shape: tuple[int, ...],
+    classes: int | None,
+    guidance_scale: float,
+    on_batch: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """x_0 of the `count` evaluation samples, [count, *shape] float32.
+
+    classes: number of classes, which is also the null class; None for an unconditional model.
+    Raises ValueError as `diffusion.sample.sample` does, above all for a step of the plan that the
+    step tables of `variables["quant"]` were never calibrated for.
+    """
+    indices = range(FIRST_INDEX, FIRST_INDEX + count)
+    return sample(
+        predictor(module),
+        variables,
+        plan,
+        noise_key(seed),
+        list(indices),
+        shape=shape,
+        y=labels(classes, indices),
+        guidance=guidance_of(guidance_scale, classes),
+        batch_size=batch_size,
+        on_batch=on_batch,
+    ).x
