@@ -46,6 +46,7 @@ def get_config(arg=None):
         rounding_weight=0.01,
         walk_batch=64,
         memory_mib=1024,
+        save_seconds=20.0,
         activation_steps=0,
         activation_lr=4e-4,
     )
@@ -62,8 +63,8 @@ def get_config(arg=None):
         config.classifier = ""
         config.sampler.steps = 4
         config.calibration = dict(samples=4, weight_steps=4)
-        config.evaluation = dict(held_out=2, samples=4, batch=4)
-        config.reconstruct.steps = 6
+        config.evaluation = dict(held_out=4, samples=4, batch=4)
+        config.reconstruct.steps = 60
         config.reconstruct.temporal_steps = 0
         config.reconstruct.batch_size = 8
         config.reconstruct.walk_batch = 8

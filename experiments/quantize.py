@@ -9,16 +9,11 @@ started again with the same command, it goes on with the unit and step where it 
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import pathlib
-import platform
 import resource
 import shlex
-import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,148 +21,62 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from qdiff_jax.config import claim_workdir, fingerprint, to_dataclass
-from qdiff_jax.diffusion.guidance import classifier_free
-from qdiff_jax.diffusion.sample import sample
-from qdiff_jax.eval import plots, report, variant
-from qdiff_jax.eval.files import write_atomic
-from qdiff_jax.export.bundle import stored_bytes
-from qdiff_jax.methods.registry import METHODS, CalibrationSets, MethodSettings, build
-from qdiff_jax.methods.run import load_for_sampling, make_sampler, run_method
+from experiments.quantize_config import (
+    FREE_TO_CHANGE,
+    QuantizeConfig,
+    check_sizes,
+    method_settings,
+    read_config,
+)
+from experiments.quantize_report import draw, is_measured, measure, provenance, reference
+from qdiff_jax.config import claim_workdir
+from qdiff_jax.diffusion.samplers import SamplerPlan
+from qdiff_jax.eval import report
+from qdiff_jax.eval.samples import guidance_of, labels, noise_key
+from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.run import make_sampler, run_method
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, save_arrays
 from qdiff_jax.observe.selectors import every_step, uniform
 from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import SitePlan, make_plan, policy
 from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
 from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import progress
-from qdiff_jax.sites import list_sites
-from qdiff_jax.stages.calibrate import ActivationConfig, ranges_by_step
-from qdiff_jax.stages.reconstruct import ReconstructConfig
-
-# Evaluation noise starts far from the indices of the calibration trajectories.
-FIRST_INDEX = 1_000_000
+from qdiff_jax.sites import Site, list_sites
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """guidance_scale: classifier-free guidance; negative for none (labels as they are)."""
+class Job(NamedTuple):
+    """A config that was found in order, and what it names: the model, its sites, a plan per variant."""
 
-    name: str = "ddim"
-    spacing: str = "uniform"
-    steps: int = 20
-    eta: float = 0.0
-    guidance_scale: float = -1.0
-
-    def as_json(self) -> dict:
-        options = {"eta": self.eta} if self.name == "ddim" else {}
-        return {
-            "name": self.name,
-            "spacing": self.spacing,
-            "steps": self.steps,
-            "options": options,
-            "guidance_scale": self.guidance_scale,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class CalibrationConfig:
-    """samples: full-precision trajectories; weight_steps: how many of their steps reconstruction sees
-    (activation ranges see every step)."""
-
-    samples: int = 16
-    weight_steps: int = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """held_out: trajectories for teacher-forced error; samples: rollouts; batch: of both."""
-
-    held_out: int = 16
-    samples: int = 64
-    batch: int = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class VariantConfig:
-    """w_bits and a_bits: target bits; 0 or 32 keeps that side in full precision."""
-
-    method: str
-    w_bits: int
-    a_bits: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructionConfig:
-    """The fields of ReconstructConfig that a config sets, and BRECQ's activation phase (0: none)."""
-
-    steps: int = 150
-    temporal_steps: int = 0
-    batch_size: int = 32
-    lr: float = 1e-2
-    schedule: str = "cosine"
-    rounding_weight: float = 0.01
-    walk_batch: int = 64
-    memory_mib: int = 1024
-    activation_steps: int = 0
-    activation_lr: float = 4e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class ActivationsConfig:
-    observer: str = "ema"
-    margin: float = 1.1
-    batch_size: int = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizeConfig:
-    """model, classifier: shipped names or .safetensors paths (classifier "" for none)."""
-
-    model: str
-    classifier: str
-    seed: int
-    policy: str
-    variants: dict
-    sampler: SamplerConfig
-    calibration: CalibrationConfig
-    evaluation: EvaluationConfig
-    reconstruct: ReconstructionConfig
-    activations: ActivationsConfig
-    tfmq_variant: str = "fixed"
+    config: QuantizeConfig
+    diffusion: registry.DiffusionModel
+    sites: tuple[Site, ...]
+    plans: dict[str, SitePlan]
+    settings: MethodSettings
+    sampler: SamplerPlan
 
 
 def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
-    """The whole job; returns the paths of the reports. Everything is read back if it exists already."""
-    config = to_dataclass(QuantizeConfig, config)
-    variants = {
-        n: to_dataclass(VariantConfig, v, f"variants.{n}") for n, v in config.variants.items()
-    }
-    # A ConfigDict sorts its keys; the table reads from little damage to much, simple method to complex.
-    order = list(METHODS)
-    variants = dict(
-        sorted(
-            variants.items(), key=lambda v: (-v[1].w_bits, -v[1].a_bits, order.index(v[1].method))
-        )
-    )
-    claim_workdir(workdir, config)
-    diffusion = registry.load(config.model)
-    predict = registry.predictor(diffusion.model.module)
-    names = ["trajectories", "fp32", *variants]
-    weights = [1.0, 1.0, *(1.0 + 6.0 * (v.method != "rtn") for v in variants.values())]
-    with phases(dict(zip(names, weights))) as enter, compile_account() as account:
+    """The whole job; returns the paths of the reports. Everything is read back if it exists already.
+
+    Raises ValueError for a config that cannot run (nothing is written then) or a workdir of another
+    one, naming the keys that differ.
+    """
+    job = prepare(config)
+    config, diffusion = job.config, job.diffusion
+    claim_workdir(workdir, config, FREE_TO_CHANGE)
+    with phases(phase_weights(config, workdir)) as enter, compile_account() as account:
         enter("trajectories")
-        calibration, held_out = trajectories(config, diffusion, predict, workdir)
+        calibration, held_out = trajectories(job, workdir)
         sets = calibration_sets(config, calibration)
         enter("fp32")
-        records = [reference(config, diffusion, predict, workdir)]
-        for name, v in variants.items():
+        records = [reference(config, diffusion, workdir)]
+        for name, v in config.variants.items():
             enter(name)
-            folder = workdir / "variants" / name
-            record = quantize_one(config, name, v, diffusion, sets, folder)
+            record = quantize_one(job, name, sets, workdir / "variants" / name)
             records.append(measure(config, name, v, record, diffusion, held_out, workdir))
-    pictures = draw(config, diffusion, calibration, records, workdir)
+        pictures = draw(config, diffusion, job.sites, calibration, records, workdir)
     logging.info(
         "programs compiled: %d, found in the cache: %d, %.0f s; peak memory %.0f MiB",
         account.backend_compiles,
@@ -180,11 +89,40 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     return paths
 
 
-def trajectories(config, diffusion, predict, workdir) -> tuple[Trajectory, Trajectory]:
+def prepare(config: Any) -> Job:
+    """Everything a config can get wrong, found out before the first minute of work."""
+    config = read_config(config)
+    settings = method_settings(config)
+    diffusion = registry.load(config.model)
+    if config.classifier:
+        registry.classifier(config.classifier)
+    sampler = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
+    check_sizes(config, sampler.steps)
+    example = (
+        np.zeros((2, *diffusion.image_shape), np.float32),
+        np.zeros((2,), np.float32),
+        labels(diffusion.null_class, range(2)),
+    )
+    sites = list_sites(diffusion.model.module, *example)
+    plans = {
+        name: make_plan(sites, policy(config.policy, sites, *v.targets))
+        for name, v in config.variants.items()
+    }
+    return Job(config, diffusion, sites, plans, settings, sampler)
+
+
+def phase_weights(config: QuantizeConfig, workdir: pathlib.Path) -> dict[str, float]:
+    """Relative cost of each phase; nothing for a variant that an earlier run has finished."""
+    weights = {"trajectories": 1.0, "fp32": 1.0}
+    for name, v in config.variants.items():
+        done = is_measured(workdir / "variants" / name)
+        weights[name] = 0.0 if done else 1.0 + 6.0 * (v.method != "rtn")
+    return weights
+
+
+def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajectory]:
     """Full-precision trajectories: to calibrate on, and others to measure on."""
-    plan = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
-    variables = {"params": diffusion.model.params, "quant": {}}
-    guidance = guidance_of(config.sampler.guidance_scale, diffusion.null_class)
+    config, diffusion = job.config, job.diffusion
     total = config.calibration.samples + config.evaluation.held_out
     recorded = []
     for name, indices in (
@@ -195,32 +133,23 @@ def trajectories(config, diffusion, predict, workdir) -> tuple[Trajectory, Traje
         if not path.exists():
             with progress(f"recording {name} trajectories", len(indices)) as tell:
                 trajectory = record_trajectories(
-                    predict,
-                    variables,
-                    plan,
-                    jax.random.fold_in(jax.random.key(config.seed), 1),
+                    registry.predictor(diffusion.model.module),
+                    {"params": diffusion.model.params, "quant": {}},
+                    job.sampler,
+                    noise_key(config.seed),
                     list(indices),
                     shape=diffusion.image_shape,
                     y=labels(diffusion.null_class, indices),
-                    guidance=guidance,
+                    guidance=guidance_of(config.sampler.guidance_scale, diffusion.null_class),
                     batch_size=config.evaluation.batch,
                     on_batch=tell,
                 )
             save_arrays(path, trajectory)
-        recorded.append(load_arrays(path, Trajectory))
+        recorded.append(load_arrays(path, Trajectory, optional=("y",)))
     return tuple(recorded)
 
 
-def labels(classes: int | None, indices) -> np.ndarray | None:
-    """Every class in turn, by global sample index; None for an unconditional model."""
-    return None if classes is None else np.asarray(indices, np.int32) % classes
-
-
-def guidance_of(scale: float, null_class: int | None):
-    return classifier_free(None if scale < 0 else scale, null_class)
-
-
-def calibration_sets(config, calibration: Trajectory) -> CalibrationSets:
+def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> CalibrationSets:
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     return CalibrationSets(
         weights=uniform(
@@ -231,32 +160,14 @@ def calibration_sets(config, calibration: Trajectory) -> CalibrationSets:
     )
 
 
-def quantize_one(config, name, v, diffusion, sets, folder) -> dict:
+def quantize_one(job: Job, name: str, sets: CalibrationSets, folder: pathlib.Path) -> dict:
     """Run the variant's method to its bundle."""
-    module = diffusion.model.module
-    example = (
-        np.zeros((2, *diffusion.image_shape), np.float32),
-        np.zeros((2,), np.float32),
-        labels(diffusion.null_class, range(2)),
-    )
-    sites = list_sites(module, *example)
-    w_bits, a_bits = (bits if 0 < bits < 32 else None for bits in (v.w_bits, v.a_bits))
-    plan = make_plan(sites, policy(config.policy, sites, w_bits, a_bits))
-    fields = dataclasses.asdict(config.reconstruct)
-    activation_steps, activation_lr = fields.pop("activation_steps"), fields.pop("activation_lr")
-    settings = MethodSettings(
-        weights=ReconstructConfig(**fields, devices=len(jax.devices())),
-        activations=ActivationConfig(**dataclasses.asdict(config.activations)),
-        activation_steps=activation_steps,
-        activation_lr=activation_lr,
-        variant=config.tfmq_variant,
-    )
+    config, v = job.config, job.config.variants[name]
     with follow(name) as tell:
-        method = build(v.method, diffusion.model, sets, settings, tell)
         return run_method(
-            method,
-            diffusion,
-            plan,
+            build(v.method, job.diffusion.model, sets, job.settings, tell),
+            job.diffusion,
+            job.plans[name],
             jax.random.fold_in(jax.random.key(config.seed), 3),
             folder,
             sampler_config=config.sampler.as_json(),
@@ -270,149 +181,6 @@ def quantize_one(config, name, v, diffusion, sets, folder) -> dict:
             },
             on_stage=lambda stage: logging.info("%s: %s", name, stage),
         )
-
-
-def rollout(config, diffusion, variables, plan, module, name: str) -> np.ndarray:
-    """x_0 of all evaluation samples: the same noise and labels for every variant."""
-    indices = range(FIRST_INDEX, FIRST_INDEX + config.evaluation.samples)
-    with progress(f"{name}: sampling", len(indices)) as tell:
-        return sample(
-            registry.predictor(module),
-            variables,
-            plan,
-            jax.random.fold_in(jax.random.key(config.seed), 1),
-            list(indices),
-            shape=diffusion.image_shape,
-            y=labels(diffusion.null_class, indices),
-            guidance=guidance_of(config.sampler.guidance_scale, diffusion.null_class),
-            batch_size=config.evaluation.batch,
-            on_batch=tell,
-        ).x
-
-
-def reference(config, diffusion, predict, workdir) -> dict:
-    """The full-precision record, and its samples on disk."""
-    path = workdir / "variants" / "fp32" / "samples.npz"
-    if not path.exists():
-        plan = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
-        variables = {"params": diffusion.model.params, "quant": {}}
-        x = rollout(config, diffusion, variables, plan, diffusion.model.module, "fp32")
-        save_arrays(path, Samples(x))
-    return {
-        "name": "fp32",
-        "w_bits": 32,
-        "a_bits": 32,
-        "stored_bytes": registry.size_in_bytes(diffusion.model.params),
-        **report.reference_metrics(),
-        "calibrate_s": 0.0,
-        "reconstruct_s": 0.0,
-        "compile_s": 0.0,
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """x: [N, H, W, C] float32."""
-
-    x: np.ndarray
-
-
-def measure(config, name, v, record, diffusion, held_out, workdir) -> dict:
-    """Sample the variant's bundle and compare with full precision; read back if done already."""
-    folder = workdir / "variants" / name
-    path = folder / "metrics.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    loaded = load_for_sampling(folder / "bundle")
-    samples = rollout(config, diffusion, loaded.variables, loaded.plan, loaded.module, name)
-    save_arrays(folder / "samples.npz", Samples(samples))
-    full = load_arrays(workdir / "variants" / "fp32" / "samples.npz", Samples).x
-    classify = registry.classifier(config.classifier) if config.classifier else None
-    with progress(f"{name}: teacher-forced error", len(held_out.t)) as tell:
-        forced = variant.teacher_forced(
-            registry.predictor(loaded.module),
-            loaded.variables,
-            held_out,
-            lambda done, total: tell(done),
-        )
-    folded = loaded.variables
-    temporal = variant.temporal(
-        diffusion.model, folded["params"], folded["quant"], held_out.t, diffusion.null_class
-    )
-    result = {
-        "name": name,
-        "w_bits": v.w_bits or 32,
-        "a_bits": v.a_bits or 32,
-        "stored_bytes": stored_bytes(folder / "bundle").tensors,
-        "eps_rel_mse": forced.rel_mse,
-        "eps_rel_mse_by_step": forced.rel_mse_rows.tolist(),
-        **variant.rollout(full, samples, classify and (lambda images: classify(images)[1])),
-        "temporal_cosine": temporal.cosine,
-        "temporal_cosine_by_step": temporal.cosine_rows.tolist(),
-        "temporal_mismatch": temporal.mismatch,
-        "timesteps": held_out.t.tolist(),
-        **{key: record[key] for key in ("calibrate_s", "reconstruct_s", "compile_s")},
-    }
-    result = report.check_variants([result])[0]
-    write_atomic(path, json.dumps(result, indent=1))
-    return result
-
-
-def draw(config, diffusion, calibration, records, workdir) -> dict[str, pathlib.Path]:
-    """The four pictures, captioned."""
-    folder = workdir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [record["name"] for record in records]
-    steps = calibration.t
-    images = {
-        name: load_arrays(workdir / "variants" / name / "samples.npz", Samples).x[:20]
-        for name in names
-    }
-
-    def curves(key):
-        return {r["name"]: np.asarray(r.get(key) or np.zeros(len(steps))) for r in records}
-
-    module = diffusion.model.module
-    shape = (2, *diffusion.image_shape)
-    sites = list_sites(
-        module, np.zeros(shape, np.float32), np.zeros(2), labels(diffusion.null_class, range(2))
-    )
-    ranges = ranges_by_step(
-        diffusion.model,
-        every_step(jax.random.key(config.seed), calibration),
-        steps,
-        make_plan(sites, policy("official:qdiffusion", sites, None, 8)),
-        config.activations.batch_size,
-    )
-    lo, hi = (np.stack([r[i] for r in ranges.values()], axis=1) for i in (0, 1))
-    return {
-        "Samples from the same noise": plots.plot_samples(images, folder / "samples.png", 4),
-        "Teacher-forced error by timestep": plots.plot_error(
-            steps, curves("eps_rel_mse_by_step"), folder / "error.png"
-        ),
-        "Activation range by timestep": plots.plot_ranges(
-            steps, lo, hi, list(ranges), folder / "ranges.png"
-        ),
-        "Temporal features by timestep": plots.plot_temporal(
-            steps, curves("temporal_cosine_by_step"), folder / "temporal.png"
-        ),
-    }
-
-
-def provenance(config, diffusion, command: str) -> dict:
-    """What made the report: command, commit, machine, versions, fingerprints."""
-    root = pathlib.Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    )
-    return {
-        "command": command or "experiments.quantize.quantize(...)",
-        "commit": git.stdout.strip() or "not a git checkout",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
-        "jax_version": jax.__version__,
-        "config_fingerprint": fingerprint(config),
-        "source_checkpoint_hash": diffusion.source["sha256"],
-    }
 
 
 def main(argv) -> None:

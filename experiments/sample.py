@@ -12,14 +12,11 @@ from __future__ import annotations
 import hashlib
 import pathlib
 
-import jax
 from absl import app, flags, logging
 
-from experiments.quantize import FIRST_INDEX, Samples, guidance_of, labels
-from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.eval import plots
+from qdiff_jax.eval.samples import Samples, draw_samples
 from qdiff_jax.methods.run import load_for_sampling
-from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import save_arrays
 from qdiff_jax.runtime.cache import enable_compile_cache
 from qdiff_jax.runtime.progress import progress
@@ -35,25 +32,23 @@ def sample_bundle(
 ):
     """Sample a bundle and write `out/samples.npz` and `out/samples.png`; returns x_0 [N, H, W, C]."""
     loaded = load_for_sampling(bundle, execute)
-    extra = loaded.manifest["extra"]
-    classes = loaded.manifest["model"].get("num_classes")
-    side, channels = (loaded.manifest["model"][k] for k in ("resolution", "in_channels"))
-    indices = range(FIRST_INDEX, FIRST_INDEX + (count or extra["samples"]))
-    with progress(f"sampling {bundle}", len(indices)) as tell:
-        x = sample(
-            registry.predictor(loaded.module),
+    extra, model = loaded.manifest["extra"], loaded.manifest["model"]
+    count = extra["samples"] if count is None else count
+    with progress(f"sampling {bundle}", count) as tell:
+        x = draw_samples(
+            loaded.module,
             loaded.variables,
             loaded.plan,
-            jax.random.fold_in(jax.random.key(extra["seed"] if seed is None else seed), 1),
-            list(indices),
-            shape=(side, side, channels),
-            y=labels(classes, indices),
-            guidance=guidance_of(loaded.manifest["sampler"]["guidance_scale"], classes),
+            seed=extra["seed"] if seed is None else seed,
+            count=count,
             batch_size=extra["batch"],
+            shape=(model["resolution"], model["resolution"], model["in_channels"]),
+            classes=model.get("num_classes"),
+            guidance_scale=loaded.manifest["sampler"]["guidance_scale"],
             on_batch=tell,
-        ).x
+        )
     save_arrays(out / "samples.npz", Samples(x))
-    plots.plot_samples({loaded.manifest["extra"]["method"]: x}, out / "samples.png", 10)
+    plots.plot_samples({extra["method"]: x}, out / "samples.png", 10)
     logging.info("x_0 sha256 %s", hashlib.sha256(x.tobytes()).hexdigest())
     return x
 
@@ -75,7 +70,9 @@ def main(argv) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("bundle", None, "Folder of the bundle.")
     flags.DEFINE_string("out", None, "Where samples.npz and samples.png go.")
-    flags.DEFINE_integer("count", None, "Number of samples; by default that of the run.")
+    flags.DEFINE_integer(
+        "count", None, "Number of samples; by default that of the run.", lower_bound=1
+    )
     flags.DEFINE_integer("seed", None, "Seed of the noise; by default that of the run.")
     flags.DEFINE_bool("execute", False, "Multiply packed integers instead of simulating them.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,10 +12,10 @@ import jax
 from qdiff_jax.diffusion.samplers import SamplerPlan, make_plan
 from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.diffusion.timesteps import make_timesteps
-from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.export.bundle import Bundle, load_bundle, save_bundle
 from qdiff_jax.export.integer import check_executable
 from qdiff_jax.models.registry import DiffusionModel, from_config
+from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.policy import SitePlan
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.stage import Method, fold_weights, initial_state, run_stage
@@ -51,9 +50,11 @@ def run_method(
     """
     record = directory / "quantize.json"
     if record.exists() and (directory / "bundle").is_dir():
-        return json.loads(record.read_text())
-    # A kill between the bundle and its record leaves a bundle whose figures are lost: made again.
-    shutil.rmtree(directory / "bundle", ignore_errors=True)
+        return load_record(record)
+    # A kill between the bundle and its record leaves a bundle whose figures are lost: made again. One
+    # inside the writing of the bundle leaves its draft.
+    for leftover in (directory / "bundle", *directory.glob(".bundle.*")):
+        shutil.rmtree(leftover, ignore_errors=True)
     state = initial_state(plan, key, diffusion.source["sha256"])
     seconds = {"calibrate_s": 0.0, "reconstruct_s": 0.0, "compile_s": 0.0}
     reports = {}
@@ -77,7 +78,7 @@ def run_method(
         extra={"method": method.name, "notes": method.notes, **extra},
     )
     result = {**seconds, "stages": reports}
-    write_atomic(record, json.dumps(result, indent=1))
+    save_record(record, result)
     return result
 
 

@@ -55,7 +55,7 @@ def load(name_or_path: str) -> DiffusionModel:
     if name_or_path == "random:miniature":
         return miniature()
     path = _resolve(name_or_path, _DIFFUSION)
-    params, header = load_weights(path)
+    params, header = _described(path, "diffusion", ("model", "schedule"))
     model_config = to_dataclass(UNetConfig, header["model"], str(path))
     module = unet(model_config)
     fitted = fit_weights(params, _template(module, model_config), path)
@@ -151,11 +151,17 @@ def predictor(module: Any):
 
 @functools.cache
 def classifier(name_or_path: str = "classifier_fashion"):
-    """images [B, H, W, C] in [-1, 1] -> (logits [B, K], features [B, D]); jitted."""
+    """images [B, H, W, C] in [-1, 1] -> (logits [B, K], features [B, D]); jitted.
+
+    Raises ValueError as `load` does.
+    """
     path = _resolve(name_or_path, _CLASSIFIERS)
-    params, header = load_weights(path)
-    module = Classifier(to_dataclass(ClassifierConfig, header["model"], str(path)))
-    params = jax.tree.map(jnp.asarray, params)
+    params, header = _described(path, "classifier", ("model",))
+    config = to_dataclass(ClassifierConfig, header["model"], str(path))
+    module = Classifier(config)
+    image = jnp.zeros((1, config.resolution, config.resolution, config.in_channels))
+    template = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    params = jax.tree.map(jnp.asarray, fit_weights(params, template, path))
     return jax.jit(lambda images: module.apply({"params": params}, images))
 
 
@@ -168,6 +174,19 @@ def _template(module: UNetDDPM, config: UNetConfig):
     x = jnp.zeros((1, config.resolution, config.resolution, config.in_channels))
     y = None if config.num_classes is None else jnp.zeros((1,), jnp.int32)
     return jax.eval_shape(module.init, jax.random.key(0), x, jnp.zeros((1,)), y)["params"]
+
+
+def _described(path: pathlib.Path, kind: str, needs: tuple[str, ...]) -> tuple[dict, dict]:
+    """Weights and their header, which must describe a model of that kind."""
+    params, header = load_weights(path)
+    lacking = [name for name in needs if name not in header]
+    if lacking or header.get("kind", kind) != kind:
+        found = f"is of kind {header['kind']!r}" if "kind" in header else "describes no model"
+        raise ValueError(
+            f"{path} {found}, but a {kind} model is needed, with {list(needs)} in the header of the "
+            "file; give weights that experiments.train wrote."
+        )
+    return params, header
 
 
 def _resolve(name_or_path: str, shipped: Mapping[str, str]) -> pathlib.Path:

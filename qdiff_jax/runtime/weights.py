@@ -40,13 +40,15 @@ def load_weights(path) -> tuple[dict, dict]:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no weights file {path}.")
+        raise ValueError(f"there is no weights file {path}; check the path.")
     try:
         with safe_open(path, framework="numpy") as file:
             header = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             flat = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}).") from error
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}); copy or export it again."
+        ) from error
     tree: dict = {}
     for name, array in flat.items():
         *parents, last = name.split("/")

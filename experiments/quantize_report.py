@@ -1,0 +1,188 @@
+"""What `experiments.quantize` measures of each variant, the pictures, and where the figures come from."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+import numpy as np
+
+from experiments.quantize_config import QuantizeConfig, VariantConfig
+from qdiff_jax.config import fingerprint
+from qdiff_jax.eval import plots, report, variant
+from qdiff_jax.eval.samples import Samples, draw_samples
+from qdiff_jax.export.bundle import stored_bytes
+from qdiff_jax.methods.run import load_for_sampling, make_sampler
+from qdiff_jax.models import registry
+from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
+from qdiff_jax.observe.selectors import every_step
+from qdiff_jax.observe.trajectory import Trajectory
+from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.runtime.progress import progress
+from qdiff_jax.stages.calibrate import ranges_by_step
+
+# Images of each variant in the picture: every class of a class-conditional model twice.
+_SHOWN = 20
+
+
+def is_measured(folder: pathlib.Path) -> bool:
+    """Whether `measure` has nothing left to do for the variant of this folder."""
+    return all((folder / name).exists() for name in ("metrics.json", "samples.npz", "bundle"))
+
+
+def rollout(config: QuantizeConfig, diffusion, variables, plan, module, name: str) -> np.ndarray:
+    """x_0 of all evaluation samples of a variant, telling how far it is."""
+    with progress(f"{name}: sampling", config.evaluation.samples) as tell:
+        return draw_samples(
+            module,
+            variables,
+            plan,
+            seed=config.seed,
+            count=config.evaluation.samples,
+            batch_size=config.evaluation.batch,
+            shape=diffusion.image_shape,
+            classes=diffusion.null_class,
+            guidance_scale=config.sampler.guidance_scale,
+            on_batch=tell,
+        )
+
+
+def reference(config: QuantizeConfig, diffusion, workdir: pathlib.Path) -> dict:
+    """The full-precision record, and its samples on disk."""
+    path = workdir / "variants" / "fp32" / "samples.npz"
+    if not path.exists():
+        plan = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
+        variables = {"params": diffusion.model.params, "quant": {}}
+        x = rollout(config, diffusion, variables, plan, diffusion.model.module, "fp32")
+        save_arrays(path, Samples(x))
+    return {
+        "name": "fp32",
+        "w_bits": 32,
+        "a_bits": 32,
+        "stored_bytes": registry.size_in_bytes(diffusion.model.params),
+        **report.reference_metrics(),
+        "calibrate_s": 0.0,
+        "reconstruct_s": 0.0,
+        "compile_s": 0.0,
+    }
+
+
+def measure(
+    config: QuantizeConfig,
+    name: str,
+    v: VariantConfig,
+    record: dict,
+    diffusion,
+    held_out: Trajectory,
+    workdir: pathlib.Path,
+) -> dict:
+    """Sample the variant's bundle and compare with full precision; read back if done already.
+
+    record: of `methods.run.run_method`. Leaves samples.npz and metrics.json in the variant's folder.
+    """
+    folder = workdir / "variants" / name
+    if is_measured(folder):
+        return load_record(folder / "metrics.json")
+    loaded = load_for_sampling(folder / "bundle")
+    samples = rollout(config, diffusion, loaded.variables, loaded.plan, loaded.module, name)
+    save_arrays(folder / "samples.npz", Samples(samples))
+    full = load_arrays(workdir / "variants" / "fp32" / "samples.npz", Samples).x
+    classify = registry.classifier(config.classifier) if config.classifier else None
+    with progress(f"{name}: teacher-forced error", len(held_out.t)) as tell:
+        forced = variant.teacher_forced(
+            registry.predictor(loaded.module),
+            loaded.variables,
+            held_out,
+            lambda done, total: tell(done),
+        )
+    temporal = variant.temporal(
+        diffusion.model,
+        loaded.variables["params"],
+        loaded.variables["quant"],
+        held_out.t,
+        diffusion.null_class,
+    )
+    result = {
+        "name": name,
+        "w_bits": v.w_bits or 32,
+        "a_bits": v.a_bits or 32,
+        "stored_bytes": stored_bytes(folder / "bundle").tensors,
+        "eps_rel_mse": forced.rel_mse,
+        "eps_rel_mse_by_step": forced.rel_mse_rows.tolist(),
+        **variant.rollout(full, samples, classify and (lambda images: classify(images)[1])),
+        "temporal_cosine": temporal.cosine,
+        "temporal_cosine_by_step": temporal.cosine_rows.tolist(),
+        "temporal_mismatch": temporal.mismatch,
+        "timesteps": held_out.t.tolist(),
+        **{key: record[key] for key in ("calibrate_s", "reconstruct_s", "compile_s")},
+    }
+    result = report.check_variants([result])[0]
+    save_record(folder / "metrics.json", result)
+    return result
+
+
+def draw(
+    config: QuantizeConfig,
+    diffusion,
+    sites,
+    calibration: Trajectory,
+    records: list[dict],
+    workdir: pathlib.Path,
+) -> dict[str, pathlib.Path]:
+    """The four pictures, captioned."""
+    folder = workdir / "pictures"
+    steps = calibration.t
+    images = {
+        r["name"]: load_arrays(workdir / "variants" / r["name"] / "samples.npz", Samples).x[:_SHOWN]
+        for r in records
+    }
+
+    def curves(key):
+        # float: a value that is not finite is stored as null, and leaves a gap in the picture.
+        zeros = np.zeros(len(steps))
+        return {r["name"]: np.asarray(r.get(key, zeros), np.float64) for r in records}
+
+    ranges = ranges_by_step(
+        diffusion.model,
+        every_step(jax.random.key(config.seed), calibration),
+        steps,
+        make_plan(sites, policy("official:qdiffusion", sites, None, 8)),
+        config.activations.batch_size,
+    )
+    lo, hi = (np.stack([r[i] for r in ranges.values()], axis=1) for i in (0, 1))
+    return {
+        "Samples from the same noise": plots.plot_samples(images, folder / "samples.png", 4),
+        "Teacher-forced error by timestep": plots.plot_error(
+            steps, curves("eps_rel_mse_by_step"), folder / "error.png"
+        ),
+        "Activation range by timestep": plots.plot_ranges(
+            steps, lo, hi, list(ranges), folder / "ranges.png"
+        ),
+        "Temporal features by timestep": plots.plot_temporal(
+            steps, curves("temporal_cosine_by_step"), folder / "temporal.png"
+        ),
+    }
+
+
+def provenance(config: QuantizeConfig, diffusion, command: str) -> dict:
+    """What made the report: command, commit, machine, versions, fingerprints."""
+    return {
+        "command": command or "experiments.quantize.quantize(...)",
+        "commit": _commit() or "not a git checkout",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "jax_version": jax.__version__,
+        "config_fingerprint": fingerprint(config),
+        "source_checkpoint_hash": diffusion.source["sha256"],
+    }
+
+
+def _commit() -> str:
+    root = pathlib.Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed, which must not cost a finished run its report
+        return ""
