@@ -22,19 +22,24 @@ import sys
 import tempfile
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
 from experiments.bench_sampling import grid, sampling
-from experiments.bench_units import random_set, range_search, unit_inputs, unit_step, walk
+from experiments.bench_units import (
+    random_model,
+    random_set,
+    range_search,
+    unit_inputs,
+    unit_step,
+    walk,
+)
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.models.program import units_with_projections
-from qdiff_jax.models.registry import miniature, unet
-from qdiff_jax.models.unet_ddpm import UNetConfig, unet_program
+from qdiff_jax.models.unet_ddpm import UNetConfig
 from qdiff_jax.policy import make_plan, policy
 from qdiff_jax.sites import list_sites
-from qdiff_jax.stages.stage import Model
 
 # The shipped network's sizes (see its card); speed does not depend on its weights.
 SHIPPED = UNetConfig(
@@ -47,32 +52,36 @@ SHIPPED = UNetConfig(
     groups=8,
     num_classes=10,
 )
+MINIATURE = UNetConfig(
+    channels=8,
+    multipliers=(1,),
+    res_blocks=1,
+    attention_resolutions=(),
+    resolution=4,
+    in_channels=1,
+    out_channels=1,
+    groups=4,
+    num_classes=10,
+)
 RESIDUAL = ("down_2_block_0", "down_1_block_0", "down_0_block_0")  # at 8x8, 16x16, 32x32
 STEP_LIMIT, SAMPLING_LIMIT = 1.3, 1.1
-
-
-def shipped() -> tuple[Model, UNetConfig]:
-    module = unet(SHIPPED)
-    side = SHIPPED.resolution
-    inputs = jax.numpy.zeros((1, side, side, 1)), jax.numpy.zeros(1), jax.numpy.zeros(1, "int32")
-    params = jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
-    return Model(module, unet_program(SHIPPED), params), SHIPPED
 
 
 def measure(quick: bool, once: bool) -> dict:
     """All rows on the cores this process may use. once: also what is counted or done only once."""
     if quick:
-        model, config = miniature().model, miniature().model.module.config
-        names, rounds, repeats, count, samples = ("down_1_block_0", "temb"), 2, 2, 2, 32
+        config, names, packed = MINIATURE, ("mid_block_1", "temb"), ("w4a8",)
+        rounds, repeats, count, samples = 2, 2, 2, 32
     else:
-        model, config = shipped()
-        names, rounds, repeats, count, samples = (*RESIDUAL, "temb"), 9, 8, 4, 64
+        config, names, packed = SHIPPED, (*RESIDUAL, "temb"), ("w8a8", "w4a8")
+        rounds, repeats, count, samples = 9, 8, 4, 64
+    model = random_model(config)
     shape = (config.resolution, config.resolution, config.in_channels)
     steps = grid(count)
     calibration = random_set(shape, samples, config.num_classes, steps)
     example = (calibration.x[:2], calibration.t[:2], calibration.y[:2])
     sites = list_sites(model.module, *example)
-    plans = {f"w{bits}a8": make_plan(sites, policy("common", sites, bits, 8)) for bits in (8, 4)}
+    plans = {name: make_plan(sites, policy("common", sites, int(name[1]), 8)) for name in packed}
     state, search = range_search(model, plans["w4a8"])
     result = {"ranges": search} if once else {}
     data = unit_inputs(model, calibration, set(names))
@@ -111,6 +120,8 @@ def confine(threads: int) -> None:
 def show(result: dict) -> None:
     """Print what `main` writes to --out."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has no width; 80 columns would cut the tables
     steps = Table(title="(a) a reconstruction step / forward and backward by hand, batch 32")
     runs = Table(title="(b) sampling, batch 32, an evaluation of the network")
     for column in (
@@ -163,6 +174,7 @@ def main(argv) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     options = flags.FLAGS
     if options.worker:
+        logging.set_verbosity(logging.WARNING)
         confine(int(options.threads[0]))
         rows = measure(options.quick, options.once)
         write_atomic(pathlib.Path(options.worker), json.dumps(rows))

@@ -10,6 +10,8 @@ import numpy as np
 
 from experiments.bench_timing import interleave, ratio, spent
 from qdiff_jax.models.program import Unit, apply_unit, subtrees, units_with_projections
+from qdiff_jax.models.registry import unet
+from qdiff_jax.models.unet_ddpm import UNetConfig, unet_program
 from qdiff_jax.observe.capture import run_unit
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.policy import SitePlan
@@ -29,6 +31,25 @@ from qdiff_jax.stages.unit_trees import (
 from qdiff_jax.stages.weights import calibrate_weights
 
 BATCH = 32
+
+
+def random_model(config: UNetConfig) -> Model:
+    """The network of a config with drawn parameters: no timing here depends on their values."""
+    module = unet(config)
+    side = config.resolution
+    example = (
+        jnp.zeros((1, side, side, config.in_channels)),
+        jnp.zeros(1),
+        jnp.zeros(1, jnp.int32),
+    )
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        fan = max(1, int(np.prod(leaf.shape[:-1])))
+        return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(fan), jnp.float32)
+
+    return Model(module, unet_program(config), jax.tree.map(draw, shapes))
 
 
 def random_set(shape, samples: int, num_classes: int, steps: np.ndarray) -> CalibrationSet:

@@ -5,6 +5,9 @@ import pathlib
 import tempfile
 
 import jax
+import pytest
+
+from . import main_job
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,3 +20,11 @@ _cache = os.environ.get(
 pathlib.Path(_cache).mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory) -> pathlib.Path:
+    """The workdir of the main job on its smoke config, run once; copy it before changing anything."""
+    workdir = tmp_path_factory.mktemp("main_job") / "smoke"
+    main_job.run("quantize", config=main_job.SMOKE, workdir=workdir)
+    return workdir

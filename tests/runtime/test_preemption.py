@@ -9,6 +9,15 @@ import pytest
 from qdiff_jax.runtime.preemption import preemption_notice
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the shell started the tests with it ignored."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_signal_is_noted_the_second_acts():
     before = signal.getsignal(signal.SIGINT)
     with preemption_notice() as asked:
