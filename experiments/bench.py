@@ -26,8 +26,9 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench_sampling import grid, sampling
+from experiments.bench_sampling import sampling
 from experiments.bench_units import (
+    counted_loss,
     random_model,
     random_set,
     range_search,
@@ -35,6 +36,7 @@ from experiments.bench_units import (
     unit_step,
     walk,
 )
+from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.models.program import units_with_projections
 from qdiff_jax.models.unet_ddpm import UNetConfig
@@ -71,28 +73,30 @@ def measure(quick: bool, once: bool) -> dict:
     """All rows on the cores this process may use. once: also what is counted or done only once."""
     if quick:
         config, names, packed = MINIATURE, ("mid_block_1", "temb"), ("w4a8",)
-        rounds, repeats, count, samples = 2, 2, 2, 32
+        rounds, seconds, samples = 2, 0.01, 32
     else:
         config, names, packed = SHIPPED, (*RESIDUAL, "temb"), ("w8a8", "w4a8")
-        rounds, repeats, count, samples = 9, 8, 4, 64
+        rounds, seconds, samples = 9, 0.5, 64
     model = random_model(config)
     shape = (config.resolution, config.resolution, config.in_channels)
-    steps = grid(count)
+    steps = make_timesteps("leading", 1000, 2)
     calibration = random_set(shape, samples, config.num_classes, steps)
     example = (calibration.x[:2], calibration.t[:2], calibration.y[:2])
     sites = list_sites(model.module, *example)
     plans = {name: make_plan(sites, policy("common", sites, int(name[1]), 8)) for name in packed}
     state, search = range_search(model, plans["w4a8"])
-    result = {"ranges": search} if once else {}
+    loss, traced = counted_loss()
+    result = {}
+    if once:
+        result["ranges"] = search
+        result["walk"] = walk(model, state, calibration, loss, traced)
     data = unit_inputs(model, calibration, set(names))
     units = {unit.name: unit for unit in units_with_projections(model.program)}
     result["steps"] = [
-        unit_step(model, state, units[name], data[name], calibration, rounds, repeats)
+        unit_step(model, state, units[name], data[name], calibration, loss, rounds, seconds)
         for name in names
     ]
     result["sampling"] = sampling(model, shape, plans, calibration, steps, rounds)
-    if once:
-        result["walk"] = walk(model, plans["w4a8"], calibration)
     return result
 
 

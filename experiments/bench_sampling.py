@@ -9,7 +9,6 @@ from experiments.bench_timing import interleave, ratio
 from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.diffusion.samplers import ddim
 from qdiff_jax.diffusion.schedule import make_schedule
-from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.methods.rtn import rtn
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.policy import SitePlan
@@ -81,7 +80,3 @@ def sampling(model: Model, shape, plans: dict[str, SitePlan], calibration, steps
             "samples_per_s": BATCH / (measured["wall_ms"] / 1e3),
         }
     return rows
-
-
-def grid(count: int) -> np.ndarray:
-    return make_timesteps("leading", 1000, count)

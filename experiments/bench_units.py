@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -117,16 +118,38 @@ def _with_kernels(tree, kernels):
     }
 
 
-def unit_step(model: Model, state: QuantState, unit: Unit, data, calibration, rounds, repeats):
+def unit_step(
+    model: Model,
+    state: QuantState,
+    unit: Unit,
+    data: tuple,
+    calibration: CalibrationSet,
+    loss: Callable,
+    rounds: int,
+    seconds: float,
+) -> dict:
     """Row (a): one step of reconstruction against `plain_step` on a minibatch of the same block.
 
     Ours is the loop as the stage runs it: drawing the minibatch's rows, gathering them from the cached
-    set, soft rounding, regulariser, Adam. Theirs has its minibatch ready and no optimizer.
+    set, soft rounding, regulariser, Adam. Theirs has its minibatch ready and no optimizer. seconds: about
+    how long one side runs in a round.
     """
     inputs, targets = (jax.tree.map(jnp.asarray, part) for part in data)
+    params = subtrees(model.params, unit)
+    kernels = tuple(_kernels(tree) for tree in params)
+    batch = jax.tree.map(lambda leaf: leaf[:BATCH], (inputs, targets))
+
+    def theirs(repeats):
+        for _ in range(repeats):
+            result = plain_step(unit.signature, kernels, params, *batch)
+        return jax.block_until_ready(result)
+
+    theirs(1)
+    _, once = spent(lambda: theirs(2))
+    repeats = int(np.clip(2 * seconds / max(once["cpu_s"], 1e-6), 2, 50))
+
     config = ReconstructConfig(steps=1_000_000, batch_size=BATCH)
     soft = only_weights(soft_trees(model.params, state.quant, unit))
-    params = subtrees(model.params, unit)
     trainable = {"alpha": trainable_alphas(soft)}
     carry = {
         "frozen": (tuple(without_kernels(p, q) for p, q in zip(params, soft)), soft),
@@ -138,47 +161,54 @@ def unit_step(model: Model, state: QuantState, unit: Unit, data, calibration, ro
         "trainable": trainable,
         "optimizer": initial_optimizer(trainable),
     }
+    # A step past the warm-up, so that the regulariser counts.
     held = {"carry": jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), carry), "at": 200_000}
-    step = make_step(unit.signature)
+    step = make_step(unit.signature, loss=loss)
 
     def ours():
-        start = held["at"]
-        xs = step_inputs(config, jax.random.key(0), len(calibration), 0, start, start + repeats)
+        start, stop = held["at"], held["at"] + repeats
+        xs = step_inputs(config, jax.random.key(0), len(calibration), 0, start, stop)
         held["carry"], losses = run_steps(step, held["carry"], xs, donate=True)
-        held["at"] = start + repeats
+        held["at"] = stop
         return jax.block_until_ready(losses)
 
-    kernels = tuple(_kernels(tree) for tree in params)
-    batch = jax.tree.map(lambda leaf: leaf[:BATCH], (inputs, targets))
-
-    def theirs():
-        for _ in range(repeats):
-            result = plain_step(unit.signature, kernels, params, *batch)
-        return jax.block_until_ready(result)
-
-    times = interleave({"ours": ours, "theirs": theirs}, rounds)
+    times = interleave({"ours": ours, "theirs": lambda: theirs(repeats)}, rounds)
     shapes = [tuple(leaf.shape[1:]) for leaf in jax.tree.leaves(data[0])]
     return {
         "unit": unit.name,
         "inputs": " + ".join("x".join(map(str, s)) or "scalar" for s in shapes),
+        "repeats": repeats,
         "ours": times["ours"].summary(repeats),
         "theirs": times["theirs"].summary(repeats),
         **ratio(times["ours"], times["theirs"]),
     }
 
 
-def walk(model: Model, plan: SitePlan, calibration: CalibrationSet) -> dict:
-    """Rows (d) and (e): a reconstruction of few steps and its compiles against its distinct units."""
-    units = units_with_projections(model.program)
-    traced = []
+def counted_loss() -> tuple[Callable, list]:
+    """The loss of a unit, and a list that grows by one whenever a step with it is traced."""
+    traced: list = []
 
-    def counting(outputs, targets, p):
+    def loss(outputs, targets, p):
         traced.append(None)
         return sum_of_outputs(outputs, targets, p)
 
-    state, _ = run_stage(calibrate_weights(model), initial_state(plan, jax.random.key(0)))
+    return loss, traced
+
+
+def walk(
+    model: Model,
+    state: QuantState,
+    calibration: CalibrationSet,
+    loss: Callable,
+    traced: list,
+) -> dict:
+    """Rows (d) and (e): a reconstruction of few steps and its compiles against its distinct units.
+
+    state: with ranges and no codes. loss, traced: from `counted_loss`, not used before.
+    """
+    units = units_with_projections(model.program)
     config = ReconstructConfig(steps=2, lr=1.0, batch_size=BATCH, walk_batch=len(calibration))
-    work = reconstruct(model, units, calibration, config, loss=counting)
+    work = reconstruct(model, units, calibration, config, loss=loss)
     (state, report), cost = spent(lambda: run_stage(work, state))
     again = reconstruct(
         model,
