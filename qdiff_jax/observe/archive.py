@@ -31,7 +31,8 @@ def load_arrays(path: pathlib.Path, kind: type, optional: Sequence[str] = ()) ->
     """
     names = [f.name for f in dataclasses.fields(kind)]
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Opened here, because np.load leaves a damaged file open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             odd = set(stored.files) ^ set(names)
             if odd - set(optional):
                 raise ValueError(f"its fields {stored.files} are not those of {kind.__name__}")
