@@ -42,7 +42,7 @@ from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
 from qdiff_jax.policy import SitePlan, make_plan, policy
 from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
 from qdiff_jax.runtime.phases import follow, phases
-from qdiff_jax.runtime.progress import progress
+from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.sites import Site, list_sites
 
 
@@ -186,7 +186,7 @@ def quantize_one(job: Job, name: str, sets: CalibrationSets, folder: pathlib.Pat
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-    logging.set_verbosity(logging.INFO)
+    log_progress()
     enable_compile_cache(flags.FLAGS.compile_cache)
     command = shlex.join(["python", "-m", "experiments.quantize", *sys.argv[1:]])
     quantize(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), command)

@@ -19,7 +19,7 @@ from qdiff_jax.eval.samples import Samples, draw_samples
 from qdiff_jax.methods.run import load_for_sampling
 from qdiff_jax.observe.archive import save_arrays
 from qdiff_jax.runtime.cache import enable_compile_cache
-from qdiff_jax.runtime.progress import progress
+from qdiff_jax.runtime.progress import log_progress, progress
 
 
 def sample_bundle(
@@ -56,7 +56,7 @@ def sample_bundle(
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-    logging.set_verbosity(logging.INFO)
+    log_progress()
     enable_compile_cache(flags.FLAGS.compile_cache)
     sample_bundle(
         pathlib.Path(flags.FLAGS.bundle),

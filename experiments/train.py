@@ -37,6 +37,7 @@ from qdiff_jax.runtime.cache import enable_compile_cache
 from qdiff_jax.runtime.fit import RunConfig, fit
 from qdiff_jax.runtime.mesh import data_mesh, replicate, shard_batch
 from qdiff_jax.runtime.metrics import metrics_writer
+from qdiff_jax.runtime.progress import log_progress
 from qdiff_jax.runtime.weights import fit_weights, load_weights, save_weights
 from qdiff_jax.stages.train import (
     OptimizerConfig,
@@ -309,11 +310,7 @@ def _save_grid(path: pathlib.Path, images: np.ndarray, columns: int = 10) -> Non
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-    logging.set_verbosity(logging.INFO)
-    # Orbax logs a dozen lines per checkpoint.
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno >= 30 or "orbax" not in record.pathname
-    )
+    log_progress()
     if flags.FLAGS.distributed:
         jax.distributed.initialize()
     enable_compile_cache(flags.FLAGS.compile_cache)

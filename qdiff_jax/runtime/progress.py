@@ -65,6 +65,14 @@ def _lines(what, total, start, every_seconds, clock):
     yield update
 
 
+def log_progress() -> None:
+    """Let progress lines through to the log, without Orbax's dozen lines for every checkpoint."""
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(
+        lambda record: record.levelno >= 30 or "orbax" not in record.pathname
+    )
+
+
 def format_seconds(seconds: float) -> str:
     """75 -> '1m15s', 7384 -> '2h03m'."""
     whole = int(round(seconds))
