@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench_timing import interleave, ratio, spent
+from qdiff_jax.models.families import make_module, parameter_shapes
 from qdiff_jax.models.program import Unit, apply_unit, subtrees, units_with_projections
-from qdiff_jax.models.registry import unet
 from qdiff_jax.models.unet_ddpm import UNetConfig, unet_program
 from qdiff_jax.observe.capture import run_unit
 from qdiff_jax.observe.selectors import CalibrationSet
@@ -36,14 +36,8 @@ BATCH = 32
 
 def random_model(config: UNetConfig) -> Model:
     """The network of a config with drawn parameters: no timing here depends on their values."""
-    module = unet(config)
-    side = config.resolution
-    example = (
-        jnp.zeros((1, side, side, config.in_channels)),
-        jnp.zeros(1),
-        jnp.zeros(1, jnp.int32),
-    )
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+    module = make_module(config)
+    shapes = parameter_shapes(config)
     rng = np.random.default_rng(0)
 
     def draw(leaf):

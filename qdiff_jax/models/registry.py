@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -19,12 +18,23 @@ from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.schedule import NoiseSchedule, make_schedule
 from qdiff_jax.export.bundle import file_sha256
 from qdiff_jax.models.classifier import Classifier, ClassifierConfig
-from qdiff_jax.models.unet_ddpm import UNetConfig, UNetDDPM, unet_program
+from qdiff_jax.models.dit import DiTConfig
+from qdiff_jax.models.families import (
+    make_module,
+    model_json,
+    parameter_shapes,
+    parse_model,
+    program_of,
+)
+from qdiff_jax.models.unet_ddpm import UNetConfig
 from qdiff_jax.quant.timed import StepContext, select
 from qdiff_jax.runtime.weights import fit_weights, load_weights
 from qdiff_jax.stages.stage import Model
 
-_DIFFUSION = {"unet_fashion": "unet_fashion.safetensors"}
+_DIFFUSION = {
+    "unet_fashion": "unet_fashion.safetensors",
+    "dit_fashion": "dit_fashion.safetensors",
+}
 _CLASSIFIERS = {"classifier_fashion": "classifier_fashion.safetensors"}
 
 
@@ -47,35 +57,28 @@ class DiffusionModel(NamedTuple):
 def load(name_or_path: str) -> DiffusionModel:
     """A shipped diffusion model by name, or one that `experiments.train` wrote, by path.
 
-    "random:miniature" is a tiny untrained U-Net, for smoke runs and tests.
+    "random:miniature" is a tiny untrained U-Net and "random:dit" a tiny untrained DiT, for smoke runs
+    and tests.
 
     Raises ValueError for an unknown name (listing those there are), a damaged file, or parameters that
     do not fit the config in its header.
     """
-    if name_or_path == "random:miniature":
-        return miniature()
+    if name_or_path in _MINIATURES:
+        return miniature(name_or_path)
     path = _resolve(name_or_path, _DIFFUSION)
     params, header = _described(path, "diffusion", ("model", "schedule"))
-    model_config = to_dataclass(UNetConfig, header["model"], str(path))
-    module = unet(model_config)
-    fitted = fit_weights(params, _template(module, model_config), path)
+    model_config = parse_model(header["model"], str(path))
+    fitted = fit_weights(params, parameter_shapes(model_config), path)
     schedule = header["schedule"]
-    return DiffusionModel(
-        Model(module, unet_program(model_config), jax.tree.map(jnp.asarray, fitted)),
-        make_schedule(schedule["schedule"], schedule["timesteps"]),
-        {"family": "unet_ddpm", **header["model"]},
-        model_config.num_classes,
+    return _assembled(
+        model_config,
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), fitted),
         {"name": name_or_path, "sha256": file_sha256(path), "schedule": schedule},
     )
 
 
-@functools.cache
-def miniature() -> DiffusionModel:
-    """A class-conditional U-Net of 8 channels on 8x8 images with random weights (seed 0).
-
-    Every kind of block of the real ones is in it; equal widths, so that blocks share compiles.
-    """
-    config = UNetConfig(
+_MINIATURES = {
+    "random:miniature": UNetConfig(
         channels=8,
         multipliers=(1, 1),
         res_blocks=1,
@@ -86,17 +89,43 @@ def miniature() -> DiffusionModel:
         groups=4,
         dropout=0.0,
         num_classes=10,
-    )
-    module = unet(config)
-    params = _random_params(_template(module, config), seed=0)
+    ),
+    "random:dit": DiTConfig(
+        width=16,
+        depth=2,
+        heads=2,
+        patch=2,
+        resolution=8,
+        in_channels=1,
+        num_classes=10,
+        learn_sigma=False,
+    ),
+}
+
+
+@functools.cache
+def miniature(name: str = "random:miniature") -> DiffusionModel:
+    """A class-conditional U-Net or DiT on 8x8 images with random weights (seed 0).
+
+    Every kind of block of the real ones is in it; equal widths, so that blocks share compiles.
+    """
+    config = _MINIATURES[name]
+    params = _random_params(parameter_shapes(config), seed=0)
     digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params)))
     schedule = {"schedule": "linear", "timesteps": 1000}
+    return _assembled(
+        config, params, {"name": name, "sha256": digest.hexdigest(), "schedule": schedule}
+    )
+
+
+def _assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
+    schedule = source["schedule"]
     return DiffusionModel(
-        Model(module, unet_program(config), params),
-        make_schedule("linear", 1000),
-        {"family": "unet_ddpm", **dataclasses.asdict(config)},
+        Model(make_module(config), program_of(config), params),
+        make_schedule(schedule["schedule"], schedule["timesteps"]),
+        model_json(config),
         config.num_classes,
-        {"name": "random:miniature", "sha256": digest.hexdigest(), "schedule": schedule},
+        source,
     )
 
 
@@ -119,32 +148,25 @@ def _random_params(shapes, seed: int) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def from_config(config: Mapping[str, Any]) -> UNetDDPM:
+def from_config(config: Mapping[str, Any]) -> Any:
     """The module that a bundle's manifest names. Raises ValueError for an unknown family."""
-    fields = dict(config)
-    family = fields.pop("family")
-    if family != "unet_ddpm":
-        raise ValueError(f"Model family {family!r} is unknown; this version knows 'unet_ddpm'.")
-    return unet(to_dataclass(UNetConfig, fields, "model"))
+    return make_module(parse_model(config))
 
 
 @functools.cache
-def unet(config: UNetConfig) -> UNetDDPM:
-    """One module object per config, so that functions compiled for it are shared."""
-    return UNetDDPM(config)
-
-
-@functools.cache
-def predictor(module: Any):
+def predictor(module: Any, variance: bool = False):
     """The sampler's network of a module: predict(variables, x, ctx, y) -> eps, the same object each time.
 
     variables: {"params", "quant"}; step tables in quant select their rows by ctx. x: [B, H, W, C].
+    A network that learns its variance answers with the noise estimate alone, unless `variance`: then
+    with both, [B, H, W, 2 C], as the DDPM sampler with "learned_range" reads them.
     """
 
     def predict(variables, x, ctx: StepContext, y):
         t = jnp.broadcast_to(ctx.t, x.shape[:1])
         quant = select(variables["quant"], ctx)
-        return module.apply({"params": variables["params"], "quant": quant}, x, t, y)
+        output = module.apply({"params": variables["params"], "quant": quant}, x, t, y)
+        return output if variance else output[..., : x.shape[-1]]
 
     return predict
 
@@ -168,12 +190,6 @@ def classifier(name_or_path: str = "classifier_fashion"):
 def size_in_bytes(params: Mapping) -> int:
     """Bytes of a parameter tree in float32."""
     return 4 * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
-def _template(module: UNetDDPM, config: UNetConfig):
-    x = jnp.zeros((1, config.resolution, config.resolution, config.in_channels))
-    y = None if config.num_classes is None else jnp.zeros((1,), jnp.int32)
-    return jax.eval_shape(module.init, jax.random.key(0), x, jnp.zeros((1,)), y)["params"]
 
 
 def _described(path: pathlib.Path, kind: str, needs: tuple[str, ...]) -> tuple[dict, dict]:

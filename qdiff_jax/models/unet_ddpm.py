@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from qdiff_jax.models.layers import conv, dense
 from qdiff_jax.models.program import Node, run_program, validate
-from qdiff_jax.operators import DENSE, PV, QK, Operator, same_conv
+from qdiff_jax.operators import PV, QK, Operator
 from qdiff_jax.sites import op
 
 _GN_EPS = 1e-6
@@ -75,44 +76,6 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     freqs = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000.0) / (half - 1)))
     args = t.astype(jnp.float32)[:, None] * freqs[None, :]
     return jnp.concatenate([jnp.sin(args), jnp.cos(args)], axis=1)
-
-
-class _Linear(nn.Module):
-    """The parameters of one convolution or dense layer, created only when its kernel is asked for."""
-
-    shape: tuple[int, ...]
-    use_kernel: bool = True
-
-    @nn.compact
-    def __call__(self):
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-        kernel = self.param("kernel", init, self.shape) if self.use_kernel else None
-        bias = self.param("bias", nn.initializers.zeros_init(), self.shape[-1:])
-        return kernel, bias
-
-
-def linear(module, name, operator, x, shape):
-    """A convolution or dense layer with parameters `name/{kernel,bias}` at the site `name`."""
-    site = module.get_variable("quant", name) if module.has_variable("quant", name) else None
-    holds_codes = site is not None and hasattr(site.rhs, "qparams")
-    kernel, bias = _Linear(shape, use_kernel=not holds_codes, name=name)()
-    return op(
-        module,
-        name,
-        operator,
-        x,
-        lambda: kernel.astype(x.dtype),
-        bias.astype(x.dtype),
-    )
-
-
-def conv(module, name, x, features, size=3, operator=None):
-    operator = operator or same_conv(size)
-    return linear(module, name, operator, x, (size, size, x.shape[-1], features))
-
-
-def dense(module, name, x, features):
-    return linear(module, name, DENSE, x, (x.shape[-1], features))
 
 
 def group_norm(name, groups, x):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -48,6 +49,12 @@ def values(rounded):
 def expected_qparams(lo, hi, qmax):
     lo, hi = min(float(lo), 0.0), max(float(hi), 0.0)
     return (hi - lo) / qmax, round(-lo * qmax / (hi - lo))
+
+
+def distance(q, x):
+    """Mean |x - x_hat|^2.4, in NumPy."""
+    code = np.clip(np.round(x / q.scale) + q.zero_point, q.qmin, q.qmax)
+    return float(np.mean(np.abs((code - q.zero_point) * q.scale - x) ** 2.4))
 
 
 class TestWeights:
@@ -100,6 +107,25 @@ class TestActivations:
                 low, high = 0.8 * low + 0.2 * lo[i], 0.8 * high + 0.2 * hi[i]
             scale, _ = expected_qparams(low, high, 255)
             np.testing.assert_allclose(quantizer(state.quant, name).scale, scale, rtol=1e-5)
+
+    def test_percentiles_are_those_of_all_values(self, rounded, values):
+        """The sites are small enough for the observer to keep every value."""
+        state, _ = run_stage(stage(observer="percentile"), rounded)
+        for name, x in values.items():
+            lo, hi = np.quantile(x, [0.0004, 0.9996])
+            scale, _ = expected_qparams(lo, hi, 255)
+            np.testing.assert_allclose(quantizer(state.quant, name).scale, scale, rtol=1e-4)
+
+    def test_searched_range_errs_less_than_the_full_one_at_few_bits(self):
+        start = initial_state(chain.plan(w_bits=None, a_bits=3), chain.KEY)
+        full = chain.site_values(chain.model().params, CALIBRATION)
+        errors = []
+        for observer in ("minmax", "mse"):
+            quant = run_stage(stage(observer=observer), start)[0].quant
+            made = [jax.device_get(quantizer(quant, name)) for name in full]
+            errors.append([distance(q, x) for q, x in zip(made, full.values(), strict=True)])
+        assert (np.array(errors[1]) <= np.array(errors[0]) * (1 + 1e-6)).all()
+        assert np.mean(errors[1]) < 0.9 * np.mean(errors[0])
 
     def test_weights_stay_as_they_are(self, rounded):
         before = flatten_sites(rounded.quant)
@@ -199,8 +225,10 @@ class TestWhatIsPlanned:
             stage(observer="histogram")
 
 
-@pytest.mark.parametrize("options", [{"per_step": chain.TEMPORAL}, {"observer": "ema"}])
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize(
+    ("options", "after"),
+    [({"per_step": chain.TEMPORAL}, 1), ({"observer": "ema"}, 3), ({"observer": "percentile"}, 2)],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(rounded, tmp_path, options, after):
     whole, _ = run_stage(stage(**options), rounded)
     killed = stage(**options)

@@ -165,6 +165,20 @@ def test_several_outputs_are_fitted_together(start):
     assert carry.unit["losses"][2] > 0  # both started exact
 
 
+def test_temporal_units_may_take_more_steps(start):
+    """And nothing else changes: their own schedule runs to its end."""
+    config = dataclasses.replace(CONFIG, steps=3, temporal_steps=7)
+    work = stage(config)
+    carry = work.run(work.init(start, None), 50)
+    assert (carry.position, carry.reports[0]["unit"]) == (1, "time")
+    longer = stage(dataclasses.replace(CONFIG, steps=7))
+    alone = longer.run(longer.init(start, None), 50)
+    assert chain.leaves_equal(carry.state.quant, alone.state.quant)
+    carry = work.run(carry, 2)
+    assert (carry.position, carry.step) == (1, 2)
+    assert work.run(carry, 50).position == 2
+
+
 def test_devices_agree(start):
     """The minibatch split over eight devices: the same codes, the same losses."""
     config = dataclasses.replace(CONFIG, steps=20, rounding_weight=0.05)
