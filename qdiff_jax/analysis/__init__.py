@@ -1,0 +1,1 @@
+"""Why quantized diffusion models fail: one analysis a file, each a pure function that returns numbers."""

@@ -1,0 +1,148 @@
+"""Pictures of what full precision does: ranges, skips, temporal features, outliers, softmax."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from qdiff_jax.analysis.column import (
+    COLOURS,
+    STEPS_LABEL,
+    colour_bar,
+    column,
+    dress,
+    legend,
+    line_style,
+    short,
+    step_ticks,
+)
+from qdiff_jax.analysis.outliers import Outliers
+from qdiff_jax.analysis.ranges import Ranges
+from qdiff_jax.analysis.skips import Skips
+from qdiff_jax.analysis.temporal import TemporalInformation
+
+
+def ranges_figure(result: Ranges) -> Figure:
+    """Ranges over the timestep, relative to each activation's median, and by channel at one site."""
+    figure, (top, bottom) = column([2.0, 1.9])
+    middle = np.median(result.width, axis=0)
+    relative = result.width / np.where(middle > 0, middle, 1.0)[None, :]
+    for i in range(relative.shape[1]):
+        top.plot(result.timesteps, relative[:, i], color="#BBBBBB", linewidth=0.4, zorder=1)
+    top.plot([], [], color="#BBBBBB", linewidth=0.8, label=f"{len(result.names)} activations")
+    ranked = np.argsort(np.where(result.temporal, -1.0, result.ratio))[::-1]
+    for k, i in enumerate(ranked[:3]):
+        label = f"{short(result.names[i])} ({result.ratio[i]:.3g}\u00d7)"
+        top.plot(result.timesteps, relative[:, i], label=label, zorder=2, **line_style(k + 4))
+    top.set_yscale("log")
+    # A few activations move by orders of magnitude; the picture is of the many.
+    shown = relative[np.isfinite(relative) & (relative > 0)]
+    top.set_ylim(*np.quantile(shown, [0.002, 0.998]) * (0.8, 3.5))
+    dress(top, STEPS_LABEL, "range / its median over t")
+    legend(top, loc="upper center")
+
+    order = np.argsort(result.channels.mean(axis=0))[::-1]
+    picture = bottom.imshow(
+        result.channels[:, order].T, aspect="auto", cmap="cividis", interpolation="nearest"
+    )
+    step_ticks(bottom, result.timesteps)
+    dress(bottom, STEPS_LABEL, "channel (sorted)", short(result.site), grid=False)
+    colour_bar(figure, picture, bottom, "largest |activation|")
+    return figure
+
+
+def skips_figure(result: Skips) -> Figure:
+    """The values of the two parts at one block, and the ratio of their spreads at every block."""
+    figure, (top, bottom) = column([1.9, 1.9])
+    for part, (name, hatch) in enumerate((("h", ""), ("skip", "////"))):
+        colour = COLOURS[(5, 1)[part]]
+        top.stairs(result.densities[part], result.edges, color=colour, linewidth=1.0)
+        top.stairs(
+            result.densities[part],
+            result.edges,
+            fill=True,
+            facecolor=colour,
+            edgecolor=colour,
+            alpha=0.35,
+            hatch=hatch,
+            linewidth=0.0,
+            label=f"{name} (std {_pooled(result)[part]:.3g})",
+        )
+    top.set_yscale("log")
+    floor = result.densities[result.densities > 0].min()
+    top.set_ylim(floor * 0.7, result.densities.max() * 2.0)
+    dress(top, "activation (its own units)", "density", f"input of {short(result.block)}")
+    legend(top)
+
+    # h above the skip counts up, the other way round down: which part is wide is part of the story.
+    ratio = result.std[..., 0] / np.maximum(result.std[..., 1], 1e-12)
+    places = np.arange(len(result.blocks))
+    low, mid, high = (f(ratio, axis=0) for f in (np.min, np.median, np.max))
+    bottom.vlines(places, low, high, color=COLOURS[5], linewidth=3.0, alpha=0.35)
+    bottom.plot(places, mid, "o", color=COLOURS[5], markersize=3.5)
+    bottom.axhline(1.0, color="#555555", linewidth=0.8)
+    bottom.set_yscale("log")
+    bottom.set_xticks(places, [short(b) for b in result.blocks], rotation=30, ha="right")
+    dress(bottom, "", "std of h / std of skip", "bar: over timesteps, dot: median")
+    ticks = [v for v in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low.min() * 0.8 <= v <= high.max() * 1.25]
+    bottom.set_yticks(ticks, [f"{v:g}" for v in ticks])
+    bottom.set_yticks([], minor=True)
+    return figure
+
+
+def _pooled(result: Skips) -> np.ndarray:
+    std = result.std[:, result.blocks.index(result.block)]
+    return np.sqrt(np.mean(std**2, axis=0))
+
+
+def temporal_figure(result: TemporalInformation) -> Figure:
+    """Similarity of full-precision features by (t, t'), and what quantization does to them."""
+    figure, (top, middle, bottom) = column([2.3, 1.5, 1.6])
+    t = result.timesteps
+    picture = top.pcolormesh(t, t, result.cosine, cmap="cividis", shading="nearest", rasterized=True)
+    top.set_aspect("equal")
+    dress(top, "timestep t", "timestep t'", "full precision", grid=False)
+    colour_bar(figure, picture, top, "cosine similarity")
+    for k, (name, error) in enumerate(result.error.items()):
+        style = {**line_style(k + 4), "markevery": max(1, len(t) // 12)}
+        middle.plot(t, np.where(error > 0, error, np.nan), label=name, **style)
+        shift = result.shift[name]
+        low, high = shift.min(axis=0), shift.max(axis=0)
+        bottom.fill_between(t, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        label = f"{name}: {result.verdict[f'{name}/mismatch']:.0%} mistaken"
+        bottom.plot(t, shift.mean(axis=0), label=label, **style)
+    middle.set_yscale("log")
+    dress(middle, "timestep t", "1 \u2212 cosine", "features: quantized against full precision")
+    dress(bottom, "timestep t", "t' \u2212 t (timesteps)", "nearest t' (band: over blocks)")
+    if result.error:
+        legend(middle)
+        legend(bottom)
+    return figure
+
+
+def outliers_figure(result: Outliers) -> Figure:
+    """The channels of the worst input in order of size, and largest / median at every layer."""
+    figure, (top, bottom) = column([1.8, 2.1])
+    sizes = np.sort(result.magnitudes)[::-1]
+    top.bar(np.arange(len(sizes)), sizes, width=1.0, color=COLOURS[5], linewidth=0)
+    median = float(np.median(sizes))
+    top.axhline(median, color=COLOURS[4], linewidth=1.0, linestyle="--", label=f"median {median:.3g}")
+    title = f"{short(result.site)}: {result.verdict['largest_ratio']:.3g}\u00d7 the median"
+    dress(top, "channel (sorted)", "largest |activation|", title)
+    legend(top)
+    kinds = {"dense": "dense input", "conv": "convolution input", "temporal": "time layer input"}
+    for k, (kind, label) in enumerate(kinds.items()):
+        at = [i for i, found in enumerate(result.kinds) if found == kind]
+        if at:
+            style = {**line_style(k + 3), "linestyle": "none"}
+            bottom.plot(np.array(at) / len(result.kinds), result.ratio[at], label=label, **style)
+    places = (np.arange(len(result.stream)) + 0.5) / len(result.stream)
+    bottom.plot(places, result.stream_ratio, color="#777777", linewidth=0.8, label="residual stream")
+    bottom.set_yscale("log")
+    bottom.set_ylim(0.9, None)
+    dress(bottom, "depth (share of the layers)", "largest / median channel")
+    legend(bottom, loc="upper center", ncols=2)
+    top_of = max(result.ratio.max(), result.stream_ratio.max())
+    if np.isfinite(top_of):
+        bottom.set_ylim(0.9, top_of * 4)
+    return figure

@@ -1,0 +1,303 @@
+"""Rounding by second moments: GPTQ, and coordinate descent on the same quadratic.
+
+A layer's inputs X [n, K] have the (centred) second moment H = X'X / n, and codes are chosen to make
+tr(D'H D) small, D = W_q - W. GPTQ (Frantar et al. 2023) rounds row after row of W and lets the rows
+that are still free make up for each error; all output columns go at once, since they share H.
+Coordinate descent improves any codes; its Kronecker form weighs outputs too, tr(G D'H D) with
+G [N, N] the second moment of the loss's gradient at the layer's output (K-FAC).
+
+Everything works in the dtype of H: float32, or float64 where JAX has it enabled. Bits, scales and
+damping are data. Order of rows for a convolution: (i, j, c), as a kernel HWIO flattens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qdiff_jax.quant.affine import dequantize, quantize
+from qdiff_jax.quant.qparams import QParams, broadcast, grouped, scale_and_zero_point
+
+_TRIES = 10
+_EXACT = lax.Precision.HIGHEST
+
+
+class Rounded(NamedTuple):
+    """codes: int32, of the kernel's shape. qparams: their grid. damping: () the share of the mean
+    diagonal that the factorisation needed, NaN if none of its attempts succeeded."""
+
+    codes: jax.Array
+    qparams: QParams
+    damping: jax.Array
+
+
+class _Rows(NamedTuple):
+    """A grid as one row for each row of W: every leaf [K, N]."""
+
+    scale: jax.Array
+    zero: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
+def grid_rows(qparams: QParams, shape: tuple[int, ...], dtype=jnp.float32) -> _Rows:
+    """The numbers of qparams for each element of a kernel of `shape`, as [K, N] arrays.
+
+    Raises ValueError unless the grid is affine and static.
+    """
+    if qparams.spec.grid != "affine" or qparams.spec.dynamic:
+        raise ValueError(
+            f"closed-form rounding needs a static affine grid for the weight, got {qparams.spec}; "
+            "plan the weight on an affine grid."
+        )
+    view = jax.eval_shape(
+        lambda x: grouped(qparams.spec, x), jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    like = jax.ShapeDtypeStruct(shape, jnp.float32)
+    leaves = broadcast(qparams, like)
+    return _Rows(
+        *(
+            jnp.broadcast_to(
+                leaf.reshape((1,) * (len(view.shape) - leaf.ndim) + leaf.shape), view.shape
+            )
+            .reshape(-1, shape[-1])
+            .astype(dtype)
+            for leaf in leaves
+        )
+    )
+
+
+def inverse_factor(hessian: jax.Array, damping) -> tuple[jax.Array, jax.Array]:
+    """(U, damping used): U upper triangular with U'U = (H + damping * mean(diag H) * I)^-1.
+
+    A Cholesky factorisation that fails (NaN) is tried again with ten times the damping. Rows of H
+    that are zero (inputs that never vary) get the mean diagonal, so that they neither fail nor couple.
+    U comes from H itself, factored from its last row backwards, so that no inverse is ever factored.
+    """
+    size = hessian.shape[0]
+    diagonal = jnp.diagonal(hessian)
+    dead = diagonal <= 0
+    alive = jnp.maximum(jnp.sum(jnp.where(dead, 0, 1)), 1).astype(hessian.dtype)
+    mean = jnp.sum(jnp.where(dead, jnp.zeros_like(diagonal), diagonal)) / alive
+    mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
+    diagonal = jnp.where(dead, mean, jnp.zeros_like(mean))
+    base = hessian + jnp.diag(diagonal)
+    eye = jnp.eye(size, dtype=hessian.dtype)
+
+    def attempt(share):
+        return jnp.linalg.cholesky(jnp.flip(base + share * mean * eye))
+
+    def failed(state):
+        factor, _, tries = state
+        return jnp.any(jnp.isnan(factor)) & (tries < _TRIES)
+
+    def again(state):
+        _, share, tries = state
+        share = jnp.maximum(share, 1e-6) * 10.0
+        return attempt(share), share, tries + 1
+
+    share = jnp.asarray(damping, hessian.dtype)
+    factor, share, _ = lax.while_loop(failed, again, (attempt(share), share, jnp.int32(0)))
+    upper = lax.linalg.triangular_solve(jnp.flip(factor), eye, left_side=True, lower=False)
+    return upper, jnp.where(jnp.any(jnp.isnan(factor)), jnp.nan, share)
+
+
+@functools.partial(jax.jit, static_argnames=("act_order", "block"))
+def gptq(
+    kernel: jax.Array,
+    hessian: jax.Array,
+    qparams: QParams,
+    *,
+    act_order: bool = True,
+    damping=0.01,
+    block: int = 128,
+) -> Rounded:
+    """Codes of a kernel that make tr(D'H D) small; with H a multiple of I, nearest codes exactly.
+
+    Args:
+      kernel: [..., N], flattened to [K, N] (HWIO or [in, out]).
+      hessian: [K, K]. Its scale does not matter.
+      qparams: affine and static; per tensor, per output channel, or per group of input channels.
+      act_order: round rows of large H_kk first. Free here: ranges are fixed beforehand.
+      damping: added to the diagonal as a share of its mean; grows by itself where H is singular.
+      block: rows between two updates of the whole matrix; changes the result by rounding only.
+    """
+    shape = kernel.shape
+    weights = kernel.reshape(-1, shape[-1]).astype(hessian.dtype)
+    rows = grid_rows(qparams, shape, hessian.dtype)
+    size = weights.shape[0]
+    order = jnp.arange(size)
+    if act_order:
+        order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
+        hessian = hessian[order][:, order]
+        weights = weights[order]
+        rows = jax.tree.map(lambda leaf: leaf[order], rows)
+    upper, used = inverse_factor(hessian, damping)
+    block = min(block, size)
+    pad = -size % block
+    blocked = jax.tree.map(lambda r: _blocks(r, pad, block), rows)
+    codes = _sweep(weights, upper, block, lambda current, given: given, blocked)[0]
+    back = jnp.argsort(order)
+    return Rounded(codes[back].astype(jnp.int32).reshape(shape), qparams, used)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def gptq_regrouped(
+    kernel: jax.Array, hessian: jax.Array, spec, qmin, qmax, *, damping=0.01
+) -> Rounded:
+    """GPTQ whose group ranges are min-max of the weights as they stand when the group is reached.
+
+    kernel: [K, N] of a dense layer. spec: granularity "group" on axis -2. The ranges follow the
+    updates that earlier groups caused, which min-max of the original weights would clip; rows go in
+    their own order. Raises ValueError for another granularity.
+    """
+    if spec.granularity != "group" or spec.axis != -2 or kernel.ndim != 2:
+        raise ValueError(
+            f"gptq_regrouped takes a [K, N] kernel in groups of input channels (axis -2), got "
+            f"{spec.granularity!r} on axis {spec.axis} for {kernel.shape}; use gptq instead."
+        )
+    if kernel.shape[0] % spec.group:
+        raise ValueError(f"groups of {spec.group} do not divide the {kernel.shape[0]} inputs.")
+    upper, used = inverse_factor(hessian, damping)
+    low, high = jnp.asarray(qmin, hessian.dtype), jnp.asarray(qmax, hessian.dtype)
+
+    def measured(current, given):
+        del given
+        lo, hi = current.min(axis=0), current.max(axis=0)
+        scale, zero = scale_and_zero_point(spec, lo, hi, low, high)
+        ends = (jnp.broadcast_to(v, scale.shape) for v in (low, high))
+        return _Rows(*(jnp.broadcast_to(v[None], current.shape) for v in (scale, zero, *ends)))
+
+    weights = kernel.astype(hessian.dtype)
+    codes, rows = _sweep(weights, upper, spec.group, measured, None)
+    scale, zero = (leaf[:, 0].astype(jnp.float32) for leaf in (rows.scale, rows.zero))
+    ends = (jnp.asarray(v, jnp.float32) for v in (qmin, qmax))
+    return Rounded(codes.astype(jnp.int32), QParams(scale, zero, *ends, spec), used)
+
+
+def _blocks(leaf, pad, block):
+    # Padding with ones: a scale of zero would make NaN of rows that are thrown away.
+    leaf = jnp.pad(leaf, ((0, pad), (0, 0)), constant_values=1)
+    return leaf.reshape(-1, block, leaf.shape[-1])
+
+
+def _sweep(weights, upper, block, grid, given):
+    """(codes as floats [K, N], grids [blocks, block, N]) of one pass over all rows."""
+    size, columns = weights.shape
+    pad = -size % block
+    weights = jnp.pad(weights, ((0, pad), (0, 0)))
+    upper = jnp.pad(upper, ((0, pad), (0, pad))) + jnp.diag(
+        (jnp.arange(size + pad) >= size).astype(upper.dtype)
+    )
+
+    def one_block(weights, inputs):
+        start, band, given = inputs
+        current = lax.dynamic_slice(weights, (start, 0), (block, columns))
+        square = lax.dynamic_slice(band, (0, start), (block, block))
+        rows = grid(current, given)
+
+        def one_row(current, inputs):
+            i, factors, row = inputs
+            w = current[i]
+            code = quantize(w, *row)
+            error = (w - dequantize(code, row.scale, row.zero)) / factors[i]
+            return current - factors[:, None] * error[None, :], (code, error)
+
+        _, (codes, errors) = lax.scan(one_row, current, (jnp.arange(block), square, rows))
+        weights = weights - jnp.matmul(band.T, errors, precision=_EXACT)
+        return weights, (codes, rows)
+
+    starts = jnp.arange(0, size + pad, block)
+    bands = upper.reshape(-1, block, size + pad)
+    _, (codes, rows) = lax.scan(one_block, weights, (starts, bands, given))
+    return codes.reshape(-1, columns)[:size], rows
+
+
+@functools.partial(jax.jit, static_argnames="sweeps")
+def coordinate_descent(codes, kernel, hessian, qparams: QParams, *, sweeps: int = 3) -> jax.Array:
+    """Codes of no larger tr(D'H D): each row in turn set to its best values, all columns at once.
+
+    codes, kernel: [..., N]; kernel is what the codes aim at. hessian: [K, K]. A row is rounded about
+    its unconstrained minimum, which for one coordinate of a quadratic is the best code.
+    """
+    shape = kernel.shape
+    rows = grid_rows(qparams, shape, hessian.dtype)
+    target = kernel.reshape(-1, shape[-1]).astype(hessian.dtype)
+    start = codes.reshape(target.shape).astype(hessian.dtype)
+    gradient = jnp.matmul(
+        hessian, dequantize(start, rows.scale, rows.zero) - target, precision=_EXACT
+    )
+
+    def step(i, state):
+        codes, gradient = state
+        k = i % target.shape[0]
+        curvature = jnp.maximum(hessian[k, k], jnp.finfo(hessian.dtype).tiny)
+        wanted = jnp.round(codes[k] - gradient[k] / (curvature * rows.scale[k]))
+        fresh = jnp.clip(wanted, rows.low[k], rows.high[k])
+        fresh = jnp.where(hessian[k, k] > 0, fresh, codes[k])
+        change = (fresh - codes[k]) * rows.scale[k]
+        gradient = gradient + hessian[:, k][:, None] * change[None, :]
+        return codes.at[k].set(fresh), gradient
+
+    codes, _ = lax.fori_loop(0, sweeps * target.shape[0], step, (start, gradient))
+    return codes.astype(jnp.int32).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames="sweeps")
+def kronecker_descent(
+    codes,
+    kernel,
+    hessian,
+    output_factor,
+    qparams: QParams,
+    *,
+    sweeps: int = 2,
+    input_damping=0.01,
+    output_damping=0.05,
+) -> jax.Array:
+    """Codes of no larger tr(G D'H D), one coordinate after the other.
+
+    output_factor: G [N, N], second moment of the loss's gradient at the layer's output. Damping is a
+    share of the mean diagonal of either factor. Inside a row a change costs O(N); after the row one
+    rank-1 update of H D.
+    """
+    shape = kernel.shape
+    dtype = hessian.dtype
+    rows = grid_rows(qparams, shape, dtype)
+    hessian = _damped(hessian, input_damping)
+    factor = _damped(output_factor.astype(dtype), output_damping)
+    target = kernel.reshape(-1, shape[-1]).astype(dtype)
+    start = codes.reshape(target.shape).astype(dtype)
+    moved = jnp.matmul(hessian, dequantize(start, rows.scale, rows.zero) - target, precision=_EXACT)
+    columns = target.shape[1]
+
+    def row_step(i, state):
+        codes, moved = state
+        k = i % target.shape[0]
+        curvature = hessian[k, k]
+        old, scale = codes[k], rows.scale[k]
+
+        def column_step(n, inner):
+            row, gradient = inner
+            wanted = jnp.round(row[n] - gradient[n] / (curvature * factor[n, n] * scale[n]))
+            fresh = jnp.clip(wanted, rows.low[k, n], rows.high[k, n])
+            change = (fresh - row[n]) * scale[n]
+            return row.at[n].set(fresh), gradient + curvature * change * factor[n]
+
+        gradient = jnp.matmul(moved[k], factor, precision=_EXACT)
+        row, _ = lax.fori_loop(0, columns, column_step, (old, gradient))
+        change = (row - old) * scale
+        return codes.at[k].set(row), moved + hessian[:, k][:, None] * change[None, :]
+
+    codes, _ = lax.fori_loop(0, sweeps * target.shape[0], row_step, (start, moved))
+    return codes.astype(jnp.int32).reshape(shape)
+
+
+def _damped(matrix, share):
+    mean = jnp.mean(jnp.diagonal(matrix))
+    mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
+    return matrix + (share * mean) * jnp.eye(matrix.shape[0], dtype=matrix.dtype)

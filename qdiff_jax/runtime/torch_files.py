@@ -1,0 +1,167 @@
+"""Checkpoints of PyTorch as NumPy arrays: no torch, and nothing in the file is run.
+
+A checkpoint is a pickle with the tensors' bytes beside it, in one of two containers: a zip archive
+(since 1.6) or a sequence of pickles followed by the raw storages.
+
+Format: torch/serialization.py of PyTorch 2.13 (`_save`, `_legacy_save`).
+"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import pickle
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+
+from qdiff_jax.runtime.torch_pickle import DTYPES, Storage, storage_entry, storage_values, unpickle
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+def load_torch(path) -> Any:
+    """Reads a file written by `torch.save`.
+
+    Tensors and parameters become read-only NumPy arrays on the same values: bfloat16 as float32, any
+    other dtype as it is. Dicts are `dict` or `OrderedDict`, lists, tuples, sets and scalars are Python's;
+    objects of other classes (an optimizer's, a training framework's) are `Unknown`.
+
+    Raises:
+      ValueError: there is no such file; it is truncated, no checkpoint at all, or of a kind that this
+        reader does not read (TorchScript, the tar format before 0.1.10, sparse or quantized storages).
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint file {path}; check the path.")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    _refuse_other_files(head, path)
+    try:
+        return _read_zip(path) if head.startswith(b"PK\x03\x04") else _read_legacy(path)
+    except _UNPICKLING_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a torch checkpoint ({reason}); if it is damaged or truncated, "
+            "download or copy it again."
+        ) from error
+
+
+# What the pickle machine and the array constructors raise on a broken or hostile file.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def _refuse_other_files(head: bytes, path: pathlib.Path) -> None:
+    text = head.lstrip().lower()
+    if not head:
+        raise ValueError(f"{path} is empty; download or copy it again.")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(
+            f"{path} is a web page, not weights: the download was answered with HTML or XML; open it to "
+            "see why, and download it again."
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not weights; run `git lfs pull`.")
+    if head[257:262] == b"ustar":
+        raise ValueError(
+            f"{path} is a checkpoint in the tar format of PyTorch before 0.1.10, which is not read; load "
+            "it with torch and save it again."
+        )
+    if head[8:10] == b'{"':
+        raise ValueError(f"{path} is a safetensors file; read it with safetensors.numpy.load_file.")
+
+
+def _read_zip(path: pathlib.Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        root = names[0].split("/", 1)[0] if names else ""
+        if f"{root}/constants.pkl" in names:
+            raise ValueError("it is a TorchScript archive, not a state dict")
+        if f"{root}/data.pkl" not in names:
+            raise ValueError("the archive has no data.pkl")
+        order = "little"
+        if f"{root}/byteorder" in names:
+            order = archive.read(f"{root}/byteorder").decode("ascii")
+        cache: dict[str, Storage] = {}
+
+        def storage(pid) -> Storage:
+            dtype, key, count = storage_entry(pid)
+            if key not in cache:
+                item = np.dtype(DTYPES[dtype]).itemsize
+                info = archive.getinfo(f"{root}/data/{key}")
+                # Before reading: a small compressed entry may claim any size.
+                if info.file_size != count * item:
+                    raise ValueError(
+                        f"storage {key} has {info.file_size} bytes where {count} x {dtype} belong"
+                    )
+                cache[key] = Storage(dtype, storage_values(archive.read(info), dtype, order))
+            if cache[key].dtype != dtype:
+                raise ValueError(f"storage {key} is both {cache[key].dtype} and {dtype}")
+            return cache[key]
+
+        return unpickle(io.BytesIO(archive.read(f"{root}/data.pkl")), storage)
+
+
+def _read_legacy(path: pathlib.Path) -> Any:
+    """The storages come after the object: one pass finds which, the second builds with them."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if unpickle(file, _no_storage) != _LEGACY_MAGIC:
+            raise ValueError("it does not begin as one")
+        if unpickle(file, _no_storage) != _LEGACY_PROTOCOL:
+            raise ValueError("unknown protocol")
+        system = unpickle(file, _no_storage)
+        order = "little" if system["little_endian"] else "big"
+        start = file.tell()
+
+        entries: dict[str, str] = {}
+
+        def listed(pid) -> Storage:
+            dtype, key, _ = storage_entry(pid)
+            entries[key] = dtype
+            return Storage(dtype, None)
+
+        unpickle(file, listed)
+        stored: dict[str, np.ndarray] = {}
+        for key in unpickle(file, _no_storage):
+            header = file.read(8)
+            count = int.from_bytes(header, order, signed=True)
+            wanted = count * np.dtype(DTYPES[entries[key]]).itemsize
+            if len(header) < 8 or not 0 <= wanted <= size - file.tell():
+                raise ValueError(f"the file ends within storage {key}")
+            stored[key] = storage_values(file.read(wanted), entries[key], order)
+
+        def storage(pid) -> Storage:
+            dtype, key, _ = storage_entry(pid)
+            if dtype != entries[key]:
+                raise ValueError(f"storage {key} is both {entries[key]} and {dtype}")
+            values = stored[key]
+            # A storage may be a window of another: (its key, offset, length).
+            if len(pid) > 5 and pid[5] is not None:
+                _, offset, length = pid[5]
+                if not 0 <= offset <= offset + length <= len(values):
+                    raise ValueError(f"a window reaches beyond storage {key}")
+                values = values[offset : offset + length]
+            return Storage(dtype, values)
+
+        file.seek(start)
+        return unpickle(file, storage)
+
+
+def _no_storage(pid):
+    raise ValueError("a storage where none belongs")

@@ -1,0 +1,226 @@
+"""The pickle inside a PyTorch checkpoint, read without torch and without running anything it names.
+
+Unpickling calls whatever functions the file names. Here every global is looked up in a short table of
+harmless functions, and any other becomes an `Unknown`: a record of what was asked for, which does
+nothing.
+
+Format: torch/_utils.py and torch/_tensor.py of PyTorch 2.13 (`_rebuild_tensor_v2` and its relatives).
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# bfloat16 has no NumPy type: its 16 bits are the upper half of a float32.
+_BFLOAT16 = "bfloat16"
+DTYPES = {
+    "float64": "f8",
+    "float32": "f4",
+    "float16": "f2",
+    "bfloat16": "u2",
+    "int64": "i8",
+    "int32": "i4",
+    "int16": "i2",
+    "int8": "i1",
+    "uint8": "u1",
+    "uint16": "u2",
+    "uint32": "u4",
+    "uint64": "u8",
+    "bool": "?",
+    "complex64": "c8",
+    "complex128": "c16",
+}
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "uint8",
+}
+
+
+class Unknown:
+    """Stands for an object of a class that is not rebuilt; holds what the pickle said about it.
+
+    Attributes:
+      path: "module.name" of the class or function in the file.
+      args, kwargs: what it was to be called with.
+      state: what its attributes were to be set from, or None.
+      items: what was to be stored into it.
+    """
+
+    path = "?"
+
+    def __new__(cls, *args, **kwargs):
+        self = object.__new__(cls)
+        self.args, self.kwargs, self.state, self.items = args, kwargs, None, []
+        return self
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def __setitem__(self, key, value):
+        self.items.append((key, value))
+
+    def append(self, value):
+        self.items.append(value)
+
+    extend = append
+    add = append
+
+    def __repr__(self):
+        return f"<{self.path}, not rebuilt>"
+
+
+class _Dtype(NamedTuple):
+    """A torch dtype by name; also the class of its storage."""
+
+    name: str
+
+
+class Storage(NamedTuple):
+    """The values of one storage; None on the pass that only lists what the file holds."""
+
+    dtype: str
+    values: np.ndarray | None
+
+
+def storage_values(raw: bytes, dtype: str, order: str) -> np.ndarray:
+    """The numbers of a storage, [N], in this machine's byte order."""
+    kind = np.dtype(DTYPES[dtype])
+    values = np.frombuffer(raw, kind.newbyteorder("<" if order == "little" else ">"))
+    values = values.astype(kind, copy=False)
+    if dtype == _BFLOAT16:
+        values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
+
+
+def storage_entry(pid) -> tuple[str, str, int]:
+    """(dtype, key, length) of ("storage", class, key, location, length, ...)."""
+    kind, storage, key, _, count = pid[:5]
+    if kind != "storage":
+        raise ValueError(f"unknown reference to {kind!r}")
+    if not isinstance(storage, _Dtype):
+        raise ValueError(f"storages of {getattr(storage, 'path', storage)} are not supported")
+    return storage.name, key, count
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_unused):
+    """A view of the storage, refused where it would reach beyond it."""
+    values = storage.values
+    if values is None:
+        return None
+    size, stride = tuple(map(int, size)), tuple(map(int, stride))
+    if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
+        raise ValueError(f"impossible tensor: size {size}, stride {stride}, offset {offset}")
+    if 0 in size:
+        return np.zeros(size, values.dtype)
+    if offset + sum((n - 1) * step for n, step in zip(size, stride)) >= len(values):
+        raise ValueError(f"a tensor of size {size} reaches beyond its {len(values)} values")
+    steps = tuple(step * values.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(values[offset:], size, steps, writeable=False)
+
+
+def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, *_unused):
+    """Tensors whose storage is bytes and whose dtype stands beside it."""
+    if storage.values is not None:
+        raw = storage.values.tobytes()
+        storage = Storage(dtype.name, storage_values(raw, dtype.name, _NATIVE_ORDER))
+    return _rebuild_tensor(storage, offset, size, stride)
+
+
+_NATIVE_ORDER = "little" if np.dtype("<i4") == np.dtype("i4") else "big"
+
+
+def _first(value, *_unused):
+    return value
+
+
+def _as_called(function, _type, args, _state=None):
+    """A tensor with attributes of its own: the tensor without them. What `function` may be, `_GLOBALS` says."""
+    return function(*args)
+
+
+def _size(values=()):
+    return tuple(values)
+
+
+def _encoded(text, encoding="latin1"):
+    if encoding != "latin1":
+        raise ValueError(f"unknown encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _Function(NamedTuple):
+    """A function of the table, wrapped because a pickle may set the attributes of a plain one."""
+
+    call: Callable
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+
+_GLOBALS: dict[str, Any] = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "torch.Size": _Function(_size),
+    "torch._utils._rebuild_tensor": _Function(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": _Function(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v3": _Function(_rebuild_tensor_v3),
+    "torch._utils._rebuild_parameter": _Function(_first),
+    "torch._utils._rebuild_parameter_with_state": _Function(_first),
+    "torch._tensor._rebuild_from_type_v2": _Function(_as_called),
+    "torch.storage.UntypedStorage": _Dtype("uint8"),
+    "_codecs.encode": _Function(_encoded),
+    **{f"torch.{name}": _Dtype(dtype) for name, dtype in _STORAGES.items()},
+    **{f"torch.{name}": _Dtype(name) for name in DTYPES},
+    **{
+        f"{module}.{container.__name__}": container
+        for module in ("builtins", "__builtin__")
+        for container in (set, frozenset, complex, dict, list)
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Subclassing is how the standard library lets a reader refuse globals."""
+
+    def __init__(self, file, storage: Callable[[tuple], Storage]):
+        super().__init__(file, encoding="utf-8")
+        self._storage = storage
+        self._unknown: dict[str, type] = {}
+
+    def find_class(self, module: str, name: str):
+        path = f"{module}.{name}"
+        if path in _GLOBALS:
+            return _GLOBALS[path]
+        if path not in self._unknown:
+            self._unknown[path] = type("Unknown", (Unknown,), {"path": path})
+        return self._unknown[path]
+
+    def persistent_load(self, pid):
+        return self._storage(pid)
+
+
+def unpickle(file, storage: Callable[[tuple], Storage]) -> Any:
+    """Reads one pickle from a binary file and leaves the position behind it.
+
+    storage: gives the values for a reference to a storage, the tuple that torch wrote. May raise
+    whatever `pickle` raises on a broken file.
+    """
+    return _Unpickler(file, storage).load()
