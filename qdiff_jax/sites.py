@@ -55,6 +55,7 @@ class SiteQuant:
         (decided codes) or `SoftRounding` (AdaRound's relaxation); for k and v, like lhs.
     tap: what to report of the operands into the `observed` collection.
     substitute: an operator in place of the plain one.
+    bias: the bias [N] of a weight that was refitted to its codes, in place of the parameters' own.
     execute: with integers at hand (a `QTensor`, or two quantized activations), multiply those instead
         of simulating them.
     product: static; both operands are activations (qk, pv), so rhs quantizes k or v.
@@ -64,6 +65,7 @@ class SiteQuant:
     rhs: QParams | TimeIndexed | QTensor | SoftRounding | None = None
     tap: Tap | None = None
     substitute: Replacement | None = None
+    bias: jax.Array | None = None
     execute: bool = struct.field(pytree_node=False, default=False)
     product: bool = struct.field(pytree_node=False, default=False)
 
@@ -145,6 +147,7 @@ def op(
     if site is None:
         return plain(operator, lhs, weight() if weight is not None else rhs, bias)
     check_selected(site, "/".join((*module.path, name)), weight is not None)
+    bias = bias if site.bias is None else site.bias.astype(lhs.dtype)
     if site.tap is not None:
         report = {OPERANDS[operator.kind][0]: measure(site.tap, lhs)}
         if weight is None:

@@ -209,7 +209,7 @@ register(
     dataclass_codec(
         "SiteQuant",
         SiteQuant,
-        dict.fromkeys(("lhs", "rhs", "tap", "substitute")),
+        {**dict.fromkeys(("lhs", "rhs", "tap", "substitute")), "bias": "parameters"},
         {"execute": _PLAIN, "product": _PLAIN},
     )
 )

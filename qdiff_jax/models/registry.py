@@ -67,7 +67,8 @@ def load(name_or_path: str) -> DiffusionModel:
         return miniature(name_or_path)
     path = _resolve(name_or_path, _DIFFUSION)
     params, header = _described(path, "diffusion", ("model", "schedule"))
-    model_config = parse_model(header["model"], str(path))
+    # Files written when there was one family do not name it.
+    model_config = parse_model({"family": "unet_ddpm", **header["model"]}, str(path))
     fitted = fit_weights(params, parameter_shapes(model_config), path)
     schedule = header["schedule"]
     return _assembled(

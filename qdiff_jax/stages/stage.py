@@ -117,7 +117,8 @@ def code_bits(qparams: QParams) -> int:
 
 
 def fold_weights(params: Mapping, quant: Mapping) -> tuple[dict, dict]:
-    """Simulate without re-quantizing: kernels become their dequantized values, once.
+    """Simulate without re-quantizing: kernels become their dequantized values, once, and biases what
+    was refitted to them.
 
     Returns (params with the same names and shapes, quant without weight entries). The simulated forward
     pass then costs what full precision costs plus the activation quantizers.
@@ -131,9 +132,13 @@ def fold_weights(params: Mapping, quant: Mapping) -> tuple[dict, dict]:
     }
     kernels = [None if isinstance(r, QTensor) else kernel_at(params, n) for n, r in held.items()]
     folded = replace_kernels(params, dict(zip(held, _folded(list(held.values()), kernels))))
+    for name, site in flat.items():
+        if site.bias is not None:
+            folded = _with_leaf(folded, (*name.split("/"), "bias"), site.bias)
     kept = {}
     for name, site in flat.items():
         site = site.replace(rhs=None, execute=False) if name in held else site
+        site = site.replace(bias=None)
         if any(v is not None for v in (site.lhs, site.rhs, site.tap, site.substitute)):
             kept[name] = site
     return folded, nest_sites(kept)

@@ -1,4 +1,4 @@
-"""What one reconstructed unit leaves behind: its codes and scales, written once, atomically.
+"""What one reconstructed unit leaves behind: codes, scales and biases, written once, atomically.
 
 A finished unit is one safetensors file; a killed run reads those files back and goes on with the first
 unit that has none.
@@ -67,7 +67,8 @@ def result_path(store: pathlib.Path, position: int, unit_name: str) -> pathlib.P
 
 
 def save_result(store: pathlib.Path | None, position: int, unit_name: str, result: Mapping) -> None:
-    """Write {"codes", "scales", "report"} of a unit; nothing half-written is ever seen.
+    """Write {"codes", "scales", "report"}, optionally "biases", of a unit; nothing half-written is
+    ever seen.
 
     Raises OSError, with what to do, when the disk is full.
     """
@@ -77,6 +78,8 @@ def save_result(store: pathlib.Path | None, position: int, unit_name: str, resul
     # Not ascontiguousarray, which turns the scalar scale of a tensor into a vector.
     arrays = {f"codes|{k}": np.asarray(v, order="C") for k, v in result["codes"].items()}
     arrays |= {f"scales|{k}": np.asarray(v, order="C") for k, v in result["scales"].items()}
+    biases = result.get("biases", {})
+    arrays |= {f"biases|{k}": np.asarray(v, order="C") for k, v in biases.items()}
     path = result_path(store, position, unit_name)
     temporary = path.with_suffix(".tmp")
     try:
@@ -112,7 +115,7 @@ def load_result(store: pathlib.Path | None, position: int, unit_name: str) -> di
             f"The unit result {path} is damaged ({error}); delete it and run again: "
             "only this unit is computed anew."
         ) from error
-    result: dict = {"codes": {}, "scales": {}, "report": report}
+    result: dict = {"codes": {}, "scales": {}, "biases": {}, "report": report}
     for key, value in arrays.items():
         kind, _, name = key.partition("|")
         result[kind][name] = value
@@ -131,6 +134,10 @@ def apply_result(quant: Mapping, unit: Unit, result: Mapping) -> dict:
         name = f"{unit.nodes[int(node)]}/{op_name}"
         quantizer = getattr(flat[name], side).replace(scale=jnp.asarray(scale))
         flat[name] = flat[name].replace(**{side: quantizer})
+    for key, bias in result.get("biases", {}).items():
+        node, op_name = key.split(":")
+        name = f"{unit.nodes[int(node)]}/{op_name}"
+        flat[name] = flat[name].replace(bias=jnp.asarray(bias))
     return nest_sites(flat)
 
 

@@ -80,7 +80,7 @@ def only_weights(trees: Any) -> Any:
     def weights(site: SiteQuant):
         if site.rhs is None or site.product:
             return None
-        return SiteQuant(rhs=site.rhs)
+        return SiteQuant(rhs=site.rhs, bias=site.bias)
 
     return map_sites(weights, trees)
 

@@ -30,7 +30,8 @@ def ranges(kernel, spec, bits=4):
         view = kernel.reshape(*kernel.shape[:-2], -1, spec.group, kernel.shape[-1])
         axes = (*range(kernel.ndim - 2), kernel.ndim - 1)
     else:
-        view, axes = kernel, tuple(range(kernel.ndim - 1))
+        view = kernel
+        axes = None if spec.granularity == "tensor" else tuple(range(kernel.ndim - 1))
     low, high = (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if spec.signed else (0, 2**bits - 1)
     return from_range(spec, view.min(axes), view.max(axes), low, high)
 

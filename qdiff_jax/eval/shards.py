@@ -1,0 +1,104 @@
+"""Many samples in shards: each a file of uint8 images, so that a killed run goes on with the next one.
+
+What a distribution is judged by are the images as they would be saved, hence uint8; and ten
+thousand of them are read back shard by shard, so that memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qdiff_jax.data.images import to_uint8
+from qdiff_jax.diffusion.sample import sample
+from qdiff_jax.diffusion.samplers import SamplerPlan
+from qdiff_jax.eval.samples import guidance_of, labels, noise_key
+from qdiff_jax.models.registry import predictor
+from qdiff_jax.observe.archive import load_arrays, save_arrays
+
+# Apart from the indices of calibration trajectories and of paired evaluation samples.
+FIRST_INDEX = 2_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """images: uint8 [N, H, W, C]. labels: int32 [N], the classes asked for; -1 if unconditional.
+    seconds: of sampling, [] float64."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    seconds: np.ndarray
+
+
+def shard_paths(directory: pathlib.Path, count: int, size: int) -> list[tuple[pathlib.Path, range]]:
+    """The files of `count` samples in shards of `size`, each with the global indices it holds.
+
+    A longer run continues a shorter one: shard k is the same whatever `count` is, but for the last.
+    Raises ValueError unless size divides count.
+    """
+    if count < 1 or size < 1 or count % size:
+        raise ValueError(
+            f"samples={count} must be a multiple of the shard size {size}, so that a longer run can "
+            "continue this one."
+        )
+    return [
+        (directory / f"{first:07d}.npz", range(FIRST_INDEX + first, FIRST_INDEX + first + size))
+        for first in range(0, count, size)
+    ]
+
+
+def sample_shards(
+    module: Any,
+    variables: Any,
+    plan: SamplerPlan,
+    directory: pathlib.Path,
+    *,
+    seed: int,
+    count: int,
+    size: int,
+    batch_size: int,
+    shape: tuple[int, ...],
+    classes: int | None,
+    guidance_scale: float,
+    on_shard: Callable[[int], None] | None = None,
+) -> list[pathlib.Path]:
+    """Draws the shards that are not on disk yet; returns the files of all of them, in order.
+
+    Classes come in turn, so that every shard of a multiple of them is balanced. on_shard: called with
+    the number of samples there are after each shard. Raises ValueError as `sample` and `shard_paths`
+    do, and OSError for a full disk.
+    """
+    paths = shard_paths(directory, count, size)
+    guidance = guidance_of(guidance_scale, classes)
+    for path, indices in paths:
+        if not path.exists():
+            began = time.monotonic()
+            wanted = labels(classes, indices)
+            x = sample(
+                predictor(module),
+                variables,
+                plan,
+                noise_key(seed),
+                list(indices),
+                shape=shape,
+                y=wanted,
+                guidance=guidance,
+                batch_size=batch_size,
+            ).x
+            spent = np.asarray(time.monotonic() - began)
+            kept = np.full(len(indices), -1, np.int32) if wanted is None else wanted
+            save_arrays(path, Shard(to_uint8(x), kept, spent))
+        if on_shard is not None:
+            on_shard(indices.stop - FIRST_INDEX)
+    return [path for path, _ in paths]
+
+
+def read_shards(paths: Sequence[pathlib.Path]) -> Iterator[Shard]:
+    """The shards one after the other. Raises ValueError for one that is missing or damaged."""
+    for path in paths:
+        yield load_arrays(path, Shard)

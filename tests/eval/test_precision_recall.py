@@ -1,0 +1,102 @@
+"""precision_recall: brute force in float64, both tools' numbers, blocks and devices change nothing."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdiff_jax.eval.precision_recall import precision_recall
+from qdiff_jax.runtime.mesh import data_mesh
+
+from ..parity import eval_inputs
+
+CASES = np.load(pathlib.Path(__file__).parents[1] / "parity" / "cases" / "eval_tools.npz")
+GENERATED = eval_inputs.features(1, 90)
+REAL = eval_inputs.features(2, 110) * np.float32(1.1)
+
+
+def by_definition(generated, real, k):
+    generated, real = generated.astype(np.float64), real.astype(np.float64)
+
+    def distances(a, b):
+        return np.sqrt(np.square(a[:, None] - b[None]).sum(axis=-1))
+
+    def inside(points, centres):
+        radii = np.sort(distances(centres, centres), axis=1)[:, k]  # place 0 is the vector itself
+        return (distances(points, centres) <= radii[None, :]).any(axis=1)
+
+    return inside(generated, real), inside(real, generated)
+
+
+@given(seed=st.integers(0, 9), k=st.sampled_from([1, 3]), block=st.sampled_from([16, 64]))
+@settings(deadline=None, max_examples=10, derandomize=True)
+def test_equals_brute_force_for_every_sample(seed, k, block):
+    rng = np.random.default_rng(seed)
+    generated = (5 + rng.normal(size=(37, 4))).astype(np.float32)
+    real = (5.3 + rng.normal(size=(41, 4))).astype(np.float32)
+    expected = by_definition(generated, real, k)
+    found = precision_recall(generated, real, k=k, block=block)
+    np.testing.assert_array_equal(found.generated_inside, expected[0])
+    np.testing.assert_array_equal(found.real_inside, expected[1])
+    assert found.precision == expected[0].mean()
+    assert found.recall == expected[1].mean()
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    """|u|^2 - 2 u.v + |v|^2 of these in float32 without the common shift is all rounding."""
+    expected = by_definition(GENERATED + 4000, REAL + 4000, 3)
+    found = precision_recall(GENERATED + 4000, REAL + 4000)
+    np.testing.assert_array_equal(found.generated_inside, expected[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_torch_fidelity(dtype):
+    found = precision_recall(GENERATED, REAL, dtype=dtype)
+    np.testing.assert_allclose(found[:2], CASES["pr/torch-fidelity"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("pr/adm", lambda x: x),
+        ("pr/adm_coarse", lambda x: x + 8),
+        ("pr/adm_overflow", lambda x: x * 100),
+    ],
+)
+def test_adm_in_half_precision(name, change):
+    found = precision_recall(change(GENERATED), change(REAL), dtype="float16", block=10000)
+    np.testing.assert_allclose(found[:2], CASES[name], rtol=1e-6)
+
+
+def test_half_precision_is_not_harmless():
+    exact = precision_recall(GENERATED + 8, REAL + 8)
+    assert exact.precision != CASES["pr/adm_coarse"][0]
+
+
+def test_same_values_on_eight_devices():
+    mesh = data_mesh()
+    alone = precision_recall(GENERATED, REAL, block=32)
+    split = precision_recall(GENERATED, REAL, block=32, mesh=mesh)
+    np.testing.assert_array_equal(alone.generated_inside, split.generated_inside)
+    np.testing.assert_array_equal(alone.real_inside, split.real_inside)
+
+
+def test_duplicates_and_containment():
+    doubled = np.repeat(GENERATED[:20], 4, axis=0)  # every radius of k = 3 is zero
+    found = precision_recall(GENERATED[:30], doubled)
+    np.testing.assert_array_equal(found.generated_inside, np.arange(30) < 20)
+    same = precision_recall(REAL, REAL)
+    assert same[:2] == (1.0, 1.0)
+
+
+def test_misuse_is_explained():
+    with pytest.raises(ValueError, match="more than 3 vectors"):
+        precision_recall(GENERATED[:3], REAL)
+    with pytest.raises(ValueError, match=r"features \[N, D\]"):
+        precision_recall(GENERATED, REAL[:, :2])
+    with pytest.raises(ValueError, match="'bfloat16' are not known"):
+        precision_recall(GENERATED, REAL, dtype="bfloat16")
+    with pytest.raises(ValueError, match="not finite"):
+        precision_recall(GENERATED * np.nan, REAL)
