@@ -163,6 +163,19 @@ def analyze(name: str, given: Given, out: pathlib.Path) -> dict:
     return record["verdict"]
 
 
+def run(names: list[str], given: Given, out: pathlib.Path, asked: bool) -> None:
+    """The analyses one after the other. One that does not apply to the model is skipped with a line, or
+    ends the process with code 2 if it was asked for by name."""
+    for name in names:
+        try:
+            analyze(name, given, out)
+        except NotApplicable as error:
+            if asked:
+                print(f"{name}: {error}", file=sys.stderr)
+                sys.exit(2)
+            print(f"{name}: skipped, {error}")
+
+
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
@@ -181,14 +194,7 @@ def main(argv) -> None:
         seed=values.seed,
         batch=values.batch,
     )
-    for name in names:
-        try:
-            analyze(name, given, out)
-        except NotApplicable as error:
-            if values.what != "all":
-                print(f"{name}: {error}", file=sys.stderr)
-                sys.exit(2)
-            print(f"{name}: skipped, {error}")
+    run(names, given, out, asked=values.what != "all")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,18 @@ def step_ticks(axes: Axes, timesteps: np.ndarray, most: int = 6) -> None:
     axes.set_xticks(places, [f"{timesteps[i]:.4g}" for i in places])
 
 
+def plain_log(axes: Axes) -> None:
+    """Ordinary numbers at a logarithmic y axis that spans few decades; to be called after the limits."""
+    low, high = axes.get_ylim()
+    if not (np.isfinite([low, high]).all() and low > 0) or high / low > 1e3:
+        return
+    marks = (1,) if high / low > 100 else (1, 2, 5)
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+
+
 def colour_bar(figure: Figure, picture, axes: Axes, label: str) -> None:
     bar = figure.colorbar(picture, ax=axes, pad=0.02, aspect=18)
     bar.set_label(label, fontsize=_LABEL, color=INK)

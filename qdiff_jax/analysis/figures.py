@@ -13,6 +13,7 @@ from qdiff_jax.analysis.column import (
     dress,
     legend,
     line_style,
+    plain_log,
     short,
     step_ticks,
 )
@@ -35,9 +36,11 @@ def ranges_figure(result: Ranges) -> Figure:
         label = f"{short(result.names[i])} ({result.ratio[i]:.3g}\u00d7)"
         top.plot(result.timesteps, relative[:, i], label=label, zorder=2, **line_style(k + 4))
     top.set_yscale("log")
-    # A few activations move by orders of magnitude; the picture is of the many.
     shown = relative[np.isfinite(relative) & (relative > 0)]
-    top.set_ylim(*np.quantile(shown, [0.002, 0.998]) * (0.8, 3.5))
+    # Clipped below 1/100: a range that all but vanishes at one step would flatten all others.
+    low, high = max(shown.min() * 0.9, 0.01), shown.max()
+    top.set_ylim(low, high * (high / low) ** 0.5)  # the upper third is for the legend
+    plain_log(top)
     dress(top, STEPS_LABEL, "range / its median over t")
     legend(top, loc="upper center")
 
@@ -84,9 +87,7 @@ def skips_figure(result: Skips) -> Figure:
     bottom.set_yscale("log")
     bottom.set_xticks(places, [short(b) for b in result.blocks], rotation=30, ha="right")
     dress(bottom, "", "std of h / std of skip", "bar: over timesteps, dot: median")
-    ticks = [v for v in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low.min() * 0.8 <= v <= high.max() * 1.25]
-    bottom.set_yticks(ticks, [f"{v:g}" for v in ticks])
-    bottom.set_yticks([], minor=True)
+    plain_log(bottom)
     return figure
 
 
@@ -99,7 +100,10 @@ def temporal_figure(result: TemporalInformation) -> Figure:
     """Similarity of full-precision features by (t, t'), and what quantization does to them."""
     figure, (top, middle, bottom) = column([2.3, 1.5, 1.6])
     t = result.timesteps
-    picture = top.pcolormesh(t, t, result.cosine, cmap="cividis", shading="nearest", rasterized=True)
+    q = t[:: result.stride]
+    picture = top.pcolormesh(
+        q, q, result.cosine, cmap="cividis", shading="nearest", rasterized=True
+    )
     top.set_aspect("equal")
     dress(top, "timestep t", "timestep t'", "full precision", grid=False)
     colour_bar(figure, picture, top, "cosine similarity")
@@ -126,7 +130,9 @@ def outliers_figure(result: Outliers) -> Figure:
     sizes = np.sort(result.magnitudes)[::-1]
     top.bar(np.arange(len(sizes)), sizes, width=1.0, color=COLOURS[5], linewidth=0)
     median = float(np.median(sizes))
-    top.axhline(median, color=COLOURS[4], linewidth=1.0, linestyle="--", label=f"median {median:.3g}")
+    top.axhline(
+        median, color=COLOURS[4], linewidth=1.0, linestyle="--", label=f"median {median:.3g}"
+    )
     title = f"{short(result.site)}: {result.verdict['largest_ratio']:.3g}\u00d7 the median"
     dress(top, "channel (sorted)", "largest |activation|", title)
     legend(top)
@@ -137,7 +143,9 @@ def outliers_figure(result: Outliers) -> Figure:
             style = {**line_style(k + 3), "linestyle": "none"}
             bottom.plot(np.array(at) / len(result.kinds), result.ratio[at], label=label, **style)
     places = (np.arange(len(result.stream)) + 0.5) / len(result.stream)
-    bottom.plot(places, result.stream_ratio, color="#777777", linewidth=0.8, label="residual stream")
+    bottom.plot(
+        places, result.stream_ratio, color="#777777", linewidth=0.8, label="residual stream"
+    )
     bottom.set_yscale("log")
     bottom.set_ylim(0.9, None)
     dress(bottom, "depth (share of the layers)", "largest / median channel")
@@ -145,4 +153,5 @@ def outliers_figure(result: Outliers) -> Figure:
     top_of = max(result.ratio.max(), result.stream_ratio.max())
     if np.isfinite(top_of):
         bottom.set_ylim(0.9, top_of * 4)
+    plain_log(bottom)
     return figure

@@ -22,8 +22,8 @@ class Ranges(NamedTuple):
     verdict: median_ratio and largest_ratio over activations of (largest / smallest range over the
     steps), the activation of the largest, and the share of activations whose range at least doubles.
     lo, hi, width: [S, L], width = hi - lo. ratio: [L]. temporal: [L] bool, activations that depend on
-    the timestep and the label alone. site: the image-dependent activation that moves most; channels: [S, C], its
-    largest magnitude in each channel.
+    the timestep and the label alone. site: the image-dependent activation (softmax apart) that moves
+    most; channels: [S, C], its largest magnitude in each channel.
     """
 
     verdict: dict

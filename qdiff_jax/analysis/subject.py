@@ -107,7 +107,7 @@ def take_rows(trajectory: Trajectory, rows: slice) -> Trajectory:
 
 
 def parse_bits(text: str) -> tuple[int | None, int | None]:
-    """"w4a8" -> (4, 8); 32 stands for full precision and becomes None.
+    """ "w4a8" -> (4, 8); 32 stands for full precision and becomes None.
 
     Raises ValueError for anything else.
     """

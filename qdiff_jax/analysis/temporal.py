@@ -26,20 +26,21 @@ class TemporalInformation(NamedTuple):
     neighbouring timesteps and of those at least half the schedule apart; for each variant
     "<name>/error" (mean 1 - cos to full precision), "<name>/mismatch" (share of features nearer to
     another timestep) and "<name>/shift" (mean |t' - t| in timesteps).
-    cosine: [R, R], mean over projections. error: variant -> [R], 1 - cos. shift: variant -> [P, R],
-    t' - t of the nearest full-precision feature.
+    cosine: [Q, Q] at timesteps[::stride], mean over projections. error: variant -> [R], 1 - cos, mean
+    over projections. shift: variant -> [P, R], t' - t of the nearest full-precision feature.
     """
 
     verdict: dict
     timesteps: np.ndarray
     projections: tuple[str, ...]
+    stride: int
     cosine: np.ndarray
     error: dict[str, np.ndarray]
     shift: dict[str, np.ndarray]
 
 
-def grid_for(subject: Subject, variants: Mapping[str, dict], count: int = 100) -> np.ndarray:
-    """`count` evenly spaced timesteps, or the sampler's own where a variant has step tables for them.
+def grid_for(subject: Subject, variants: Mapping[str, dict], count: int = 500) -> np.ndarray:
+    """`count` evenly spaced timesteps (fewer if there are fewer), or the sampler's own where a variant has step tables for them.
 
     A table knows the sampler's timesteps only; between them its quantizer does not exist.
     """
@@ -73,6 +74,7 @@ def temporal_information(
         "far_cosine": float(np.mean(cosine[far])),
     }
     error, shift = {}, {}
+    stride = -(-len(timesteps) // 100)  # all that a picture shows, and the numbers stay small
     for name, variables in variants.items():
         quantized = temporal_features(
             model, variables["params"], variables["quant"], timesteps, subject.null_class
@@ -84,5 +86,11 @@ def temporal_information(
         verdict[f"{name}/mismatch"] = agreement.mismatch
         verdict[f"{name}/shift"] = float(np.abs(shift[name]).mean())
     return TemporalInformation(
-        verdict, np.asarray(timesteps), tuple(full), cosine, error, shift
+        verdict,
+        np.asarray(timesteps),
+        tuple(full),
+        stride,
+        cosine[::stride, ::stride],
+        error,
+        shift,
     )

@@ -108,7 +108,9 @@ def _blocks(x: np.ndarray, block: int, mesh: Mesh | None) -> _Blocks:
     if mesh is None:
         hosts = [jnp.asarray(host) for host in hosts]
         return _Blocks(hosts, hosts, masks)
-    return _Blocks([shard_batch(h, mesh) for h in hosts], [replicate(h, mesh) for h in hosts], masks)
+    return _Blocks(
+        [shard_batch(h, mesh) for h in hosts], [replicate(h, mesh) for h in hosts], masks
+    )
 
 
 def _radii(side: _Blocks, k: int, dtype: str) -> list:

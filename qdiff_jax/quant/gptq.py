@@ -88,22 +88,22 @@ def inverse_factor(hessian: jax.Array, damping) -> tuple[jax.Array, jax.Array]:
     base = hessian + jnp.diag(diagonal)
     eye = jnp.eye(size, dtype=hessian.dtype)
 
-    def attempt(share):
-        return jnp.linalg.cholesky(jnp.flip(base + share * mean * eye))
-
     def failed(state):
         factor, _, tries = state
-        return jnp.any(jnp.isnan(factor)) & (tries < _TRIES)
+        return jnp.isnan(factor[0, 0]) & (tries < _TRIES)
 
-    def again(state):
+    def attempt(state):
         _, share, tries = state
-        share = jnp.maximum(share, 1e-6) * 10.0
-        return attempt(share), share, tries + 1
+        share = jnp.where(tries == 0, share, jnp.maximum(share, 1e-6) * 10.0)
+        factor = jnp.linalg.cholesky(jnp.flip(base + share * mean * eye))
+        # One entry tells the loop whether any is NaN.
+        spoilt = jnp.where(jnp.any(jnp.isnan(factor)), jnp.nan, 0.0).astype(factor.dtype)
+        return factor + spoilt, share, tries + 1
 
-    share = jnp.asarray(damping, hessian.dtype)
-    factor, share, _ = lax.while_loop(failed, again, (attempt(share), share, jnp.int32(0)))
+    start = (jnp.full_like(hessian, jnp.nan), jnp.asarray(damping, hessian.dtype), jnp.int32(0))
+    factor, share, _ = lax.while_loop(failed, attempt, start)
     upper = lax.linalg.triangular_solve(jnp.flip(factor), eye, left_side=True, lower=False)
-    return upper, jnp.where(jnp.any(jnp.isnan(factor)), jnp.nan, share)
+    return upper, jnp.where(jnp.isnan(factor[0, 0]), jnp.nan, share)
 
 
 @functools.partial(jax.jit, static_argnames=("act_order", "block"))

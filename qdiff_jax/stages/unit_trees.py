@@ -6,7 +6,7 @@ no block name reaches a compiled function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,6 +85,34 @@ def only_weights(trees: Any) -> Any:
     return map_sites(weights, trees)
 
 
+def only_activations(trees: Any) -> Any:
+    """The quantizers of activations alone, step tables and dynamic ones included."""
+
+    def activations(site: SiteQuant):
+        rhs = site.rhs if site.product else None
+        return (
+            None
+            if site.lhs is None and rhs is None
+            else SiteQuant(site.lhs, rhs, product=site.product)
+        )
+
+    return map_sites(activations, trees)
+
+
+def replace_weights(params: Sequence[Mapping], weights: Mapping[str, tuple]) -> list[dict]:
+    """A unit's parameters, one tree per node, with some kernels and biases replaced.
+
+    weights: {"<node>:<op>": (kernel, bias)}; None leaves what is there.
+    """
+    trees = list(params)
+    for key, (kernel, bias) in weights.items():
+        node, op_name = key.split(":")
+        fresh = {"kernel": kernel, "bias": bias}
+        fresh = {field: value for field, value in fresh.items() if value is not None}
+        trees[int(node)] = _updated(trees[int(node)], op_name.split("/"), fresh)
+    return trees
+
+
 def trainable_alphas(trees: Trees) -> dict[str, jax.Array]:
     """{"<node>:<op>": alpha} of every soft rounding."""
     return {
@@ -128,6 +156,12 @@ def without_kernels(params: Mapping, tree: Mapping) -> dict:
 
 def _is_static(quantizer) -> bool:
     return isinstance(quantizer, QParams) and not quantizer.spec.dynamic
+
+
+def _updated(tree: Mapping, path: Sequence[str], fields: Mapping) -> dict:
+    if not path:
+        return {**tree, **fields}
+    return {**tree, path[0]: _updated(tree[path[0]], path[1:], fields)}
 
 
 def _find(params: Mapping, name: str):

@@ -14,6 +14,7 @@ from ..parity import eval_inputs
 
 CASES = np.load(pathlib.Path(__file__).parents[1] / "parity" / "cases" / "eval_tools.npz")
 GENERATED = eval_inputs.features(1, 90)
+BLOCK = 32  # one shape of block for all tests: each is compiled once
 REAL = eval_inputs.features(2, 110) * np.float32(1.1)
 
 
@@ -30,14 +31,13 @@ def by_definition(generated, real, k):
     return inside(generated, real), inside(real, generated)
 
 
-@given(seed=st.integers(0, 9), k=st.sampled_from([1, 3]), block=st.sampled_from([16, 64]))
-@settings(deadline=None, max_examples=10, derandomize=True)
-def test_equals_brute_force_for_every_sample(seed, k, block):
-    rng = np.random.default_rng(seed)
-    generated = (5 + rng.normal(size=(37, 4))).astype(np.float32)
-    real = (5.3 + rng.normal(size=(41, 4))).astype(np.float32)
-    expected = by_definition(generated, real, k)
-    found = precision_recall(generated, real, k=k, block=block)
+@given(seed=st.integers(0, 99), counts=st.tuples(*[st.integers(33, 97)] * 2))
+@settings(deadline=None, max_examples=12, derandomize=True)
+def test_equals_brute_force_for_every_sample(seed, counts):
+    generated = eval_inputs.features(seed, counts[0]) + 5
+    real = 1.1 * eval_inputs.features(seed + 100, counts[1]) + 5
+    expected = by_definition(generated, real, 3)
+    found = precision_recall(generated, real, block=BLOCK)
     np.testing.assert_array_equal(found.generated_inside, expected[0])
     np.testing.assert_array_equal(found.real_inside, expected[1])
     assert found.precision == expected[0].mean()
@@ -47,13 +47,13 @@ def test_equals_brute_force_for_every_sample(seed, k, block):
 def test_a_mean_far_from_zero_costs_no_digits():
     """|u|^2 - 2 u.v + |v|^2 of these in float32 without the common shift is all rounding."""
     expected = by_definition(GENERATED + 4000, REAL + 4000, 3)
-    found = precision_recall(GENERATED + 4000, REAL + 4000)
+    found = precision_recall(GENERATED + 4000, REAL + 4000, block=BLOCK)
     np.testing.assert_array_equal(found.generated_inside, expected[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_torch_fidelity(dtype):
-    found = precision_recall(GENERATED, REAL, dtype=dtype)
+    found = precision_recall(GENERATED, REAL, dtype=dtype, block=BLOCK)
     np.testing.assert_allclose(found[:2], CASES["pr/torch-fidelity"], rtol=1e-6)
 
 
@@ -66,29 +66,35 @@ def test_torch_fidelity(dtype):
     ],
 )
 def test_adm_in_half_precision(name, change):
-    found = precision_recall(change(GENERATED), change(REAL), dtype="float16", block=10000)
+    found = precision_recall(change(GENERATED), change(REAL), dtype="float16", block=BLOCK)
     np.testing.assert_allclose(found[:2], CASES[name], rtol=1e-6)
 
 
 def test_half_precision_is_not_harmless():
-    exact = precision_recall(GENERATED + 8, REAL + 8)
+    exact = precision_recall(GENERATED + 8, REAL + 8, block=BLOCK)
     assert exact.precision != CASES["pr/adm_coarse"][0]
 
 
 def test_same_values_on_eight_devices():
     mesh = data_mesh()
-    alone = precision_recall(GENERATED, REAL, block=32)
-    split = precision_recall(GENERATED, REAL, block=32, mesh=mesh)
+    alone = precision_recall(GENERATED, REAL, block=BLOCK)
+    split = precision_recall(GENERATED, REAL, block=BLOCK, mesh=mesh)
     np.testing.assert_array_equal(alone.generated_inside, split.generated_inside)
     np.testing.assert_array_equal(alone.real_inside, split.real_inside)
 
 
 def test_duplicates_and_containment():
     doubled = np.repeat(GENERATED[:20], 4, axis=0)  # every radius of k = 3 is zero
-    found = precision_recall(GENERATED[:30], doubled)
-    np.testing.assert_array_equal(found.generated_inside, np.arange(30) < 20)
-    same = precision_recall(REAL, REAL)
+    found = precision_recall(GENERATED[:40], doubled, block=BLOCK)
+    np.testing.assert_array_equal(found.generated_inside, np.arange(40) < 20)
+    same = precision_recall(REAL, REAL, block=BLOCK)
     assert same[:2] == (1.0, 1.0)
+
+
+def test_the_first_neighbour_alone():
+    expected = by_definition(GENERATED, REAL, 1)
+    found = precision_recall(GENERATED, REAL, k=1, block=BLOCK)
+    np.testing.assert_array_equal(found.generated_inside, expected[0])
 
 
 def test_misuse_is_explained():

@@ -15,7 +15,7 @@ from qdiff_jax.quant.gptq import (
     inverse_factor,
     kronecker_descent,
 )
-from qdiff_jax.quant.qparams import QParams, from_range
+from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.quantizer import codes, dequantize
 from qdiff_jax.quant.spec import QuantSpec
 
@@ -51,11 +51,10 @@ def error(held, kernel, hessian, grid):
 
 
 @pytest.mark.parametrize("spec", [CHANNEL, QuantSpec(), GROUP])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_identity_gives_nearest_codes(spec, act_order):
+def test_identity_gives_nearest_codes(spec):
     w, _ = layer()
     grid = ranges(w, spec)
-    held = gptq(w, 3.0 * jnp.eye(48), grid, act_order=act_order, block=16)
+    held = gptq(w, 3.0 * jnp.eye(48), grid)
     np.testing.assert_array_equal(held.codes, codes(grid, w))
     assert float(held.damping) == pytest.approx(0.01)
 
@@ -70,16 +69,14 @@ def test_identity_on_a_convolution_in_groups():
     np.testing.assert_array_equal(held.codes, codes(grid, w))
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-def test_blocks_change_nothing_in_double_precision(act_order):
+def test_blocks_change_nothing_in_double_precision():
     w, h = layer()
     with jax.enable_x64(True):
         h64 = jnp.asarray(np.asarray(h, np.float64))
         grid = ranges(w, CHANNEL)
-        whole = gptq(w, h64, grid, act_order=act_order, block=48).codes
-        for block in (1, 7, 16):
-            cut = gptq(w, h64, grid, act_order=act_order, block=block).codes
-            np.testing.assert_array_equal(cut, whole)
+        whole = gptq(w, h64, grid, block=48).codes
+        for block in (1, 7):  # 7 does not divide 48
+            np.testing.assert_array_equal(gptq(w, h64, grid, block=block).codes, whole)
 
 
 def test_sequential_definition():
@@ -137,7 +134,8 @@ def test_factor_is_of_the_inverse():
     _, h = layer()
     upper, _ = inverse_factor(h, 0.0)
     np.testing.assert_allclose(np.triu(upper), upper)
-    np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(h), rtol=0, atol=2e-3)
+    upper = np.asarray(upper, np.float64)
+    np.testing.assert_allclose(upper @ np.asarray(h, np.float64) @ upper.T, np.eye(48), atol=5e-3)
 
 
 def test_new_bits_and_values_compile_nothing():
@@ -193,11 +191,10 @@ class TestFixture:
     group is reached; from a reference in NumPy.
     """
 
-    SIZE = 1152
-
-    @pytest.fixture(scope="class")
-    def data(self):
-        rng, n = np.random.default_rng(0), self.SIZE
+    @staticmethod
+    @functools.cache
+    def data():
+        rng, n = np.random.default_rng(0), 1152
         rng.standard_normal((64, n)), rng.random((1, 128))
         x = rng.standard_normal((2048, n)) * np.exp(0.4 * rng.standard_normal(n))
         x[:, rng.choice(n, 12, replace=False)] *= 40
@@ -210,8 +207,8 @@ class TestFixture:
         hessian = 2.0 * x.T @ x / len(x)
         return w.T.astype(np.float32), hessian
 
-    def relative(self, data, held):
-        w, h = data
+    def relative(self, held):
+        w, h = self.data()
         d = np.asarray(dequantize(held.qparams, held.codes), np.float64) - w
         return np.sqrt(np.sum(d * (h @ d)) / np.sum(w * (h @ w)))
 
@@ -219,8 +216,8 @@ class TestFixture:
         ("group", "nearest", "reached"),
         [(None, 0.4739, 0.0817), (128, 0.2298, 0.0343), (64, 0.1792, 0.0272)],
     )
-    def test_values(self, data, group, nearest, reached):
-        w, h = (jnp.asarray(v, jnp.float32) for v in data)
+    def test_values(self, group, nearest, reached):
+        w, h = (jnp.asarray(v, jnp.float32) for v in self.data())
         if group is None:
             grid = ranges(w, QuantSpec(granularity="channel", **SYMMETRIC))
             held = gptq(w, h, grid, act_order=False)
@@ -229,5 +226,5 @@ class TestFixture:
             grid = ranges(w, spec)
             held = gptq_regrouped(w, h, spec, -7, 7)
         plain = Rounded(codes(grid, w), grid, jnp.float32(0))
-        assert self.relative(data, plain) == pytest.approx(nearest, abs=0.002)
-        assert self.relative(data, held) == pytest.approx(reached, abs=0.002)
+        assert self.relative(plain) == pytest.approx(nearest, abs=0.002)
+        assert self.relative(held) == pytest.approx(reached, abs=0.002)

@@ -71,7 +71,9 @@ class TestMoments:
     def parts(self, *cuts):
         edges = (0, *cuts, 60)
         chunks = [slice(a, b) for a, b in zip(edges, edges[1:])]
-        return [chunk_moments(*(jnp.asarray(v[c]) for v in (self.x, self.r, self.w))) for c in chunks]
+        return [
+            chunk_moments(*(jnp.asarray(v[c]) for v in (self.x, self.r, self.w))) for c in chunks
+        ]
 
     def whole(self, *cuts):
         first, *rest = self.parts(*cuts)
@@ -128,9 +130,7 @@ class TestLeastSquares:
         np.testing.assert_allclose(bias, solution[-1], rtol=0, atol=2e-3)
 
     def test_aim_without_a_bias(self):
-        solution = np.linalg.lstsq(
-            self.x.astype(np.float64), self.target() - self.b, rcond=None
-        )[0]
+        solution = np.linalg.lstsq(self.x.astype(np.float64), self.target() - self.b, rcond=None)[0]
         made = aimed(jnp.asarray(self.w), self.moments, ridge=0.0, centred=False)
         np.testing.assert_allclose(made, solution, rtol=0, atol=2e-4)
 

@@ -1,0 +1,55 @@
+"""Judges a model or a bundle by many samples: nearness to real images, precision, recall, classes.
+
+    python -m experiments.evaluate --config=configs/evaluate.py --workdir=/tmp/eval_unet \
+        --config.data.source=idx:/data/fashion_mnist
+    python -m experiments.evaluate --config=configs/evaluate.py:ddim50,model=dit_fashion --workdir=...
+
+Operating points: `dpm20` (20-step DPM-Solver++(2M), guided, 10,000 samples), `ddim50` and `ddim100`
+(guided, 2,000), `free50` and `free100` (the same without guidance). `--config.bundle=DIR` judges a
+quantized bundle instead of `model`, with its own model and step tables but the sampler given here, which
+must be the one it was calibrated for. Features: the shipped classifier's (`--config.network=...` for
+others); reference: the test set, floor: images of the training set. Expected figures: README and the
+cards in qdiff_jax/models/assets. `evaluate.py:smoke` runs in seconds on drawn shapes.
+"""
+
+import ml_collections
+
+from qdiff_jax.config import parse_arg
+
+POINTS = {
+    "dpm20": ("dpmpp_2m", "solver_linspace", 20, True, 10_000),
+    "ddim50": ("ddim", "uniform", 50, True, 2_000),
+    "ddim100": ("ddim", "uniform", 100, True, 2_000),
+    "free50": ("ddim", "uniform", 50, False, 2_000),
+    "free100": ("ddim", "uniform", 100, False, 2_000),
+}
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, point=tuple(POINTS), model="unet_fashion", guidance=2.0, smoke=False)
+    name, spacing, steps, guided, samples = POINTS[arg.point]
+    config = ml_collections.ConfigDict()
+    config.model = arg.model
+    config.bundle = ""
+    config.paired = ""
+    config.seed = 0
+    config.samples = samples
+    config.shard = 500
+    config.batch = 50
+    scale = arg.guidance if guided else -1.0
+    config.sampler = dict(name=name, spacing=spacing, steps=steps, eta=0.0, guidance_scale=scale)
+    config.network = "classifier_fashion"
+    config.network_weights = ""
+    config.tool = ""
+    config.neighbours = 3
+    config.data = dict(
+        source="tfds:fashion_mnist", pad_to=32, reference="test", floor="train", limit=0
+    )
+    if arg.smoke:
+        config.samples, config.shard, config.batch = 40, 20, 20
+        config.sampler.steps = 2
+        config.sampler.guidance_scale = -1.0
+        config.data = dict(
+            source="synthetic:64", pad_to=32, reference="test", floor="train", limit=64
+        )
+    return config

@@ -1,0 +1,121 @@
+"""What `experiments.evaluate` shows: report.html of one evaluation, a table of several."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+from qdiff_jax.data.images import to_unit_range
+from qdiff_jax.eval import page
+from qdiff_jax.eval.files import write_atomic
+from qdiff_jax.eval.plots import plot_samples
+from qdiff_jax.eval.shards import Shard
+from qdiff_jax.eval.tables import ABSENT, Column, significant
+
+MEANINGS = {
+    "frechet": "Frechet distance to the reference in the network's features; 0 is equal. Only with the "
+    "2015 Inception network is it called FID.",
+    "kernel": "squared maximum mean discrepancy in the network's features, cubic polynomial kernel.",
+    "precision": "share of samples inside the manifold of the reference (k nearest neighbours).",
+    "recall": "share of the reference inside the manifold of the samples.",
+    "class_agreement": "share of samples that the network puts into the class asked for; under "
+    "'real', its accuracy on the reference.",
+    "pixel_mse": "mean squared difference to the paired samples, pixels in [-1, 1].",
+    "psnr_db": "peak signal-to-noise ratio against the paired samples, in dB.",
+    "ssim": "structural similarity to the paired samples, 1 is equal.",
+    "sqnr_db": "signal-to-quantization-noise ratio against the paired samples, in dB.",
+}
+_SHOWN = 40
+
+
+def _column(header: str, meaning: str) -> Column:
+    return Column(header, "", meaning, lambda variant, reference: "")
+
+
+_COLUMNS = (
+    _column("Metric", "What is measured; explained on mouse-over and below."),
+    _column("Value", "On all samples of the run."),
+    _column("95 % low", "Lower end of the interval over samples."),
+    _column("95 % high", "Upper end of the interval over samples."),
+    _column("Real", "The same of real images: floor of a distance, accuracy of the classifier."),
+)
+
+
+def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
+    """report.html and samples.png of one evaluation; `first` is a shard to show."""
+    picture = plot_samples(
+        {"samples": to_unit_range(first.images[:_SHOWN])}, workdir / "samples.png", 10
+    )
+    cells = [
+        [
+            name,
+            significant(entry["value"]),
+            significant(entry["low"]),
+            significant(entry["high"]),
+            significant(entry["floor"] if "floor" in entry else entry["real"])
+            if {"floor", "real"} & set(entry)
+            else ABSENT,
+        ]
+        for name, entry in result["metrics"].items()
+    ]
+    terms = [
+        Column(name, "", MEANINGS[name], lambda variant, reference: "")
+        for name in result["metrics"]
+    ]
+    values = [[significant(entry["value"]) for entry in result["metrics"].values()]]
+    sampler = result["protocol"]["sampler"]
+    lead = (
+        f"{result['protocol']['samples']} samples, {sampler['name']} with {sampler['steps']} steps, "
+        f"features of {result['protocol']['network']}."
+    )
+    html = page.page(
+        f"Evaluation of {result['subject'].get('name', 'a model')}",
+        lead,
+        [("Metrics", _COLUMNS, cells), ("What they mean", terms, values)],
+        {"The first samples; one column a class where there are ten": picture},
+        {
+            **{key: str(value) for key, value in result["subject"].items()},
+            **{key: str(value) for key, value in result["protocol"].items()},
+            **{key: str(value) for key, value in result["cost"].items()},
+        },
+    )
+    write_atomic(workdir / "report.html", html)
+
+
+def write_comparison(results: Mapping[str, Mapping], out: pathlib.Path) -> str:
+    """comparison.md and comparison.html of evaluations that were measured alike; returns the former."""
+    names = list(next(iter(results.values()))["metrics"])
+    header = ["evaluation", *names]
+    rows = []
+    for workdir, result in results.items():
+        metrics = result["metrics"]
+        rows.append(
+            [
+                pathlib.Path(workdir).name,
+                *(
+                    f"{significant(metrics[n]['value'])} "
+                    f"[{significant(metrics[n]['low'])}, {significant(metrics[n]['high'])}]"
+                    if n in metrics
+                    else ABSENT
+                    for n in names
+                ),
+            ]
+        )
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    write_atomic(out / "comparison.md", text)
+    columns = [
+        _column("Evaluation", "Its workdir."),
+        *(_column(name, MEANINGS[name]) for name in names),
+    ]
+    one = next(iter(results.values()))["protocol"]
+    provenance = {key: str(value) for key, value in one.items()}
+    html = page.page(
+        "Evaluations side by side",
+        "All measured by one protocol; intervals cover 95 %.",
+        [("Metrics", columns, rows)],
+        {},
+        provenance,
+    )
+    write_atomic(out / "comparison.html", html)
+    return text

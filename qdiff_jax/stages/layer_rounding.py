@@ -1,0 +1,169 @@
+"""One layer, from moments to codes and bias, in one compiled function for each shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qdiff_jax.quant.gptq import coordinate_descent, gptq, kronecker_descent
+from qdiff_jax.quant.moments import (
+    Moments,
+    aimed,
+    hessian,
+    layer_loss,
+    refit_bias,
+)
+from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.quantizer import codes as nearest_codes
+from qdiff_jax.quant.quantizer import dequantize
+
+TARGETS = ("layer_fp_input", "layer_quantized_input", "layer_fp_output", "block_fp_output")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedFormConfig:
+    """How weights are rounded in closed form. The defaults are those that won on a small U-Net.
+
+    target: what a layer's output is fitted to.
+        "layer_fp_input": its own output on full-precision inputs (GPTQ with one pass over the data).
+        "layer_quantized_input": its own output on the inputs it meets in the quantized network (GPTQ).
+        "layer_fp_output": its output in full precision, from the inputs it meets (asymmetric).
+        "block_fp_output": likewise, and the last layer of each branch is fitted to the output of the
+            unit, so that it makes up for the residual stream, the shortcut and all layers before it.
+    act_order, damping, block: of GPTQ. ridge: towards the original weights, for asymmetric targets.
+    refit_bias: centre the moments and solve for the bias exactly. sweeps: of coordinate descent after
+    GPTQ. kronecker_sweeps: of the descent that weighs outputs by the network's gradients (one backward
+    pass over the set for all layers); 0 to do without.
+    rows: at most so many rows of a layer's input matrix (0: all), taken from all samples.
+    activations: the quantized stream carries the activation quantizers that the state holds.
+    check_samples: on how many samples a unit is compared with nearest rounding.
+    walk_batch: samples at once, and in a chunk of a sum; devices: over how many the chunks are dealt.
+    """
+
+    target: str = "block_fp_output"
+    act_order: bool = True
+    damping: float = 0.01
+    block: int = 128
+    ridge: float = 0.05
+    refit_bias: bool = True
+    sweeps: int = 0
+    kronecker_sweeps: int = 0
+    rows: int = 24_576
+    activations: bool = True
+    check_samples: int = 64
+    walk_batch: int = 64
+    memory_mib: int = 2048
+    devices: int = 1
+
+    def __post_init__(self):
+        if self.target not in TARGETS:
+            raise ValueError(f"ClosedFormConfig.target={self.target!r}: use one of {TARGETS}.")
+        for field in ("damping", "ridge", "sweeps", "kronecker_sweeps", "rows"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"ClosedFormConfig.{field} must not be negative.")
+
+    @property
+    def asymmetric(self) -> bool:
+        return self.target in ("layer_fp_output", "block_fp_output")
+
+
+class LayerResult(NamedTuple):
+    """codes, nearest: int32 of the kernel's shape. kernel, nearest_kernel: their values. bias: [N].
+    loss, nearest_loss: mean |target - output|^2 over the rows. damping: NaN if H was not usable."""
+
+    codes: jax.Array
+    nearest: jax.Array
+    kernel: jax.Array
+    nearest_kernel: jax.Array
+    bias: jax.Array
+    loss: jax.Array
+    nearest_loss: jax.Array
+    damping: jax.Array
+
+
+def round_layer(
+    kernel: jax.Array,
+    bias: jax.Array,
+    qparams: QParams,
+    moments: Moments,
+    config: ClosedFormConfig,
+    output_factor: jax.Array | None = None,
+) -> LayerResult:
+    """Codes and bias of one layer from the moments of what it meets and of what it must put out.
+
+    output_factor: [N, N], for `kronecker_sweeps`. Solved in float64 where JAX has it enabled.
+    """
+    return _round_layer(
+        kernel,
+        bias,
+        qparams,
+        moments,
+        output_factor,
+        config.damping,
+        config.ridge,
+        act_order=config.act_order,
+        block=config.block,
+        asymmetric=config.asymmetric,
+        centred=config.refit_bias,
+        sweeps=config.sweeps,
+        kronecker_sweeps=config.kronecker_sweeps if output_factor is not None else 0,
+        double=bool(jax.config.jax_enable_x64) and jax.default_backend() == "cpu",
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "act_order",
+        "block",
+        "asymmetric",
+        "centred",
+        "sweeps",
+        "kronecker_sweeps",
+        "double",
+    ),
+)
+def _round_layer(
+    kernel,
+    bias,
+    qparams,
+    moments,
+    output_factor,
+    damping,
+    ridge,
+    *,
+    act_order,
+    block,
+    asymmetric,
+    centred,
+    sweeps,
+    kronecker_sweeps,
+    double,
+) -> LayerResult:
+    dtype = jnp.float64 if double else jnp.float32
+    moments = jax.tree.map(lambda leaf: leaf.astype(dtype), moments)
+    h = hessian(moments, centred)
+    target = aimed(kernel, moments, ridge=ridge, centred=centred) if asymmetric else kernel
+    rounded = gptq(target, h, qparams, act_order=act_order, damping=damping, block=block)
+    codes = rounded.codes
+    if sweeps:
+        codes = coordinate_descent(codes, target, h, qparams, sweeps=sweeps)
+    if kronecker_sweeps:
+        codes = kronecker_descent(codes, target, h, output_factor, qparams, sweeps=kronecker_sweeps)
+    values = dequantize(qparams, codes)
+    nearest = nearest_codes(qparams, kernel)
+    plain = dequantize(qparams, nearest)
+    return LayerResult(
+        codes,
+        nearest,
+        values,
+        plain,
+        refit_bias(bias, kernel, values, moments) if centred else bias,
+        layer_loss(kernel, values, moments, centred=centred),
+        layer_loss(kernel, plain, moments, centred=False),
+        rounded.damping,
+    )
