@@ -17,7 +17,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -31,11 +30,11 @@ from experiments.evaluate_config import (
 )
 from experiments.evaluate_report import write_comparison, write_report
 from qdiff_jax.config import claim_workdir
-from qdiff_jax.data.images import Images, load_images
+from qdiff_jax.data.images import Images, load_images, to_unit_range
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import backends
 from qdiff_jax.eval.distribution import Described, describe, measure
-from qdiff_jax.eval.paired import pixel_agreement
+from qdiff_jax.eval.paired import paired_metrics
 from qdiff_jax.eval.reference import images_digest
 from qdiff_jax.eval.shards import read_shards, sample_shards, shard_paths
 from qdiff_jax.methods.run import load_for_sampling, make_sampler
@@ -167,10 +166,13 @@ def _paired(config: EvaluateConfig, workdir: pathlib.Path, paths) -> dict:
             f"samples={config.samples} and shard={config.shard} first."
         )
     pairs = (
-        (np.asarray(one.images), np.asarray(two.images))
+        (to_unit_range(one.images), to_unit_range(two.images))
         for one, two in zip(read_shards(theirs), read_shards(paths), strict=True)
     )
-    return pixel_agreement(pairs)
+    return {
+        name: {"value": found.estimate, "low": found.low, "high": found.high}
+        for name, found in paired_metrics(pairs).items()
+    }
 
 
 def compare(workdirs: list[str], out: str | pathlib.Path) -> str:

@@ -20,7 +20,7 @@ MEANINGS = {
     "recall": "share of the reference inside the manifold of the samples.",
     "class_agreement": "share of samples that the network puts into the class asked for; under "
     "'real', its accuracy on the reference.",
-    "pixel_mse": "mean squared difference to the paired samples, pixels in [-1, 1].",
+    "mse": "mean squared difference to the paired samples, pixels in [-1, 1].",
     "psnr_db": "peak signal-to-noise ratio against the paired samples, in dB.",
     "ssim": "structural similarity to the paired samples, 1 is equal.",
     "sqnr_db": "signal-to-quantization-noise ratio against the paired samples, in dB.",

@@ -17,6 +17,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -36,13 +37,14 @@ from qdiff_jax.stages.train import init_state, make_optimizer, make_step
 FREE_TO_CHANGE = ("run", "sample")
 
 
-def train(config, workdir, export: str | None = None) -> int:
+def train(config, workdir, export: str | None = None, export_bits: int = 32) -> int:
     """Runs a training config to its end, or until asked to stop; returns the steps taken.
 
     Args:
       config: ConfigDict or mapping with the fields of TrainConfig.
       workdir: where everything goes; used again, it resumes.
       export: file for the weights; by default workdir/weights.safetensors.
+      export_bits: 32, or 16 for IEEE half precision (read back as float32).
     """
     config = to_dataclass(TrainConfig, config)
     workdir = pathlib.Path(workdir)
@@ -80,7 +82,9 @@ def train(config, workdir, export: str | None = None) -> int:
     )
     if done == total and jax.process_index() == 0:
         path = pathlib.Path(export or workdir / "weights.safetensors")
-        save_weights(path, jax.device_get(state.ema), {**task.metadata, "step": done})
+        kind = {16: np.float16, 32: np.float32}[export_bits]
+        weights = jax.tree.map(lambda leaf: leaf.astype(kind), jax.device_get(state.ema))
+        save_weights(path, weights, {**task.metadata, "step": done})
         logging.info("wrote %s", path)
     return done
 
@@ -113,13 +117,15 @@ def main(argv) -> None:
     if flags.FLAGS.distributed:
         jax.distributed.initialize()
     enable_compile_cache(flags.FLAGS.compile_cache)
-    train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.export)
+    bits = int(flags.FLAGS.export_bits)
+    train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.export, bits)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file, path:arg.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Checkpoints, metrics and samples go here.")
     flags.DEFINE_string("export", None, "Where the final weights go, a .safetensors file.")
+    flags.DEFINE_enum("export_bits", "32", ["16", "32"], "Bits of a weight in that file.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host run.")
     flags.mark_flags_as_required(["config", "workdir"])

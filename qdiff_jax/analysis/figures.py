@@ -20,6 +20,7 @@ from qdiff_jax.analysis.column import (
 from qdiff_jax.analysis.outliers import Outliers
 from qdiff_jax.analysis.ranges import Ranges
 from qdiff_jax.analysis.skips import Skips
+from qdiff_jax.analysis.softmax import Softmax
 from qdiff_jax.analysis.temporal import TemporalInformation
 
 
@@ -154,4 +155,46 @@ def outliers_figure(result: Outliers) -> Figure:
     if np.isfinite(top_of):
         bottom.set_ylim(0.9, top_of * 4)
     plain_log(bottom)
+    return figure
+
+
+def softmax_figure(result: Softmax) -> Figure:
+    """Survival functions of one layer with their fits, and fits and errors of all layers by step."""
+    figure, (top, middle, bottom) = column([2.0, 1.5, 1.5])
+    steps = [f"{t:g}" for t in result.timesteps]
+    layer = result.names.index(result.site)
+    for k, (t, (x, share)) in enumerate(result.curves.items()):
+        style = {**line_style(k + 3), "markevery": 6}
+        fit = result.fits[steps.index(t), layer]
+        label = f"t = {t}: \u03b1 {fit[2]:.3g}, R\u00b2 {fit[3]:.2f}"
+        top.plot(x, share, label=label, **style)
+        tail = share <= 0.5
+        if tail.sum() > 1 and np.isfinite(fit[2]):
+            line = (x[tail] / x[tail][0]) ** (1.0 - fit[2]) * share[tail][0]
+            top.plot(x[tail], line, color="#555555", linewidth=0.7, linestyle=":")
+    top.set_xscale("log")
+    top.set_yscale("log")
+    dress(
+        top,
+        "probability p",
+        "share of values \u2265 p",
+        f"{short(result.site)} (dotted: power law)",
+    )
+    legend(top, loc="lower left")
+    for axes, values, label in (
+        (middle, result.fits[..., 2], "tail exponent \u03b1"),
+        (bottom, result.error_ratio, "log2 error / uniform"),
+    ):
+        for k, name in enumerate(result.names):
+            style = {**line_style(k), "linewidth": 0.8, "markersize": 2.2}
+            axes.plot(result.timesteps, values[:, k], label=short(name), **style)
+        axes.set_yscale("log")
+        plain_log(axes)
+        dress(axes, STEPS_LABEL, label)
+    bottom.axhline(1.0, color="#555555", linewidth=0.8)
+    bottom.set_title(
+        f"{result.verdict['bits']} bits; below 1: log2 is better", fontsize=7, loc="left"
+    )
+    if len(result.names) <= 6:
+        legend(middle, ncols=2)
     return figure

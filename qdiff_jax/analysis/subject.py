@@ -33,7 +33,7 @@ class Subject(NamedTuple):
 
     sites: in order of execution. calibration: full-precision trajectories that variants are
     calibrated on; trajectory: others, which everything is measured on. Both have one branch and S
-    recorded steps in ascending order of timestep.
+    recorded steps in ascending order of timestep. batch: samples at a time while sampling.
     """
 
     model: Model
@@ -43,6 +43,7 @@ class Subject(NamedTuple):
     shape: tuple[int, ...]
     null_class: int | None
     seed: int
+    batch: int
     calibration: Trajectory
     trajectory: Trajectory
 
@@ -90,6 +91,7 @@ def make_subject(
         diffusion.image_shape,
         diffusion.null_class,
         seed,
+        batch,
         take_rows(recorded, slice(0, calibration)),
         take_rows(recorded, slice(calibration, None)),
     )

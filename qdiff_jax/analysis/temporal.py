@@ -40,7 +40,7 @@ class TemporalInformation(NamedTuple):
 
 
 def grid_for(subject: Subject, variants: Mapping[str, dict], count: int = 500) -> np.ndarray:
-    """`count` evenly spaced timesteps (fewer if there are fewer), or the sampler's own where a variant has step tables for them.
+    """At most `count` evenly spaced timesteps, or the sampler's own where a variant has step tables.
 
     A table knows the sampler's timesteps only; between them its quantizer does not exist.
     """

@@ -2,10 +2,10 @@
 
     d(x, y) = sum_l mean_{h,w} sum_c w_{l,c} (f_l(x) - f_l(y))_{h,w,c}^2,   f_l of unit length over c
 
-(Zhang et al. 2018, arXiv:1801.03924, eq. 1.) Trunks are torchvision's AlexNet and VGG16, the layers their
-five ReLUs before each pooling (AlexNet: all five); the weights w are those of version 0.1. No weights are
-shipped: the paths are yours, a torch or a safetensors file in the names of torchvision (`features.0.weight`) and of
-lpips (`lin0.model.1.weight`).
+(Zhang et al. 2018, arXiv:1801.03924, eq. 1.) The trunks are torchvision's AlexNet, all of its five ReLUs,
+and VGG16, its last ReLU at each of five sizes; the weights w are those of version 0.1. No weights are shipped:
+the paths are yours, torch or safetensors files in the names of torchvision (`features.0.weight`) and of lpips
+(`lin0.model.1.weight`).
 """
 
 import pathlib
@@ -72,7 +72,8 @@ def load_lpips(net: str, trunk_path, linear_path) -> LpipsWeights:
       trunk_path: torchvision's alexnet or vgg16 state dict, .pth or .safetensors.
       linear_path: lpips' weights/v0.1/alex.pth or vgg.pth, or the same in safetensors.
 
-    Raises ValueError for an unknown net, and for files that are missing, damaged, or hold other names or shapes.
+    Raises ValueError for an unknown net, and for files that are missing or damaged or hold other
+    names or shapes.
     """
     if net not in _TRUNKS:
         raise ValueError(f"LPIPS with the trunk {net!r} is not known; use one of {tuple(_TRUNKS)}.")

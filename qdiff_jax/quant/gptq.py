@@ -106,7 +106,19 @@ def inverse_factor(hessian: jax.Array, damping) -> tuple[jax.Array, jax.Array]:
     return upper, jnp.where(jnp.isnan(factor[0, 0]), jnp.nan, share)
 
 
-@functools.partial(jax.jit, static_argnames=("act_order", "block"))
+@jax.jit
+def ordered_factor(hessian: jax.Array, order: jax.Array, damping) -> tuple[jax.Array, jax.Array]:
+    """`inverse_factor` of H with rows and columns taken in `order` [K]."""
+    return inverse_factor(hessian[order][:, order], damping)
+
+
+def rounding_order(hessian: jax.Array, act_order: bool = True) -> jax.Array:
+    """[K]: rows by falling H_kk, or as they are."""
+    if not act_order:
+        return jnp.arange(hessian.shape[0])
+    return jnp.argsort(-jnp.diagonal(hessian), stable=True)
+
+
 def gptq(
     kernel: jax.Array,
     hessian: jax.Array,
@@ -125,24 +137,27 @@ def gptq(
       act_order: round rows of large H_kk first. Free here: ranges are fixed beforehand.
       damping: added to the diagonal as a share of its mean; grows by itself where H is singular.
       block: rows between two updates of the whole matrix; changes the result by rounding only.
+
+    Compiled once per [K, K] (the factor, most of the compile) and once per kernel shape and spec.
     """
+    order = rounding_order(hessian, act_order)
+    upper, used = ordered_factor(hessian, order, damping)
+    return Rounded(round_with_factor(kernel, order, upper, qparams, block=block), qparams, used)
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def round_with_factor(kernel, order, upper, qparams: QParams, *, block: int = 128) -> jax.Array:
+    """The sweep of `gptq`, given `ordered_factor`: codes of the kernel's shape."""
     shape = kernel.shape
-    weights = kernel.reshape(-1, shape[-1]).astype(hessian.dtype)
-    rows = grid_rows(qparams, shape, hessian.dtype)
+    weights = kernel.reshape(-1, shape[-1]).astype(upper.dtype)[order]
+    rows = grid_rows(qparams, shape, upper.dtype)
     size = weights.shape[0]
-    order = jnp.arange(size)
-    if act_order:
-        order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
-        hessian = hessian[order][:, order]
-        weights = weights[order]
-        rows = jax.tree.map(lambda leaf: leaf[order], rows)
-    upper, used = inverse_factor(hessian, damping)
     block = min(block, size)
     pad = -size % block
-    blocked = jax.tree.map(lambda r: _blocks(r, pad, block), rows)
+    blocked = jax.tree.map(lambda row: _blocks(row[order], pad, block), rows)
     codes = _sweep(weights, upper, block, lambda current, given: given, blocked)[0]
-    back = jnp.argsort(order)
-    return Rounded(codes[back].astype(jnp.int32).reshape(shape), qparams, used)
+    codes = jnp.zeros_like(codes).at[order].set(codes)
+    return codes.astype(jnp.int32).reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -142,14 +142,21 @@ def cross_moment(moments: Moments, centred: bool = True) -> jax.Array:
     return c if centred else c + moments.mean[:, None] * moments.target_mean[None, :]
 
 
-@functools.partial(jax.jit, static_argnames="centred")
 def aimed(kernel: jax.Array, moments: Moments, *, ridge=0.05, centred: bool = True) -> jax.Array:
     """W + (H + ridge * mean(diag H) * I)^-1 C, of the kernel's shape, float32.
 
     With ridge 0 (and an H of full rank) this is the least-squares solution of X W + 1 b' = target.
     """
-    h, c = hessian(moments, centred), cross_moment(moments, centred)
-    upper, _ = inverse_factor(h, ridge)
+    upper, _ = _factor(hessian(moments, centred), ridge)
+    return toward_target(kernel, upper, cross_moment(moments, centred))
+
+
+_factor = jax.jit(inverse_factor)
+
+
+@jax.jit
+def toward_target(kernel: jax.Array, upper: jax.Array, c: jax.Array) -> jax.Array:
+    """W + U'U C, with U'U the (damped) inverse of H."""
     step = jnp.matmul(upper.T, jnp.matmul(upper, c, precision=_EXACT), precision=_EXACT)
     return kernel + step.reshape(kernel.shape).astype(kernel.dtype)
 

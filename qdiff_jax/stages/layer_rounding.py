@@ -9,13 +9,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qdiff_jax.quant.gptq import coordinate_descent, gptq, kronecker_descent
+from qdiff_jax.quant.gptq import (
+    coordinate_descent,
+    inverse_factor,
+    kronecker_descent,
+    ordered_factor,
+    round_with_factor,
+    rounding_order,
+)
 from qdiff_jax.quant.moments import (
     Moments,
-    aimed,
-    hessian,
+    cross_moment,
     layer_loss,
     refit_bias,
+    toward_target,
 )
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import codes as nearest_codes
@@ -97,35 +104,53 @@ def round_layer(
 
     output_factor: [N, N], for `kronecker_sweeps`. Solved in float64 where JAX has it enabled.
     """
+    centred = config.refit_bias
+    double = bool(jax.config.jax_enable_x64) and jax.default_backend() == "cpu"
+    h, order, ridged, upper, used = _factors(
+        moments.spread,
+        moments.mean,
+        moments.weight,
+        config.damping,
+        config.ridge,
+        act_order=config.act_order,
+        asymmetric=config.asymmetric,
+        centred=centred,
+        double=double,
+    )
     return _round_layer(
         kernel,
         bias,
         qparams,
         moments,
         output_factor,
-        config.damping,
-        config.ridge,
-        act_order=config.act_order,
+        h,
+        order,
+        ridged,
+        upper,
+        used,
         block=config.block,
-        asymmetric=config.asymmetric,
-        centred=config.refit_bias,
+        centred=centred,
         sweeps=config.sweeps,
         kronecker_sweeps=config.kronecker_sweeps if output_factor is not None else 0,
-        double=bool(jax.config.jax_enable_x64) and jax.default_backend() == "cpu",
     )
+
+
+# Apart from the rest, which depends on the number of outputs too: most of what there is to compile.
+@functools.partial(jax.jit, static_argnames=("act_order", "asymmetric", "centred", "double"))
+def _factors(spread, mean, weight, damping, ridge, *, act_order, asymmetric, centred, double):
+    """(H, order of rows, factor for the target or None, factor for the rounding, damping used)."""
+    dtype = jnp.float64 if double else jnp.float32
+    spread, mean, weight = (v.astype(dtype) for v in (spread, mean, weight))
+    h = spread / weight if centred else spread / weight + mean[:, None] * mean[None, :]
+    order = rounding_order(h, act_order)
+    upper, used = ordered_factor(h, order, damping)
+    ridged = inverse_factor(h, ridge)[0] if asymmetric else None
+    return h, order, ridged, upper, used
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "act_order",
-        "block",
-        "asymmetric",
-        "centred",
-        "sweeps",
-        "kronecker_sweeps",
-        "double",
-    ),
+    static_argnames=("block", "centred", "sweeps", "kronecker_sweeps"),
 )
 def _round_layer(
     kernel,
@@ -133,23 +158,22 @@ def _round_layer(
     qparams,
     moments,
     output_factor,
-    damping,
-    ridge,
+    h,
+    order,
+    ridged,
+    upper,
+    used,
     *,
-    act_order,
     block,
-    asymmetric,
     centred,
     sweeps,
     kronecker_sweeps,
-    double,
 ) -> LayerResult:
-    dtype = jnp.float64 if double else jnp.float32
-    moments = jax.tree.map(lambda leaf: leaf.astype(dtype), moments)
-    h = hessian(moments, centred)
-    target = aimed(kernel, moments, ridge=ridge, centred=centred) if asymmetric else kernel
-    rounded = gptq(target, h, qparams, act_order=act_order, damping=damping, block=block)
-    codes = rounded.codes
+    moments = jax.tree.map(lambda leaf: leaf.astype(h.dtype), moments)
+    target = kernel
+    if ridged is not None:
+        target = toward_target(kernel, ridged, cross_moment(moments, centred))
+    codes = round_with_factor(target, order, upper, qparams, block=block)
     if sweeps:
         codes = coordinate_descent(codes, target, h, qparams, sweeps=sweeps)
     if kronecker_sweeps:
@@ -165,5 +189,5 @@ def _round_layer(
         refit_bias(bias, kernel, values, moments) if centred else bias,
         layer_loss(kernel, values, moments, centred=centred),
         layer_loss(kernel, plain, moments, centred=False),
-        rounded.damping,
+        used,
     )

@@ -54,16 +54,19 @@ def test_ranges_that_vanish():
     np.testing.assert_array_equal(widest_over_narrowest(width), [4.0, np.inf, 1.0])
 
 
-def test_a_wide_skip_is_found_and_splitting_it_pays(unet):
-    """The output of conv_in is the skip of the last concatenation."""
-    wide = with_params(
-        unet, conv_in__conv__kernel=lambda k: 30.0 * k, conv_in__conv__bias=lambda b: 30.0 * b
-    )
+def test_a_wide_part_is_found_and_splitting_it_pays(unet):
+    """What the last but one block writes is the h of the last concatenation."""
+    layers = [
+        f"up_0_block_0__{op}__{leaf}"
+        for op in ("conv2", "nin_shortcut")
+        for leaf in ("kernel", "bias")
+    ]
+    wide = with_params(unet, **dict.fromkeys(layers, lambda leaf: 30.0 * leaf))
     before, after = skip_concatenations(unet), skip_concatenations(wide)
     assert after.verdict["largest_at"] == "up_0_block_1"
     at = after.blocks.index("up_0_block_1")
     assert after.ratio[at] > 5 > before.ratio[at]
-    assert after.std[:, at, 1].min() > after.std[:, at, 0].max()  # it is the skip that is wide
+    assert after.std[:, at, 0].min() > after.std[:, at, 1].max()  # it is h that is wide
     # An affine grid's error goes with the square of its step.
     assert after.split_gain[at] > 25 > before.split_gain[at]
     assert after.separation[at] > 2

@@ -8,6 +8,7 @@ encodings (ftfy) and undoes HTML escapes, which differs only on text that has th
 import gzip
 import json
 import pathlib
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+_SPECIAL = re.compile(f"({re.escape(START)}|{re.escape(END)})")
 _SUFFIX = "</w>"
 # Lines of OpenAI's file that are used; the rest of it belongs to a larger vocabulary.
 _OPENAI_MERGES = 49152 - 256 - 2
@@ -120,29 +122,11 @@ _LETTERS = _byte_letters()
 
 def _words(text: str) -> Iterator[str]:
     """Special tokens, contractions, runs of letters, single digits, runs of anything else."""
-    position = 0
-    for special in _specials(text):
-        yield from _plain_words(text[position : special.start])
-        yield special.token
-        position = special.start + len(special.token)
-    yield from _plain_words(text[position:])
-
-
-class _Special(NamedTuple):
-    start: int
-    token: str
-
-
-def _specials(text: str) -> Iterator[_Special]:
-    position = 0
-    while position < len(text):
-        found = [(text.find(token, position), token) for token in (START, END)]
-        found = [place for place in found if place[0] >= 0]
-        if not found:
-            return
-        start, token = min(found)
-        yield _Special(start, token)
-        position = start + len(token)
+    for part in _SPECIAL.split(text):
+        if part in (START, END):
+            yield part
+        else:
+            yield from _plain_words(part)
 
 
 def _kind(character: str) -> str:

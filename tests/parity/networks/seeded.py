@@ -38,3 +38,16 @@ def tensor(key: str, shape, seed: int = 0) -> np.ndarray:
 def state_dict(manifest: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """All tensors of a manifest {name: shape}."""
     return {key: tensor(key, tuple(shape), seed) for key, shape in manifest.items()}
+
+
+def pictures(side):
+    """Two smooth coloured pictures in about [-1, 1], [2, side, side, 3] float32."""
+    x = np.linspace(0, 1, side)
+    frequency = normal("frequency", (2, 3, 4, 2)) * 12
+    phase = normal("phase", (2, 3, 4)) * 3
+    waves = np.sin(
+        frequency[..., 0, None, None] * x[:, None]
+        + frequency[..., 1, None, None] * x[None, :]
+        + phase[..., None, None]
+    )
+    return (waves.sum(2) / 4).transpose(0, 2, 3, 1).astype(np.float32)

@@ -1,0 +1,194 @@
+"""Which metric to trust at which number of samples: how many order known damages correctly.
+
+    python -m experiments.efficiency --config=configs/evaluate.py --reference=W/fp32 \
+        --variants=W/rtn_w8a8,W/rtn_w4a8,W/rtn_w4a4 --out=W/efficiency --config.data.source=idx:DIR
+
+`--variants` are workdirs of `experiments.evaluate`, from least to most damage, `--reference` that of full
+precision; all from the same seed, sampler and shard size. Writes efficiency.json, .md, .png and .pdf.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments.evaluate_config import check_alike, read_config, read_result
+from qdiff_jax.analysis.column import column, dress, legend, line_style, save
+from qdiff_jax.data.images import load_images, to_unit_range
+from qdiff_jax.eval import backends
+from qdiff_jax.eval.distribution import Described, describe
+from qdiff_jax.eval.efficiency import Efficiency, samples_needed
+from qdiff_jax.eval.files import write_atomic
+from qdiff_jax.eval.frechet import distance_to
+from qdiff_jax.eval.kid import mmd2
+from qdiff_jax.eval.moments import moments_of
+from qdiff_jax.eval.paired import mse, ssim
+from qdiff_jax.eval.precision_recall import precision_recall
+from qdiff_jax.eval.shards import read_shards
+from qdiff_jax.observe.archive import save_record
+from qdiff_jax.runtime.cache import enable_compile_cache
+from qdiff_jax.runtime.progress import log_progress, progress
+
+SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1000, 2000, 5000)
+_COSTLY_DRAWS = 30  # of metrics that compare every sample with every other
+
+
+class Metric(NamedTuple):
+    """of: (variant, indices) -> value. rising: grows with damage. paired: needs full precision's
+    samples from the same noise. smallest: fewest samples it is defined for."""
+
+    of: Callable[[int, np.ndarray], float]
+    rising: bool
+    paired: bool
+    smallest: int = 4
+    costly: bool = False
+
+
+def metrics_of(
+    sets: list[Described], images: list[np.ndarray], real: Described
+) -> dict[str, Metric]:
+    """The metrics by name; sets and images: full precision first, then the variants."""
+    pairs = {
+        "pixel MSE": ([_each(mse, images[0], other) for other in images[1:]], True),
+        "SSIM": ([_each(ssim, images[0], other) for other in images[1:]], False),
+        "feature distance": (
+            [np.square(s.features - sets[0].features).sum(axis=1) for s in sets[1:]],
+            True,
+        ),
+    }
+    found = {
+        name: Metric(_mean_of(values), rising, True) for name, (values, rising) in pairs.items()
+    }
+    variants = sets[1:]
+    if real.logits is not None:
+        right = [(np.argmax(s.logits, axis=1) == s.labels).astype(float) for s in variants]
+        found["class agreement"] = Metric(_mean_of(right), False, False)
+    inside = [
+        precision_recall(s.features, real.features).generated_inside.astype(float) for s in variants
+    ]
+    found["precision"] = Metric(_mean_of(inside), False, False)
+    distance = distance_to(moments_of(real.features))
+
+    def frechet(v, i):
+        return distance(moments_of(variants[v].features[i]))
+
+    def kernel(v, i):
+        return mmd2(variants[v].features[i], real.features[: 4 * len(i)])
+
+    def recall(v, i):
+        return precision_recall(variants[v].features[i], real.features).recall
+
+    found["Frechet distance"] = Metric(frechet, True, False)
+    found["kernel distance"] = Metric(kernel, True, False, costly=True)
+    found["recall"] = Metric(recall, False, False, 8, costly=True)
+    return found
+
+
+def _each(function, reference: np.ndarray, other: np.ndarray, batch: int = 500) -> np.ndarray:
+    jitted = jax.jit(function)
+    return np.concatenate(
+        [
+            np.asarray(
+                jitted(to_unit_range(reference[i : i + batch]), to_unit_range(other[i : i + batch]))
+            )
+            for i in range(0, len(reference), batch)
+        ]
+    )
+
+
+def _mean_of(values: list[np.ndarray]):
+    return lambda variant, indices: float(values[variant][indices].mean())
+
+
+def draw(found: dict[str, Efficiency], path: pathlib.Path) -> None:
+    """Share of right orders against number of samples, one line a metric; PNG and PDF."""
+    figure, (axes,) = column((2.6,))
+    for index, (name, result) in enumerate(found.items()):
+        axes.plot(result.sizes, 100 * result.correct, label=name, **line_style(index))
+    axes.axhline(95, color="#888888", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    dress(axes, "samples", "draws in the right order (%)")
+    legend(axes)
+    save(figure, path)
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    log_progress()
+    enable_compile_cache(flags.FLAGS.compile_cache)
+    config = read_config(flags.FLAGS.config)
+    workdirs = [flags.FLAGS.reference, *flags.FLAGS.variants]
+    check_alike([(w, read_result(w)["protocol"]) for w in workdirs])
+    network = backends.feature_network(config.network, config.network_weights or None)
+    prepare = backends.preparation(network, config.tool)
+    data = config.data
+    real = load_images(
+        data.source, data.reference, pad_to=data.pad_to or None, limit=data.limit or None
+    )
+    sets, images = [], []
+    for workdir in workdirs:
+        paths = sorted((pathlib.Path(workdir) / "shards").glob("*.npz"))
+        shards = list(read_shards(paths))
+        images.append(np.concatenate([shard.images for shard in shards]))
+        sets.append(describe(network.apply, prepare, [(s.images, s.labels) for s in shards]))
+    reference = describe(network.apply, prepare, [(real.images, real.labels)])
+    metrics = metrics_of(sets, images, reference)
+    count = len(images[0])
+    sizes = [size for size in SIZES if size <= count // 2]
+    found: dict[str, Efficiency] = {}
+    with progress("metrics", len(metrics)) as tell:
+        for done, (name, metric) in enumerate(metrics.items()):
+            found[name] = samples_needed(
+                metric.of,
+                len(sets) - 1,
+                count,
+                [size for size in sizes if size >= metric.smallest],
+                rising=metric.rising,
+                draws=_COSTLY_DRAWS if metric.costly else flags.FLAGS.draws,
+            )
+            tell(done + 1)
+    out = pathlib.Path(flags.FLAGS.out)
+    save_record(
+        out / "efficiency.json",
+        {
+            "variants": flags.FLAGS.variants,
+            "pool": count,
+            "metrics": {
+                name: {
+                    "sizes": result.sizes.tolist(),
+                    "correct": result.correct.tolist(),
+                    "needed": result.needed,
+                    "paired": metrics[name].paired,
+                }
+                for name, result in found.items()
+            },
+        },
+    )
+    lines = ["| metric | samples needed | needs full precision's samples |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {result.needed or f'more than {result.sizes[-1]}'} | "
+        f"{'yes' if metrics[name].paired else 'no'} |"
+        for name, result in found.items()
+    ]
+    text = "\n".join(lines) + "\n"
+    write_atomic(out / "efficiency.md", text)
+    draw(found, out / "efficiency")
+    print(text)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config of the evaluations.", lock_config=True)
+    flags.DEFINE_string("reference", None, "Workdir of full precision's evaluation.")
+    flags.DEFINE_list("variants", None, "Workdirs from least to most damage.")
+    flags.DEFINE_string("out", None, "Folder for the results.")
+    flags.DEFINE_integer("draws", 200, "Random subsets of each size.", lower_bound=10)
+    flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
+    flags.mark_flags_as_required(["config", "reference", "variants", "out"])
+    app.run(main)

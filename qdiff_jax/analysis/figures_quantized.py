@@ -1,0 +1,208 @@
+"""Pictures of what quantization does: deviation, noise, sensitivity, grids, Taylor, beneficial noise."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qdiff_jax.analysis.beneficial import Beneficial
+from qdiff_jax.analysis.column import (
+    COLOURS,
+    STEPS_LABEL,
+    column,
+    dress,
+    legend,
+    line_style,
+    note,
+    plain_log,
+    short,
+)
+from qdiff_jax.analysis.deviation import Deviation
+from qdiff_jax.analysis.histograms import GridUse, Histograms
+from qdiff_jax.analysis.noise import NoiseCorrelation
+from qdiff_jax.analysis.sensitivity import Sensitivity
+from qdiff_jax.analysis.taylor import Taylor
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """A logarithmic axis leaves a gap where there is nothing to show."""
+    return np.where(values > 0, values, np.nan)
+
+
+def deviation_figure(result: Deviation) -> Figure:
+    """Accumulated and single-step deviation over the steps, noise on the left."""
+    figure, (axes,) = column([2.6])
+    steps = np.arange(len(result.timesteps))
+    for k, name in enumerate(result.accumulated):
+        style = {**line_style(k + 4), "linestyle": "-"}
+        axes.plot(
+            steps, _positive(result.accumulated[name])[::-1], label=f"{name}, own path", **style
+        )
+        style = {**style, "linestyle": ":", "markerfacecolor": "white"}
+        label = f"{name}, this step alone"
+        axes.plot(steps, _positive(result.single[name])[::-1], label=label, **style)
+    axes.set_yscale("log")
+    places = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 6)).round()).astype(int)
+    axes.set_xticks(places, [f"{result.timesteps[::-1][i]:.4g}" for i in places])
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.35)
+    dress(axes, "timestep t of the step (sampling runs to the right)", "relative MSE of the state")
+    legend(axes, loc="upper left", ncols=2, columnspacing=0.8)
+    return figure
+
+
+def noise_figure(result: NoiseCorrelation) -> Figure:
+    """The error against the estimate where it follows it most, and the regression by step."""
+    figure, (top, middle, bottom) = column([1.9, 1.6, 1.6])
+    name, step = result.shown
+    eps, error = result.points
+    top.plot(eps, error, ".", color=COLOURS[2], markersize=1.0, alpha=0.4, rasterized=True)
+    ends = np.array([eps.min(), eps.max()])
+    slope, bias = result.slope[name][step], result.bias[name][step]
+    label = f"slope {slope:.3g}, R\u00b2 {result.r2[name][step]:.3f}"
+    top.plot(ends, slope * ends + bias, color=COLOURS[4], linewidth=1.2, label=label)
+    low, high = np.quantile(error, [0.002, 0.998])
+    room = max(high - low, 1e-12) * 0.3
+    top.set_ylim(low - room, high + room)
+    title = f"{name}, t = {result.timesteps[step]:g}"
+    dress(top, "full-precision estimate \u03b5", "error of the estimate", title)
+    legend(top, loc="upper right")
+    for k, name in enumerate(result.slope):
+        style = line_style(k + 4)
+        middle.plot(result.timesteps, _positive(result.r2[name]), label=name, **style)
+        bottom.plot(result.timesteps, result.kurtosis[name], label=f"{name} kurtosis", **style)
+        style = {**style, "linestyle": ":", "markerfacecolor": "white"}
+        bottom.plot(result.timesteps, result.skewness[name], label=f"{name} skewness", **style)
+    middle.set_yscale("log")
+    bottom.axhline(0.0, color="#555555", linewidth=0.8)
+    bottom.set_yscale("symlog", linthresh=1.0)
+    dress(
+        middle, STEPS_LABEL, "R\u00b2 of error on \u03b5", "share of the error that follows \u03b5"
+    )
+    dress(bottom, STEPS_LABEL, "moment of residual", "0: as of a Gaussian (kurtosis: excess)")
+    legend(middle)
+    legend(bottom, ncols=2, columnspacing=0.8)
+    return figure
+
+
+def sensitivity_figure(result: Sensitivity) -> Figure:
+    """The error that each operand causes when it alone has few bits, in order of execution."""
+    figure, panels = column([2.0, 2.0])
+    for axes, names, errors, what in (
+        (panels[0], result.weights, result.weight_error, "weights"),
+        (panels[1], result.activations, result.activation_error, "activations"),
+    ):
+        for b, bits in enumerate(result.bits):
+            style = {**line_style(b + 3), "markersize": 2.2, "linewidth": 0.5}
+            axes.plot(_positive(errors[b]), label=f"{bits} bits", **style)
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.35)
+        coarse = errors[int(np.argmin(result.bits))]
+        for rank, i in enumerate(np.argsort(coarse)[::-1][:2]):
+            axes.annotate(
+                short(names[i].removesuffix(":weight")),
+                (i, coarse[i]),
+                xytext=(0.98, 0.97 - 0.1 * rank),
+                textcoords="axes fraction",
+                ha="right",
+                va="top",
+                fontsize=6.0,
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "#777777"},
+            )
+        dress(
+            axes,
+            f"{what} in order of execution",
+            "relative MSE of \u03b5",
+            f"one of the {what} alone",
+        )
+        legend(axes, loc="upper left", ncols=3, columnspacing=0.8, handletextpad=0.3)
+    return figure
+
+
+def _on_grid(axes: Axes, use: GridUse, bits: int, what: str) -> None:
+    axes.hist(use.values, bins=80, color=COLOURS[2], alpha=0.8, density=True)
+    low, high = axes.get_ylim()
+    # 256 lines over the bars would hide them: a fine grid is a comb below.
+    height = high * 1.05 if len(use.levels) <= 16 else 0.06 * high
+    axes.vlines(use.levels, 0, height, color=COLOURS[4], linewidth=0.5, label=f"{bits}-bit grid")
+    axes.set_ylim(low, high * 1.3)
+    text = f"SQNR {use.sqnr_db:.1f} dB, codes {use.entropy:.1f} of {bits} bits, clipped {use.clipped:.1%}"
+    dress(axes, what, "density", text)
+    legend(axes, loc="upper right")
+
+
+def histograms_figure(result: Histograms) -> Figure:
+    """One layer's weights and input on their grids."""
+    figure, (top, bottom) = column([1.9, 1.9])
+    site = short(result.site)
+    where = f"weight, {site}, channel {result.channel}"
+    _on_grid(top, result.weights, result.verdict["w_bits"], where)
+    _on_grid(bottom, result.activations, result.verdict["a_bits"], f"input of {site}")
+    return figure
+
+
+def taylor_figure(result: Taylor) -> Figure:
+    """True loss against the second-order prediction, as points, and their ratio along the perturbation."""
+    figure, (top, bottom) = column([2.4, 2.0])
+    span = np.concatenate([result.loss, result.predicted])
+    ends = np.array([span.min() * 0.4, span.max() * 2.5])
+    top.plot(ends, ends, color="#555555", linewidth=0.8, label="second order exact")
+    top.fill_between(ends, 0.5 * ends, 1.5 * ends, color="#BBBBBB", alpha=0.4, linewidth=0)
+    for k, name in enumerate(result.settings):
+        marker = "s" if name.endswith("a32") else "o"
+        style = {"color": COLOURS[k % len(COLOURS)], "markersize": 4.0, "linestyle": "none"}
+        top.plot(result.predicted[k], result.loss[k], marker, label=_setting(name), **style)
+        ratio = result.along[k] / (result.predicted[k] * result.fractions**2)
+        style = {**line_style(k), "marker": marker, "markersize": 2.2, "linewidth": 0.9}
+        bottom.plot(result.fractions, ratio, label=_setting(name), **style)
+    top.set_xscale("log")
+    top.set_yscale("log")
+    dress(
+        top,
+        "predicted loss, relative to mean \u03b5\u00b2",
+        "true loss",
+        "distance to full precision",
+    )
+    legend(top, loc="upper left", ncols=2, columnspacing=0.6, handletextpad=0.2)
+    bottom.axhspan(0.5, 1.5, color="#BBBBBB", alpha=0.4, linewidth=0)
+    bottom.axhline(1.0, color="#555555", linewidth=0.8)
+    bottom.set_yscale("log")
+    plain_log(bottom)
+    dress(bottom, "fraction of the perturbation", "true / predicted", "band: within a half")
+    return figure
+
+
+def _setting(name: str) -> str:
+    return name.upper().replace("A32", "")
+
+
+def beneficial_figure(result: Beneficial) -> Figure:
+    """Mean paired difference of every metric under each sampler, in units of its scatter over seeds."""
+    figure, (axes,) = column([0.7 + 0.35 * len(result.paired)])
+    labels = []
+    for place, (key, pair) in enumerate(result.paired.items()):
+        sampler, metric = key.split("/")
+        keys = [f"{sampler}/{name}/{metric}" for name in (result.coarse, result.fine)]
+        scatter = float(np.std(result.values[keys[0]] - result.values[keys[1]]))
+        unit = scatter if scatter else 1.0
+        sign = 1.0 if metric == "confidence" else -1.0
+        k = result.samplers.index(sampler)
+        style = {"color": COLOURS[(5, 4)[k % 2]], "marker": ("o", "s")[k % 2]}
+        axes.errorbar(
+            sign * pair.mean / unit, -place, xerr=pair.half_width / unit, capsize=2.0, **style
+        )
+        note(axes, f"{pair.wins:.0%}", 0.99, 0.0, ha="right", va="center").set_transform(
+            axes.get_yaxis_transform()
+        )
+        axes.texts[-1].set_position((0.99, -place))
+        labels.append(f"{sampler}: {metric.replace('_', ' ')}")
+    axes.axvline(0.0, color="#555555", linewidth=0.8)
+    axes.set_yticks(-np.arange(len(labels)), labels)
+    axes.set_ylim(-len(labels) + 0.4, 0.6)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, -0.2), max(high, 0.2) + 0.25 * (max(high, 0.2) - min(low, -0.2)))
+    title = f"{result.coarse} against {result.fine}; right: {result.coarse} better, its wins"
+    dress(axes, "paired difference / its std (95 % interval)", "", title)
+    return figure

@@ -1,0 +1,105 @@
+"""CLIP's towers against transformers and against OpenAI's layout, on seeded weights."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qdiff_jax.eval.networks.clip import (
+    VIT_B32,
+    VIT_L14,
+    ClipConfig,
+    TowerConfig,
+    clip_shapes,
+    image_features,
+    text_features,
+)
+from qdiff_jax.eval.networks.clip_images import preprocess
+from qdiff_jax.eval.networks.clip_weights import clip_params
+
+from ...parity.networks import seeded
+
+CASE = pathlib.Path(__file__).parents[2] / "parity" / "networks" / "clip.npz"
+TINY = ClipConfig(
+    TowerConfig(32, 2, 4),
+    TowerConfig(24, 2, 3),
+    embedding_dim=20,
+    patch=8,
+    size=24,
+    vocabulary=50,
+    positions=12,
+)
+
+
+@functools.cache
+def stored():
+    with np.load(CASE, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def tensors(layout):
+    return seeded.state_dict(json.loads(str(stored()[f"{layout}/manifest"])))
+
+
+@pytest.mark.parametrize("layout", ["hugging_face", "open_ai"])
+def test_the_features_of_both_towers(layout):
+    params = clip_params(tensors(layout), TINY, "the seeded weights")
+    images = seeded.normal("image", (2, 24, 24, 3)).astype(np.float32)
+    found = {
+        "image": image_features(TINY, params, jnp.asarray(images)),
+        "text": text_features(TINY, params, jnp.asarray(stored()["ids"])),
+    }
+    compared = 0
+    for key, expected in stored().items():
+        if key.startswith(f"{layout}/") and "_" in key.split("/")[1]:
+            tower, output = key.split("/")[1].split("_")
+            tolerance = 1e-4 * expected.std()
+            np.testing.assert_allclose(found[tower][output], expected, rtol=0, atol=tolerance)
+            compared += 1
+    assert compared == (4 if layout == "hugging_face" else 2)
+
+
+@pytest.mark.parametrize(("config", "parameters"), [(VIT_B32, 151_277_313), (VIT_L14, 427_616_513)])
+def test_the_published_sizes(config, parameters):
+    # The published counts include the temperature.
+    assert 1 + sum(leaf.size for leaf in jax.tree.leaves(clip_shapes(config))) == parameters
+
+
+@pytest.mark.parametrize("layout", ["hugging_face", "open_ai"])
+def test_strict_both_ways(layout):
+    whole = tensors(layout)
+    extra = {"text_model.embeddings.position_ids": np.arange(12)[None]}  # old files carry it
+    clip_params({**whole, **extra}, TINY, "f")
+    with pytest.raises(ValueError, match=r"in 1 parameters \(.*wanted none"):
+        clip_params({**whole, "visual_projection.bias": np.zeros(20)}, TINY, "f")
+    lacking = [key for key in whole if "layers.1.mlp.fc1" in key or "resblocks.1.mlp.c_fc" in key]
+    for key in lacking:
+        del whole[key]
+    with pytest.raises(ValueError, match=r"in 2 parameters \(text/block_1/fc1|vision/block_1/fc1"):
+        clip_params(whole, TINY, "f")
+
+
+def test_wrong_inputs():
+    params = clip_params(tensors("hugging_face"), TINY, "f")
+    with pytest.raises(ValueError, match=r"images \[B, 24, 24, 3\], got"):
+        image_features(TINY, params, jnp.zeros((1, 32, 32, 3)))
+    with pytest.raises(ValueError, match="N <= 12"):
+        text_features(TINY, params, jnp.zeros((1, 13), jnp.int32))
+
+
+@pytest.mark.parametrize("name", ["down", "up"])
+def test_preprocessing_is_that_of_transformers(name):
+    found = preprocess(stored()[f"{name}/image"][None], 24)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[0], stored()[f"{name}/pixels"], rtol=0, atol=1e-6)
+
+
+def test_preprocessing_of_grey_images_and_of_floats():
+    grey = stored()["up/image"][None, :, :, :1]
+    np.testing.assert_array_equal(preprocess(grey, 24), preprocess(np.repeat(grey, 3, -1), 24))
+    with pytest.raises(ValueError, match="uint8"):
+        preprocess(grey.astype(np.float32), 24)
