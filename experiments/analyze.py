@@ -12,6 +12,7 @@ of DDIM (or of the bundle's sampler) with the model's labels as they are, withou
 from __future__ import annotations
 
 import functools
+import logging as python_logging
 import pathlib
 import sys
 
@@ -155,6 +156,7 @@ def main(argv) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     values = flags.FLAGS
     log_progress()
+    python_logging.getLogger("fontTools").setLevel(python_logging.WARNING)  # every glyph of a PDF
     enable_compile_cache(values.compile_cache)
     names = names_of(values.what)
     given = prepare(

@@ -6,8 +6,8 @@
         --command="python -m experiments.train --config=configs/train_unet_fashion.py --workdir=W"
 
 `--weights` is what the run exported (`--export`, `--export_bits=16`) and the evaluations judged. Writes
-beside it `<name>.md`, `<name>_loss.png` and `<name>.png` (the grid of the last evaluation). Every number in the card
-is read from the files of the run and of the evaluations.
+beside it `<name>.md`, `<name>_loss.png` and `<name>.png` (the grid of the last evaluation). Every number in
+the card is read from the files of the run and of the evaluations.
 """
 
 from __future__ import annotations

@@ -66,8 +66,10 @@ def metrics_of(
         name: Metric(_mean_of(values), rising, True) for name, (values, rising) in pairs.items()
     }
     variants = sets[1:]
-    if real.logits is not None:
-        right = [(np.argmax(s.logits, axis=1) == s.labels).astype(float) for s in variants]
+    if "logits" in real.layers:
+        right = [
+            (np.argmax(s.layers["logits"], axis=1) == s.labels).astype(float) for s in variants
+        ]
         found["class agreement"] = Metric(_mean_of(right), False, False)
     inside = [
         precision_recall(s.features, real.features).generated_inside.astype(float) for s in variants

@@ -12,6 +12,7 @@ evaluations whose protocols differ, and says in what.
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -35,7 +36,6 @@ from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import backends
 from qdiff_jax.eval.distribution import Described, describe, measure
 from qdiff_jax.eval.paired import paired_metrics
-from qdiff_jax.eval.reference import images_digest
 from qdiff_jax.eval.shards import read_shards, sample_shards, shard_paths
 from qdiff_jax.methods.run import load_for_sampling, make_sampler
 from qdiff_jax.models import registry
@@ -97,7 +97,9 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     began = time.monotonic()
     generated = described(shards())
     seen = [described([(images.images, images.labels)]) for images in (reference, floor) if images]
-    metrics = measure(generated, seen[0], seen[1] if floor else None, k=config.neighbours)
+    metrics = measure(
+        generated, seen[0], seen[1] if floor else None, tool=config.tool, k=config.neighbours
+    )
     if config.paired:
         metrics.update(_paired(config, workdir, paths))
     logging.info("measured in %.0f s", time.monotonic() - began)
@@ -105,7 +107,10 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     result = {
         "subject": subject.origin,
         "protocol": protocol(
-            config, network.fingerprint, images_digest(reference.images), subject.schedule
+            config,
+            network.fingerprint,
+            hashlib.sha256(reference.images.tobytes()).hexdigest(),
+            subject.schedule,
         ),
         "metrics": metrics,
         "cost": {

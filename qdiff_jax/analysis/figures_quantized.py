@@ -193,14 +193,18 @@ def beneficial_figure(result: Beneficial) -> Figure:
         axes.errorbar(
             sign * pair.mean / unit, -place, xerr=pair.half_width / unit, capsize=2.0, **style
         )
-        note(axes, f"{pair.wins:.0%}", 0.99, 0.0, ha="right", va="center").set_transform(
-            axes.get_yaxis_transform()
+        note(
+            axes,
+            f"{pair.wins:.0%}",
+            0.99,
+            1.0 - (place + 0.5) / len(result.paired),
+            ha="right",
+            va="center",
         )
-        axes.texts[-1].set_position((0.99, -place))
         labels.append(f"{sampler}: {metric.replace('_', ' ')}")
     axes.axvline(0.0, color="#555555", linewidth=0.8)
     axes.set_yticks(-np.arange(len(labels)), labels)
-    axes.set_ylim(-len(labels) + 0.4, 0.6)
+    axes.set_ylim(-len(labels) + 0.5, 0.5)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -0.2), max(high, 0.2) + 0.25 * (max(high, 0.2) - min(low, -0.2)))
     title = f"{result.coarse} against {result.fine}; right: {result.coarse} better, its wins"

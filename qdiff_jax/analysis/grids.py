@@ -18,12 +18,16 @@ from qdiff_jax.analysis.subject import Subject
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import ACTIVATION, ALWAYS_ZERO, WEIGHT
 from qdiff_jax.quant.qparams import QParams, from_range
+from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.ranges import weight_qparams
 from qdiff_jax.quant.spec import code_range
 from qdiff_jax.sites import SiteQuant, nest_sites
 from qdiff_jax.stages.stage import kernel_at
 
 OFF = 24  # bits
+
+# One program for each shape, where eager rounding would compile one for each operation.
+rounded = jax.jit(fake_quant)
 
 
 def activation_bounds(

@@ -12,24 +12,26 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from qdiff_jax.analysis.grids import rounded
 from qdiff_jax.analysis.observed import step_reports
 from qdiff_jax.analysis.subject import Subject, is_temporal, parse_bits
 from qdiff_jax.eval.agreement import sqnr_db
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import ACTIVATION, WEIGHT
 from qdiff_jax.quant.qparams import QParams, from_range
-from qdiff_jax.quant.quantizer import codes, dequantize
+from qdiff_jax.quant.quantizer import dequantize
 from qdiff_jax.quant.ranges import weight_qparams
 from qdiff_jax.quant.spec import code_range
 from qdiff_jax.stages.stage import kernel_at
 
 _SAMPLE = 256  # activations of each sample and step
+_SHOWN = 5000  # values that are kept for a picture
 
 
 class GridUse(NamedTuple):
     """One tensor on its grid.
 
-    values: [n] float32 sample. levels: [2^b] the grid's values. sqnr_db: signal to quantization noise
+    values: a sample of at most 5000, float32. levels: [2^b] the grid's values. sqnr_db: signal to quantization noise
     ratio. entropy: of the codes, in bits, at most b. clipped: share outside the grid.
     """
 
@@ -64,18 +66,15 @@ class Histograms(NamedTuple):
 def grid_use(grid: QParams, values: np.ndarray) -> GridUse:
     """How a grid of one range (granularity "tensor") serves a sample of values [n]."""
     values = np.asarray(values, np.float32).ravel()
-    chosen = codes(grid, jnp.asarray(values))
-    rounded = np.asarray(dequantize(grid, chosen), np.float64)
-    low, high = int(grid.qmin), int(grid.qmax)
-    levels = np.asarray(dequantize(grid, jnp.arange(low, high + 1)))
-    counts = np.bincount(np.asarray(chosen) - low, minlength=high - low + 1)
-    share = counts[counts > 0] / values.size
+    nearest = np.asarray(rounded(grid, values), np.float64)
+    levels = np.asarray(dequantize(grid, jnp.arange(int(grid.qmin), int(grid.qmax) + 1)))
+    share = np.unique(nearest, return_counts=True)[1] / values.size
     half = 0.5 * float(levels[1] - levels[0])
     outside = (values < levels[0] - half) | (values > levels[-1] + half)
     signal = float(np.mean(values.astype(np.float64) ** 2))
-    error = float(np.mean((rounded - values) ** 2))
+    error = float(np.mean((nearest - values) ** 2))
     return GridUse(
-        values,
+        values[:: -(-values.size // _SHOWN)],
         levels,
         sqnr_db(error / signal) if signal else float("inf"),
         float(-(share * np.log2(share)).sum()),
@@ -101,8 +100,8 @@ def quantization_histograms(
         kernel = np.asarray(kernel_at(subject.model.params, site.name), np.float32)
         ranges = weight_qparams(kernel, WEIGHT, w_bits, method="mse")
         channels = kernel.reshape(-1, kernel.shape[-1])
-        rounded = np.asarray(dequantize(ranges, codes(ranges, jnp.asarray(kernel))), np.float64)
-        error, signal = np.mean((rounded - kernel) ** 2), np.mean(kernel.astype(np.float64) ** 2)
+        nearest = np.asarray(rounded(ranges, kernel), np.float64)
+        error, signal = np.mean((nearest - kernel) ** 2), np.mean(kernel.astype(np.float64) ** 2)
         widest = int(np.ptp(channels, axis=0).argmax())
         weight = grid_use(_channel(ranges, widest), channels[:, widest])
         values = np.concatenate(drawn[site.name])

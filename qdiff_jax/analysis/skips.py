@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from qdiff_jax.analysis.grids import rounded
 from qdiff_jax.analysis.observed import step_values
 from qdiff_jax.analysis.subject import NotApplicable, Subject
 from qdiff_jax.models.program import Node, temporal_nodes
 from qdiff_jax.quant.qparams import from_range
-from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.spec import QuantSpec, code_range
 
 _POSITIONS = 16  # of each map and step that enter the pooled statistics
@@ -88,7 +87,7 @@ def ashman(first: np.ndarray, second: np.ndarray) -> float:
 def _error(values: np.ndarray, spanning: np.ndarray, bits: int) -> float:
     spec = QuantSpec()
     grid = from_range(spec, spanning.min(), spanning.max(), *code_range(spec, bits))
-    return float(np.mean(np.square(np.asarray(fake_quant(grid, jnp.asarray(values))) - values)))
+    return float(np.mean(np.square(np.asarray(rounded(grid, values)) - values)))
 
 
 def skip_concatenations(

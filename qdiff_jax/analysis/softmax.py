@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from qdiff_jax.analysis.grids import rounded
 from qdiff_jax.analysis.observed import step_reports
 from qdiff_jax.analysis.subject import NotApplicable, Subject
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import ALWAYS_ZERO
 from qdiff_jax.quant.qparams import from_range
-from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.spec import QuantSpec, code_range
 
 _SAMPLE = 2048  # probabilities of each sample
@@ -81,7 +80,7 @@ def fit_power_law(values: np.ndarray) -> PowerLaw:
 
 def _squared_error(values: np.ndarray, spec: QuantSpec, bits: int) -> float:
     grid = from_range(spec, 0.0, float(values.max()), *code_range(spec, bits))
-    return float(np.mean(np.square(np.asarray(fake_quant(grid, jnp.asarray(values))) - values)))
+    return float(np.mean(np.square(np.asarray(rounded(grid, values)) - values)))
 
 
 def softmax_power_law(

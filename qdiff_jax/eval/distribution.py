@@ -12,54 +12,58 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from qdiff_jax.eval.extract import all_features, feature_batches
 from qdiff_jax.eval.frechet import moments_distance
-from qdiff_jax.eval.intervals import Interval, frechet_interval, mean_interval
-from qdiff_jax.eval.kid import kernel_inception_distance
+from qdiff_jax.eval.inception_score import inception_score
+from qdiff_jax.eval.intervals import (
+    Interval,
+    frechet_bootstrap,
+    frechet_interval,
+    mean_interval,
+)
+from qdiff_jax.eval.kid import kernel_influence, mmd2
 from qdiff_jax.eval.moments import moments_of
 from qdiff_jax.eval.precision_recall import precision_recall
+from qdiff_jax.eval.tools import find_tool
+
+
+_LAYERS = ("pool", "spatial", "logits", "logits_unbiased")
 
 
 class Described(NamedTuple):
-    """A set of images as a network sees it. features: [N, D] float32. logits: [N, K] float32, or None
-    for a network without. labels: [N] int32, what was asked for or is true; -1 where unknown."""
+    """A set of images as a network sees it. layers: {"pool": [N, D], and what else it has of "spatial",
+    "logits", "logits_unbiased"}, float32. labels: [N] int32, asked for or true; -1 where unknown."""
 
-    features: np.ndarray
-    logits: np.ndarray | None
+    layers: dict[str, np.ndarray]
     labels: np.ndarray
+
+    @property
+    def features(self) -> np.ndarray:
+        return self.layers["pool"]
 
 
 def describe(
     apply: Callable[[jax.Array], dict],
     prepare: Callable[[np.ndarray], Any],
     shards: Iterable[tuple[np.ndarray, np.ndarray]],
-    batch: int = 250,
+    batch: int = 64,
 ) -> Described:
-    """Features of a stream of (uint8 images [n, H, W, C], labels [n]); holds one shard of images.
+    """What a network sees of a stream of (uint8 images [n, H, W, C], labels [n]), one shard at a time.
 
-    apply: jitted, prepared images -> {"pool": [B, D], and "logits": [B, K] where there are any}.
-    prepare: uint8 images -> what the network takes. Batches are filled up to one size, so that the
-    network compiles once. Raises ValueError for an empty stream.
+    apply, prepare, batch: as in `extract.feature_batches`. Raises ValueError for an empty stream.
     """
-    features, logits, labels = [], [], []
-    for images, asked in shards:
-        labels.append(np.asarray(asked, np.int32))
-        for first in range(0, len(images), batch):
-            part = images[first : first + batch]
-            padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-            out = apply(jnp.asarray(prepare(padded)))
-            features.append(np.asarray(out["pool"], np.float32)[: len(part)])
-            if "logits" in out:
-                logits.append(np.asarray(out["logits"], np.float32)[: len(part)])
-    if not features:
-        raise ValueError("describe was given no images; sample some first.")
-    return Described(
-        np.concatenate(features),
-        np.concatenate(logits) if logits else None,
-        np.concatenate(labels),
-    )
+    labels = []
+
+    def images():
+        for part, asked in shards:
+            labels.append(np.asarray(asked, np.int32))
+            yield part
+
+    batches = feature_batches(apply, prepare, images(), batch=batch)
+    found = all_features({k: v for k, v in one.items() if k in _LAYERS} for one in batches)
+    return Described(found, np.concatenate(labels))
 
 
 def class_agreement(described: Described) -> Interval:
@@ -67,9 +71,10 @@ def class_agreement(described: Described) -> Interval:
 
     Raises ValueError without logits or labels.
     """
-    if described.logits is None or (described.labels < 0).any():
+    logits = described.layers.get("logits")
+    if logits is None or (described.labels < 0).any():
         raise ValueError("class agreement needs a network with logits and a label for every image.")
-    right = np.argmax(described.logits, axis=1) == described.labels
+    right = np.argmax(logits, axis=1) == described.labels
     return mean_interval(right.astype(np.float64))
 
 
@@ -78,45 +83,60 @@ def measure(
     reference: Described,
     floor: Described | None,
     *,
+    tool: str = "",
     k: int = 3,
-    kid_subsets: int = 50,
-    kid_subset_size: int = 1000,
 ) -> dict[str, dict]:
     """All distribution metrics of `generated` against `reference`, as JSON values by name.
 
-    floor: real images of another split, as the yardstick of the distances; at most as many as are
-    generated are used. Each entry has `value`, `low` and `high` (95 %), distances also `floor`.
-    Precision and recall take at most as many reference images as the larger set demands: all.
+    floor: real images of another split, the yardstick of the distances; as many of them as are
+    generated, if there are. tool: by whose conventions (`tools.TOOLS`); "" for exact float32 manifolds
+    with k neighbours. Each entry has `value`, `low`, `high` (95 %); a distance also `floor`, class
+    agreement also `real`, the accuracy on the reference. "score" comes with its splits' spread.
     """
-    moments = moments_of(reference.features)
-    distance = frechet_interval(generated.features, moments)
-    result = {"frechet": _entry(distance)}
-    size = min(kid_subset_size, len(generated.features), len(reference.features))
-    options = {"subsets": kid_subsets, "subset_size": size}
-    kid = kernel_inception_distance(generated.features, reference.features, **options)
-    result["kernel"] = {"value": float(kid.mean), **_spread(kid.mean, kid.std, kid_subsets)}
-    if floor is not None:
-        real = floor.features[: len(generated.features)]
-        result["frechet"]["floor"] = moments_distance(moments_of(real), moments)
-        result["frechet"]["floor_n"] = len(real)
-        lowest = kernel_inception_distance(real, reference.features, **options)
-        result["kernel"]["floor"] = float(lowest.mean)
-    shares = precision_recall(generated.features, reference.features, k=k)
+    row = find_tool(tool) if tool else None
+    result = {}
+    for name, layer in (("frechet", "pool"), ("spatial_frechet", "spatial")):
+        if layer in generated.layers and (layer == "pool" or row is None or row.spatial):
+            parts = [set_ and set_.layers[layer] for set_ in (generated, reference, floor)]
+            result[name] = _distance(*parts)
+    result["kernel"] = _kernel(generated, reference, floor)
+    logits = generated.layers.get("logits_unbiased", generated.layers.get("logits"))
+    if row is not None and row.score is not None and logits is not None:
+        score = inception_score(logits, **row.score)
+        half = 1.96 * score.std / np.sqrt(max(len(score.splits), 1))
+        result["score"] = {"value": score.mean, "low": score.mean - half, "high": score.mean + half}
+    manifold = row.manifold if row is not None and row.manifold is not None else {"k": k}
+    shares = precision_recall(generated.features, reference.features, **manifold)
     for name, inside in (
         ("precision", shares.generated_inside),
         ("recall", shares.real_inside),
     ):
         result[name] = _entry(mean_interval(inside.astype(np.float64)))
-    if generated.logits is not None and (generated.labels >= 0).all():
+    if "logits" in generated.layers and (generated.labels >= 0).all() and not tool:
         result["class_agreement"] = _entry(class_agreement(generated))
         result["class_agreement"]["real"] = class_agreement(reference).estimate
     return result
 
 
+def _distance(generated, reference, floor) -> dict:
+    moments = moments_of(reference)
+    interval = frechet_interval if len(generated) > generated.shape[1] else frechet_bootstrap
+    entry = _entry(interval(generated, moments))
+    if floor is not None:
+        real = floor[: len(generated)]
+        entry |= {"floor": moments_distance(moments_of(real), moments), "floor_n": len(real)}
+    return entry
+
+
+def _kernel(generated: Described, reference: Described, floor: Described | None) -> dict:
+    value = mmd2(generated.features, reference.features)
+    around = mean_interval(kernel_influence(generated.features, reference.features))
+    entry = {"value": value, "low": value + around.low, "high": value + around.high}
+    if floor is not None:
+        real = floor.features[: len(generated.features)]
+        entry |= {"floor": mmd2(real, reference.features), "floor_n": len(real)}
+    return entry
+
+
 def _entry(interval: Interval) -> dict:
     return {"value": interval.estimate, "low": interval.low, "high": interval.high}
-
-
-def _spread(mean: float, std: float, subsets: int) -> dict:
-    half = 1.96 * float(std) / np.sqrt(subsets)
-    return {"low": float(mean) - half, "high": float(mean) + half}

@@ -2,7 +2,7 @@
 
 A metric is given as a function of sample indices, so the same few lines serve all of them:
 
-    bootstrap(lambda i: kid.mmd2(generated[i], real), len(generated))
+    bootstrap(lambda i: ssim_values[i].mean(), len(ssim_values))
     jackknife(lambda i: inception_score(logits[i], splits=1).mean, len(logits), groups=50)
 
 Which one: the jackknife (Quenouille, Tukey; groups as in Shao and Tu 1995, section 2.3) leaves out one
@@ -11,7 +11,8 @@ but a resample repeats samples, and a metric that is biased by the number of dis
 distance, a nearest neighbour) is moved by it. The default therefore takes only the spread from the
 replicates and keeps the estimate as centre.
 
-A metric that is a mean over samples (an error, a cosine, precision) needs neither: `mean_interval`.
+A metric that is a mean over samples (an error, a cosine, precision) needs neither: `mean_interval`. The two
+distances have short cuts: `frechet_interval` and `kernel_interval`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 import scipy.special
 
 from qdiff_jax.eval.frechet import distance_to, frechet_influence
+from qdiff_jax.eval.kid import kernel_influence, mmd2
 from qdiff_jax.eval.moments import Moments, merge, moments_of, weighted
 
 KINDS = ("normal", "percentile", "basic")
@@ -153,6 +155,18 @@ def frechet_interval(features, reference: Moments, *, level: float = 0.95) -> In
     error = float(np.sqrt((pulls**2).sum() / (len(pulls) - 1) / len(pulls)))
     estimate = distance_to(reference)(moments_of(features))
     return _around(estimate, error, 0.0, level, scipy.special.ndtri, "influence")
+
+
+def kernel_interval(features1, features2, *, level: float = 0.95, block: int = 2048) -> Interval:
+    """First-order interval of the kernel distance over all pairs, over the first set's samples.
+
+    features1: [N, D], of the generated images; features2: [M, D], of the real ones, taken as fixed. The
+    spread over random subsets that the tools print is no substitute: subsets of one sample overlap, and
+    it measures their size.
+    """
+    pulls = kernel_influence(features1, features2, block=block)
+    around = mean_interval(pulls + mmd2(features1, features2, block=block), level=level)
+    return around._replace(method="influence")
 
 
 def mean_interval(values, *, level: float = 0.95) -> Interval:

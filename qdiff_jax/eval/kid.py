@@ -95,36 +95,72 @@ def mmd2(
     return _mmd2(features1, features2, block, degree, gamma, coef0)
 
 
+def kernel_influence(
+    features1,
+    features2,
+    *,
+    block: int = 2048,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
+) -> np.ndarray:
+    """How much each generated vector pulls the MMD^2: [N] float64 of mean 0.
+
+        I(x_i) = 2 (mean_{j != i} k(x_i, x_j) - mean_j k(x_i, y_j)) - const
+
+    Its standard deviation over sqrt(N) is the first-order jackknife's standard error of `mmd2`. Arguments
+    and errors as for `mmd2`.
+    """
+    x, y = _checked(features1, features2)
+    kernel = _kernel(x, gamma, coef0, degree)
+    within = _row_sums(x, x, kernel, block) - _diagonal(x, kernel)
+    across = _row_sums(x, y, kernel, block)
+    pulls = 2.0 * (within / (len(x) - 1) - across / len(y))
+    return pulls - pulls.mean()
+
+
 def _mmd2(x, y, block, degree, gamma, coef0) -> float:
-    m, n = len(x), len(y)
-    gamma = 1.0 / x.shape[1] if gamma is None else gamma
-    kernel = (gamma, coef0, degree, block)
-    within_x = (_total(x, x, *kernel) - _diagonal(x, gamma, coef0, degree)) / (m * (m - 1))
-    within_y = (_total(y, y, *kernel) - _diagonal(y, gamma, coef0, degree)) / (n * (n - 1))
-    return float(within_x + within_y - 2.0 * _total(x, y, *kernel) / (m * n))
+    kernel = _kernel(x, gamma, coef0, degree)
+    within = _within(x, kernel, block) + _within(y, kernel, block)
+    return float(within - 2.0 * _row_sums(x, y, kernel, block).sum() / (len(x) * len(y)))
 
 
-def _total(x, y, gamma, coef0, degree, block) -> float:
-    """Sum of k over all pairs. Blocks at the end are shorter, which compiles at most four shapes."""
-    total = 0.0
+class _Kernel(NamedTuple):
+    gamma: float
+    coef0: float
+    degree: int
+
+
+def _kernel(x, gamma, coef0, degree) -> _Kernel:
+    return _Kernel(1.0 / x.shape[1] if gamma is None else gamma, coef0, degree)
+
+
+def _within(x, kernel: _Kernel, block: int) -> float:
+    total = (_row_sums(x, x, kernel, block) - _diagonal(x, kernel)).sum()
+    return total / (len(x) * (len(x) - 1))
+
+
+def _row_sums(x, y, kernel: _Kernel, block: int) -> np.ndarray:
+    """[N]: sum_j k(x_i, y_j). Blocks at the end are shorter, which compiles at most four shapes."""
+    sums = np.zeros((len(x),), np.float64)
     with jax.enable_x64(True):
+        columns = [jnp.asarray(y[j : j + block], jnp.float64) for j in range(0, len(y), block)]
         for i in range(0, len(x), block):
             rows = jnp.asarray(x[i : i + block], jnp.float64)
-            for j in range(0, len(y), block):
-                columns = jnp.asarray(y[j : j + block], jnp.float64)
-                total += float(_block_sum(rows, columns, gamma, coef0, degree))
-    return total
+            for part in columns:
+                sums[i : i + block] += np.asarray(_block_rows(rows, part, *kernel))
+    return sums
 
 
 @partial(jax.jit, static_argnames="degree")
-def _block_sum(x, y, gamma, coef0, degree: int):
+def _block_rows(x, y, gamma, coef0, degree: int):
     products = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.sum((gamma * products + coef0) ** degree)
+    return jnp.sum((gamma * products + coef0) ** degree, axis=1)
 
 
-def _diagonal(x, gamma, coef0, degree) -> float:
+def _diagonal(x, kernel: _Kernel) -> np.ndarray:
     squares = np.einsum("nd,nd->n", x, x, dtype=np.float64)
-    return float(((gamma * squares + coef0) ** degree).sum())
+    return (kernel.gamma * squares + kernel.coef0) ** kernel.degree
 
 
 def _checked(features1, features2) -> tuple[np.ndarray, np.ndarray]:

@@ -143,9 +143,9 @@ def distribution_metrics(
     """Every metric that the tool reports, by its rules, from features already taken.
 
     Args:
-      generated: {"pool": [N, D], "spatial": [N, S], "logits": [N, C]} in the order of the files; what a
-        metric of the tool needs and is missing leaves that metric out only if the network does not have
-        it (spatial, logits).
+      generated: {"pool": [N, D], "spatial": [N, S], "logits_unbiased" or "logits": [N, C]} in the order of
+        the files. A network without spatial features or logits has no sFID or score; the logits
+        without the last layer's bias are used where there are both, as the tools do.
       real: "pool" and "spatial" are features or the `Moments` of a published reference; precision,
         recall and the kernel distance need features.
       tool: a key of TOOLS.
@@ -159,8 +159,9 @@ def distribution_metrics(
         found["spatial_frechet"] = moments_distance(
             _moments(generated["spatial"]), _moments(real["spatial"])
         )
-    if row.score is not None and "logits" in generated:
-        found["score"] = inception_score(generated["logits"], **row.score).mean
+    logits = generated.get("logits_unbiased", generated.get("logits"))
+    if row.score is not None and logits is not None:
+        found["score"] = inception_score(logits, **row.score).mean
     if not isinstance(real["pool"], Moments):
         if row.kernel is not None:
             found["kernel"] = kernel_inception_distance(

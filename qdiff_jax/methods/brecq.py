@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages
 from qdiff_jax.models.program import units_with_projections
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.weights import calibrate_weights
@@ -30,23 +32,50 @@ def brecq(
     weights: ReconstructConfig = ReconstructConfig(),
     activations: ActivationConfig = ActivationConfig(),
     activation_steps: ReconstructConfig | None = None,
+    rounding: str = "adaround",
+    closed_form: ClosedFormConfig = ClosedFormConfig(),
     on_progress=None,
 ) -> Method:
     """Ranges, block reconstruction of weights, activation ranges, (optional) learned activation steps.
 
+    rounding: "adaround" (the paper), or "closed_form", which solves the same blocks by `closed_form`
+    instead of `weights` and calibrates activations first.
+
     weights: defaults are the papers' (20,000 steps at 1e-3, batch 32, lambda 0.01).
     activation_steps: None skips the phase; the papers' is `paper_activation_steps()`.
     """
+    check_rounding(rounding)
     units = units_with_projections(model.program)
-    stages = [
-        calibrate_weights(model, method=weight_method),
-        reconstruct(
-            model, units, weight_calibration, weights, name="brecq_weights", on_progress=on_progress
-        ),
-        calibrate_activations(
-            model, activation_calibration, timesteps, activations, on_progress=on_progress
-        ),
-    ]
+    if rounding == "closed_form":
+        stages = [
+            *closed_form_stages(
+                model,
+                units,
+                weight_calibration,
+                activation_calibration,
+                timesteps,
+                weight_method=weight_method,
+                rounding=closed_form,
+                activations=activations,
+                name="brecq_weights",
+                on_progress=on_progress,
+            )
+        ]
+    else:
+        stages = [
+            calibrate_weights(model, method=weight_method),
+            reconstruct(
+                model,
+                units,
+                weight_calibration,
+                weights,
+                name="brecq_weights",
+                on_progress=on_progress,
+            ),
+            calibrate_activations(
+                model, activation_calibration, timesteps, activations, on_progress=on_progress
+            ),
+        ]
     if activation_steps is not None:
         stages.append(
             reconstruct(
@@ -58,7 +87,8 @@ def brecq(
                 on_progress=on_progress,
             )
         )
-    return Method("brecq", tuple(stages))
+    notes = "" if rounding == "adaround" else f"rounding={rounding}"
+    return Method("brecq", tuple(stages), notes=notes)
 
 
 def paper_activation_steps(**overrides) -> ReconstructConfig:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qdiff_jax.methods.brecq import brecq
+from qdiff_jax.methods.closed_form import closed_form
 from qdiff_jax.methods.rtn import rtn
 from qdiff_jax.methods.tfmq import tfmq
 from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import Method, Model
 
@@ -29,7 +31,8 @@ class MethodSettings:
     """Every knob of the methods here; a method reads those it has.
 
     weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it.
-    variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code).
+    variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code). rounding: how BRECQ and
+    TFMQ-DM round weights, "adaround" (the papers, by `weights`) or "closed_form" (by `closed_form`).
     """
 
     weight_method: str = "mse"
@@ -38,6 +41,8 @@ class MethodSettings:
     activation_steps: int = 0
     activation_lr: float = 4e-4
     variant: str = "fixed"
+    rounding: str = "adaround"
+    closed_form: ClosedFormConfig = ClosedFormConfig()
 
 
 def _rtn(model, sets, settings, on_progress):
@@ -71,6 +76,8 @@ def _brecq(model, sets, settings, on_progress):
         weights=settings.weights,
         activations=settings.activations,
         activation_steps=second,
+        rounding=settings.rounding,
+        closed_form=settings.closed_form,
         on_progress=on_progress,
     )
 
@@ -85,11 +92,31 @@ def _tfmq(model, sets, settings, on_progress):
         weight_method=settings.weight_method,
         weights=settings.weights,
         activations=settings.activations,
+        rounding=settings.rounding,
+        closed_form=settings.closed_form,
         on_progress=on_progress,
     )
 
 
-METHODS: dict[str, Callable[..., Method]] = {"rtn": _rtn, "brecq": _brecq, "tfmq": _tfmq}
+def _closed_form(model, sets, settings, on_progress):
+    return closed_form(
+        model,
+        sets.weights,
+        sets.activations,
+        sets.timesteps,
+        weight_method=settings.weight_method,
+        rounding=settings.closed_form,
+        activations=settings.activations,
+        on_progress=on_progress,
+    )
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "rtn": _rtn,
+    "brecq": _brecq,
+    "tfmq": _tfmq,
+    "closed_form": _closed_form,
+}
 
 
 def build(

@@ -14,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages
 from qdiff_jax.models.program import temporal_nodes, units_with_time_block
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.weights import calibrate_weights
@@ -33,12 +35,15 @@ def tfmq(
     weight_method: str = "mse",
     weights: ReconstructConfig = ReconstructConfig(),
     activations: ActivationConfig = ActivationConfig(),
+    rounding: str = "adaround",
+    closed_form: ClosedFormConfig = ClosedFormConfig(),
     on_progress=None,
 ) -> Method:
     """Ranges, TIAR and then block reconstruction with the temporal block frozen, step tables by FSC.
 
     activation_calibration must visit every step of `timesteps` (selector `every_step`).
-    Raises ValueError for an unknown variant.
+    rounding: "adaround" (the paper), or "closed_form", which solves the same blocks by `closed_form`
+    instead of `weights` and calibrates activations first. Raises ValueError for an unknown variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"tfmq variant {variant!r} is unknown; use one of {VARIANTS}.")
@@ -48,6 +53,21 @@ def tfmq(
         per_step=temporal if variant == "fixed" else ("*",),
         exact=temporal,
     )
+    check_rounding(rounding)
+    if rounding == "closed_form":
+        stages = closed_form_stages(
+            model,
+            units_with_time_block(model.program),
+            weight_calibration,
+            activation_calibration,
+            timesteps,
+            weight_method=weight_method,
+            rounding=closed_form,
+            activations=activations,
+            name="tfmq_weights",
+            on_progress=on_progress,
+        )
+        return Method("tfmq", stages, notes=f"variant={variant}, rounding={rounding}")
     return Method(
         "tfmq",
         (

@@ -213,7 +213,7 @@ def _resolve(name_or_path: str, shipped: Mapping[str, str]) -> pathlib.Path:
     path = pathlib.Path(name_or_path)
     if path.suffix == ".safetensors":
         return path
-    near = difflib.get_close_matches(name_or_path, shipped, n=1)
+    near = difflib.get_close_matches(name_or_path, [*shipped, *_MINIATURES], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"No shipped model is called {name_or_path!r}; there are {sorted(shipped)}, or give the path of "

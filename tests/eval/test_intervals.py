@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qdiff_jax.eval import frechet, intervals, moments
+from qdiff_jax.eval import frechet, intervals, kid, moments
 
 X = np.random.default_rng(0).normal(size=400)
 
@@ -106,6 +106,14 @@ def test_the_three_errors_of_a_frechet_distance_agree_with_repetition():
             ]
         )
     np.testing.assert_allclose(np.mean(errors, axis=0), truth, rtol=0.25)
+
+
+def test_kernel_interval_is_the_jackknife_to_first_order():
+    x, y = features(1, count=60), features(2, count=9)
+    found = intervals.kernel_interval(x, y)
+    slow = intervals.jackknife(lambda i: kid.mmd2(x[i], y), 60)
+    np.testing.assert_allclose(found.estimate, slow.estimate, rtol=1e-10)
+    np.testing.assert_allclose(found.standard_error, slow.standard_error, rtol=0.05)
 
 
 def test_misuse_is_explained():

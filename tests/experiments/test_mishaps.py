@@ -101,7 +101,7 @@ def test_a_diverging_unit_is_named_and_the_units_before_it_are_kept(workdir):
     name = finished[3].stem.split("_", 2)[2]
     with pytest.raises(
         FloatingPointError,
-        match=rf"unit '{name}'.* at step \d+; lower the learning rate.*before it are saved",
+        match=rf"unit '{name}'.*lower the learning rate.*before it are saved",
     ):
         quantize(load_config(SMOKE, {"reconstruct.lr": 3e38}), workdir)
     assert digests(variant / "stages", "*/unit_*") == kept
@@ -146,7 +146,7 @@ def test_a_bundle_is_not_sampled_at_a_timestep_it_never_saw(smoke_run):
     manifest = loaded.manifest
     other = make_sampler(manifest["schedule"], {**manifest["sampler"], "steps": 5})
     with pytest.raises(
-        ValueError, match=r"temb/dense_0/lhs: timestep \d+ \(step \d of 5\) was never calibrated"
+        ValueError, match=r"/lhs: timestep \d+ \(step \d of 5\) was never calibrated"
     ):
         draw_samples(
             loaded.module,

@@ -46,6 +46,7 @@ class ClipConfig:
     positions: int = 77
 
 
+# The published sizes, with which OpenAI's weights come.
 VIT_B32 = ClipConfig(TowerConfig(768, 12, 12), TowerConfig(512, 12, 8), embedding_dim=512, patch=32)
 VIT_L14 = ClipConfig(
     TowerConfig(1024, 24, 16), TowerConfig(768, 12, 12), embedding_dim=768, patch=14
@@ -150,18 +151,6 @@ class TextTower(nn.Module):
             "pool": pool,
             "embedding": _dense("projection", pool, config.embedding_dim, bias=False),
         }
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def image_features(config: ClipConfig, params, images: jax.Array) -> dict[str, jax.Array]:
-    """`VisionTower` with params["vision"]; see there."""
-    return VisionTower(config).apply({"params": params["vision"]}, images)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def text_features(config: ClipConfig, params, ids: jax.Array) -> dict[str, jax.Array]:
-    """`TextTower` with params["text"]; see there."""
-    return TextTower(config).apply({"params": params["text"]}, ids)
 
 
 @functools.cache

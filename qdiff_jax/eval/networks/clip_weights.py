@@ -64,7 +64,7 @@ _NORMS = {
 
 
 def clip_params(tensors: Mapping[str, np.ndarray], config: ClipConfig, source) -> dict:
-    """A state dict of both towers as {"vision", "text"} for `clip.image_features` and `text_features`.
+    """A state dict of both towers as {"vision": ..., "text": ...}, the parameters of each.
 
     The temperature (`logit_scale`) is dropped: a cosine does not need it. Half-precision tensors
     become float32.

@@ -1,24 +1,52 @@
 """State dicts of PyTorch networks as parameter trees of ours, strict in both directions."""
 
 import hashlib
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
 
+from qdiff_jax.runtime.torch_files import load_torch
 from qdiff_jax.runtime.weights import fit_weights
 
+# What Hugging Face calls the weights in a model's folder, the first one there is taken.
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
-def state_dict(checkpoint: Any, source) -> dict[str, np.ndarray]:
-    """The named tensors of a loaded checkpoint: itself, or what it holds as "state_dict".
 
-    The prefix "module." of a network saved under data parallelism is dropped.
+def read_tensors(path) -> dict[str, np.ndarray]:
+    """The named tensors of a weights file: .safetensors, or what `torch.save` wrote.
+
+    path: the file, or a folder with `model.safetensors` or `pytorch_model.bin`. In a checkpoint of torch
+    the state dict may lie under "state_dict", and names may begin with "module.", as data parallelism
+    leaves them.
 
     Raises:
-      ValueError: the checkpoint is no dict of named tensors; `source` names it in the message.
+      ValueError: no such file, a damaged one, or one without named tensors.
     """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        files = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+        if not files:
+            raise ValueError(f"the folder {path} has none of {', '.join(_FOLDER_FILES)}.")
+        path = files[0]
+    if path.suffix != ".safetensors":
+        return _state_dict(load_torch(path), path)
+    if not path.is_file():
+        raise ValueError(f"there is no weights file {path}; check the path.")
+    try:
+        return safetensors.numpy.load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}); download or copy it again."
+        ) from error
+
+
+def _state_dict(checkpoint: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
     found = checkpoint
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
@@ -27,9 +55,7 @@ def state_dict(checkpoint: Any, source) -> dict[str, np.ndarray]:
         or not found
         or not all(isinstance(k, str) and isinstance(v, np.ndarray) for k, v in found.items())
     ):
-        raise ValueError(
-            f"{source} holds no state dict (named tensors); export one from the model."
-        )
+        raise ValueError(f"{path} holds no state dict (named tensors); export one from the model.")
     prefix = "module." if all(key.startswith("module.") for key in found) else ""
     return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
 
@@ -68,7 +94,7 @@ def to_parameters(
             tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
         node[leaf] = tensor
     fitted = fit_weights(tree, template, source)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), fitted)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(np.float32)), fitted)
 
 
 def fingerprint(params: Mapping) -> str:

@@ -13,10 +13,10 @@ from qdiff_jax.eval.networks.clip import (
     VIT_B32,
     VIT_L14,
     ClipConfig,
+    TextTower,
     TowerConfig,
+    VisionTower,
     clip_shapes,
-    image_features,
-    text_features,
 )
 from qdiff_jax.eval.networks.clip_images import preprocess
 from qdiff_jax.eval.networks.clip_weights import clip_params
@@ -45,13 +45,18 @@ def tensors(layout):
     return seeded.state_dict(json.loads(str(stored()[f"{layout}/manifest"])))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(module, params, x):
+    return module.apply({"params": params}, x)
+
+
 @pytest.mark.parametrize("layout", ["hugging_face", "open_ai"])
 def test_the_features_of_both_towers(layout):
     params = clip_params(tensors(layout), TINY, "the seeded weights")
     images = seeded.normal("image", (2, 24, 24, 3)).astype(np.float32)
     found = {
-        "image": image_features(TINY, params, jnp.asarray(images)),
-        "text": text_features(TINY, params, jnp.asarray(stored()["ids"])),
+        "image": run(VisionTower(TINY), params["vision"], jnp.asarray(images)),
+        "text": run(TextTower(TINY), params["text"], jnp.asarray(stored()["ids"])),
     }
     compared = 0
     for key, expected in stored().items():
@@ -86,9 +91,9 @@ def test_strict_both_ways(layout):
 def test_wrong_inputs():
     params = clip_params(tensors("hugging_face"), TINY, "f")
     with pytest.raises(ValueError, match=r"images \[B, 24, 24, 3\], got"):
-        image_features(TINY, params, jnp.zeros((1, 32, 32, 3)))
+        run(VisionTower(TINY), params["vision"], jnp.zeros((1, 32, 32, 3)))
     with pytest.raises(ValueError, match="N <= 12"):
-        text_features(TINY, params, jnp.zeros((1, 13), jnp.int32))
+        run(TextTower(TINY), params["text"], jnp.zeros((1, 13), jnp.int32))
 
 
 @pytest.mark.parametrize("name", ["down", "up"])

@@ -39,9 +39,9 @@ def check(params, name, side):
 
 
 def test_the_features_with_seeded_weights():
-    """An odd number of places on the way down (96 -> 3) has both paddings of a stride."""
+    """100 pixels: strided convolutions meet even sides (100, 50) and odd ones (25, 13, 7)."""
     tensors = seeded.state_dict(stored()[0])
-    check(efficientnet_params(tensors, "the seeded weights"), "seeded", 96)
+    check(efficientnet_params(tensors, "the seeded weights"), "seeded", 100)
 
 
 def test_the_features_with_the_published_weights():

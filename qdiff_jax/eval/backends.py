@@ -1,0 +1,189 @@
+"""Feature networks by name: one interface for every metric that compares images in features."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.resources
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdiff_jax.eval.networks import efficientnet, inception
+from qdiff_jax.eval.networks.clip import VIT_B32, VIT_L14, TextTower, VisionTower
+from qdiff_jax.eval.networks.clip_tokenizer import load_tokenizer, tokenize
+from qdiff_jax.eval.networks.clip_weights import clip_params
+from qdiff_jax.eval.networks.state_dict import fingerprint, read_tensors
+from qdiff_jax.models import registry
+from qdiff_jax.runtime.weights import load_weights
+
+CLIP_CONFIGS = {"clip-vit-b32": VIT_B32, "clip-vit-l14": VIT_L14}
+_CLASSIFIER = "classifier_fashion"
+
+# Where weights that are not shipped come from.
+_SOURCES = {
+    "inception-fid": (
+        "pt_inception-2015-12-05-6726825d.pth of the releases of github.com/mseitzer/pytorch-fid, or "
+        "weights-inception-2015-12-05-6726825d.pth of github.com/toshas/torch-fidelity"
+    ),
+    "clip-vit-b32": "the folder or model.safetensors of huggingface.co/openai/clip-vit-base-patch32",
+    "clip-vit-l14": "the folder or model.safetensors of huggingface.co/openai/clip-vit-large-patch14",
+}
+
+
+class FeatureNetwork(NamedTuple):
+    """Images to features.
+
+    Attributes:
+      name: as `feature_network` was asked for it.
+      fingerprint: sha256 of the weights that `apply` uses, whatever file they came from. Numbers
+        measured with different fingerprints must not be compared.
+      size: side length that `apply` wants; None: the image's own.
+      apply: preprocessed images [B, H, W, C] float32 -> dict of float32 features, each [B, D]; jitted.
+    """
+
+    name: str
+    fingerprint: str
+    size: int | None
+    apply: Callable[[jax.Array], dict[str, jax.Array]]
+
+
+class CaptionNetwork(NamedTuple):
+    """Captions to features: as `FeatureNetwork`, but apply takes a list of B strings."""
+
+    name: str
+    fingerprint: str
+    apply: Callable[[Sequence[str]], dict[str, jax.Array]]
+
+
+def feature_network(name: str, weights=None) -> FeatureNetwork:
+    """A feature network, ready to run. The image is resized and scaled before, as each one wants it:
+
+    - "inception-fid": 299 x 299, (v - 128) / 128 of 8-bit values v; "pool", "spatial", "logits",
+      "logits_unbiased" (networks/inception.py). Needs weights.
+    - "clip-vit-b32", "clip-vit-l14": what networks/clip_images.py makes; "pool", "embedding". Need
+      weights, in the layout of OpenAI or of Hugging Face.
+    - "efficientnet-lite0": 224 x 224, (v - 127) / 128; "pool", "logits". Weights from the extra
+      `efficientnet` if none are given.
+    - "classifier_fashion", the shipped classifier: 32 x 32 x 1 in [-1, 1]; "pool", "logits". Other
+      weights of `experiments.train`'s classifier may be given.
+
+    Args:
+      name: one of the above.
+      weights: path of the weights file (.safetensors, .pth, .bin; for Hugging Face also the folder).
+
+    Raises:
+      ValueError: an unknown name (listing those there are); weights that are missing (saying where they
+        come from), damaged, or of another network.
+    """
+    if name not in _NETWORKS:
+        near = difflib.get_close_matches(name, _NETWORKS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"No feature network is called {name!r}; there are {[*_NETWORKS]}.{hint}")
+    return _NETWORKS[name](name, weights)
+
+
+def caption_network(name: str, weights, vocabulary) -> CaptionNetwork:
+    """The text tower of a CLIP: captions -> "pool" and "embedding", the latter for the CLIP score.
+
+    Args:
+      name: "clip-vit-b32" or "clip-vit-l14".
+      weights: as for `feature_network`.
+      vocabulary: folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz.
+
+    Raises:
+      ValueError: as `feature_network` does, or for the vocabulary.
+    """
+    if name not in CLIP_CONFIGS:
+        raise ValueError(f"No caption network is called {name!r}; there are {[*CLIP_CONFIGS]}.")
+    config = CLIP_CONFIGS[name]
+    source = _given(name, weights)
+    tokenizer = load_tokenizer(vocabulary)
+    if len(tokenizer.ids) != config.vocabulary:
+        raise ValueError(
+            f"the vocabulary {vocabulary} has {len(tokenizer.ids)} symbols and {name} was trained with "
+            f"{config.vocabulary}; give CLIP's own."
+        )
+    params = clip_params(read_tensors(source), config, source)["text"]
+    module = TextTower(config)
+
+    def apply(captions: Sequence[str]) -> dict[str, jax.Array]:
+        ids = tokenize(tokenizer, captions, config.positions)
+        return _features(module, params, jnp.asarray(ids))
+
+    return CaptionNetwork(name, fingerprint(params), apply)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(module: Any, params: Mapping, x: jax.Array) -> dict[str, jax.Array]:
+    return module.apply({"params": params}, x)
+
+
+def _network(name: str, module: Any, params: Mapping, size: int) -> FeatureNetwork:
+    def apply(images: jax.Array) -> dict[str, jax.Array]:
+        _check(images, name, (size, size, 3))
+        return _features(module, params, images)
+
+    return FeatureNetwork(name, fingerprint(params), size, apply)
+
+
+def _check(images: jax.Array, name: str, shape: tuple[int, int, int]) -> None:
+    if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.float32:
+        raise ValueError(
+            f"{name} takes preprocessed float32 images [B, {', '.join(map(str, shape))}], got "
+            f"{images.dtype} {list(images.shape)}."
+        )
+
+
+def _given(name: str, weights) -> pathlib.Path:
+    if weights is None:
+        raise ValueError(f"{name} needs the path of its weights: {_SOURCES[name]}.")
+    return pathlib.Path(weights)
+
+
+def _inception(name: str, weights) -> FeatureNetwork:
+    source = _given(name, weights)
+    params = inception.inception_params(read_tensors(source), source)
+    return _network(name, inception.Inception(), params, inception.SIZE)
+
+
+def _clip(name: str, weights) -> FeatureNetwork:
+    config, source = CLIP_CONFIGS[name], _given(name, weights)
+    params = clip_params(read_tensors(source), config, source)["vision"]
+    return _network(name, VisionTower(config), params, config.size)
+
+
+def _efficientnet(name: str, weights) -> FeatureNetwork:
+    source = efficientnet.installed_weights() if weights is None else pathlib.Path(weights)
+    params = efficientnet.efficientnet_params(read_tensors(source), source)
+    return _network(name, efficientnet.EfficientNetLite0(), params, efficientnet.SIZE)
+
+
+def _classifier(name: str, weights) -> FeatureNetwork:
+    shipped = (
+        importlib.resources.files("qdiff_jax.models") / "assets" / f"{_CLASSIFIER}.safetensors"
+    )
+    path = str(shipped if weights is None else weights)
+    classify = registry.classifier(path)
+    params, header = load_weights(path)
+    side, channels = header["model"]["resolution"], header["model"]["in_channels"]
+
+    def apply(images: jax.Array) -> dict[str, jax.Array]:
+        _check(images, name, (side, side, channels))
+        logits, features = classify(images)
+        return {"pool": features, "logits": logits}
+
+    return FeatureNetwork(name, fingerprint(params), side, apply)
+
+
+_NETWORKS: dict[str, Callable[[str, Any], FeatureNetwork]] = {
+    "inception-fid": _inception,
+    "clip-vit-b32": _clip,
+    "clip-vit-l14": _clip,
+    "efficientnet-lite0": _efficientnet,
+    _CLASSIFIER: _classifier,
+}

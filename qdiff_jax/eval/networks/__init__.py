@@ -1,0 +1,1 @@
+"""The networks in whose features generated images are measured; no metric lives here."""

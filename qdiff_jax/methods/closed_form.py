@@ -1,0 +1,92 @@
+"""Closed-form rounding: GPTQ against the full-precision output of each block, biases solved exactly.
+
+Not a paper's code but a composition of GPTQ (Frantar et al. 2023), asymmetric targets (GPTAQ, Li et al.
+2025) and BRECQ's block target (Li et al. 2021), for exploration: no optimisation steps, so minutes become
+seconds. Activation ranges are calibrated first, on the network in full precision, so that the stream in
+which weights are rounded already carries the activation quantizers and weights make up for them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qdiff_jax.models.program import Unit, units_with_projections
+from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
+from qdiff_jax.stages.closed_form import closed_form as closed_form_stage
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.stage import Method, Model, Stage
+from qdiff_jax.stages.weights import calibrate_weights
+
+ROUNDINGS = ("adaround", "closed_form")
+
+
+def closed_form(
+    model: Model,
+    weight_calibration: Any,
+    activation_calibration: Any,
+    timesteps: Any,
+    *,
+    weight_method: str = "mse",
+    rounding: ClosedFormConfig = ClosedFormConfig(),
+    activations: ActivationConfig = ActivationConfig(),
+    row_weights: np.ndarray | None = None,
+    on_progress=None,
+) -> Method:
+    """Activation ranges, weight ranges, then every block in closed form.
+
+    row_weights: [N] of the weight calibration set, see `stages.row_weights`; None for equal weights.
+    """
+    stages = closed_form_stages(
+        model,
+        units_with_projections(model.program),
+        weight_calibration,
+        activation_calibration,
+        timesteps,
+        weight_method=weight_method,
+        rounding=rounding,
+        activations=activations,
+        row_weights=row_weights,
+        on_progress=on_progress,
+    )
+    return Method("closed_form", stages, notes=f"target={rounding.target}")
+
+
+def closed_form_stages(
+    model: Model,
+    units: Sequence[Unit],
+    weight_calibration: Any,
+    activation_calibration: Any,
+    timesteps: Any,
+    *,
+    weight_method: str,
+    rounding: ClosedFormConfig,
+    activations: ActivationConfig,
+    name: str = "closed_form_weights",
+    row_weights: np.ndarray | None = None,
+    on_progress=None,
+) -> tuple[Stage, ...]:
+    """The three stages with which a method rounds in closed form, over units of its own grouping."""
+    return (
+        calibrate_activations(
+            model, activation_calibration, timesteps, activations, on_progress=on_progress
+        ),
+        calibrate_weights(model, method=weight_method),
+        closed_form_stage(
+            model,
+            units,
+            weight_calibration,
+            rounding,
+            name=name,
+            row_weights=row_weights,
+            on_progress=on_progress,
+        ),
+    )
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise ValueError for an unknown way of rounding, with those there are."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding {rounding!r} is unknown; use one of {ROUNDINGS}.")
