@@ -17,8 +17,8 @@ from experiments.train import train
 from qdiff_jax.config import load_config
 from qdiff_jax.data.images import batches, load_images
 from qdiff_jax.diffusion.schedule import make_schedule
+from qdiff_jax.models import registry
 from qdiff_jax.models.classifier import Classifier, ClassifierConfig
-from qdiff_jax.models.unet_ddpm import UNetConfig, UNetDDPM
 from qdiff_jax.runtime import checkpoint
 from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.runtime.mesh import data_mesh, replicate, shard_batch
@@ -29,6 +29,7 @@ from qdiff_jax.stages import train as stage
 ROOT = pathlib.Path(__file__).parents[1]
 CLASSIFIER = str(ROOT / "configs" / "train_classifier_fashion.py:smoke")
 UNET = str(ROOT / "configs" / "train_unet_fashion.py:smoke")
+DIT = str(ROOT / "configs" / "train_dit_fashion.py:smoke")
 
 
 def _classifier(**overrides):
@@ -224,27 +225,34 @@ def test_wrong_configs_are_refused(tmp_path, overrides, message):
         train(_classifier(**overrides), tmp_path)
 
 
-def test_diffusion_smoke(tmp_path):
-    assert train(load_config(UNET), tmp_path) == 8
-    params, metadata = load_weights(tmp_path / "weights.safetensors")
-    config = UNetConfig(**jax.tree.map(_tuple, metadata["model"], is_leaf=_is_list))
-    assert metadata["step"] == 8
-    assert metadata["schedule"]["schedule"] == "linear"
-    eps = jax.jit(UNetDDPM(config).apply)(
-        {"params": params}, jnp.zeros((1, 32, 32, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+@pytest.mark.parametrize("path", [UNET, DIT], ids=["unet", "dit"])
+def test_diffusion_smoke(tmp_path, path):
+    config = load_config(path)
+    assert train(config, tmp_path) == 8
+    loaded = registry.load(str(tmp_path / "weights.safetensors"))
+    assert loaded.config["family"] == config.model.family
+    assert loaded.schedule.num_timesteps == 1000
+    eps = jax.jit(loaded.model.module.apply)(
+        {"params": loaded.model.params},
+        jnp.zeros((1, 32, 32, 1)),
+        jnp.zeros(1),
+        jnp.zeros(1, jnp.int32),
     )
     assert np.isfinite(eps).all()
     grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert grids == ["0000004.png", "0000008.png"]
     assert all(np.isfinite(r["sample_std"]) for r in read_metrics(tmp_path))
-
-
-def _is_list(value):
-    return isinstance(value, list)
-
-
-def _tuple(value):
-    return tuple(value) if isinstance(value, list) else value
+    # The finished run, asked again, only exports; half precision rounds and is read back as float32.
+    half = tmp_path / "half.safetensors"
+    assert train(config, tmp_path, str(half), 16) == 8
+    assert half.stat().st_size < 0.6 * (tmp_path / "weights.safetensors").stat().st_size
+    for rounded, leaf in zip(
+        jax.tree.leaves(registry.load(str(half)).model.params),
+        jax.tree.leaves(loaded.model.params),
+        strict=True,
+    ):
+        assert rounded.dtype == jnp.float32
+        np.testing.assert_allclose(rounded, leaf, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qdiff_jax.eval.curves import _COLOURS, _LINES, _MARKERS, INK
 from qdiff_jax.eval.files import write_atomic
@@ -75,9 +76,14 @@ def plain_log(axes: Axes) -> None:
     low, high = axes.get_ylim()
     if not (np.isfinite([low, high]).all() and low > 0) or high / low > 1e3:
         return
-    marks = (1,) if high / low > 100 else (1, 2, 5)
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    ticks = [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
+    ticks: list[float] = []
+    for marks in ((1,), (1, 2, 5), range(1, 10)):
+        ticks = [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
+        if len(ticks) >= 3:
+            break
+    else:
+        ticks = [v for v in MaxNLocator(4).tick_values(low, high) if low <= v <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
 

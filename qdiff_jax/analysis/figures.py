@@ -174,6 +174,9 @@ def softmax_figure(result: Softmax) -> Figure:
             top.plot(x[tail], line, color="#555555", linewidth=0.7, linestyle=":")
     top.set_xscale("log")
     top.set_yscale("log")
+    # The smallest values are many decades below all others.
+    ends = [x[np.searchsorted(-share, -0.95)] for x, share in result.curves.values()]
+    top.set_xlim(0.5 * min(ends), None)
     dress(
         top,
         "probability p",
@@ -188,13 +191,12 @@ def softmax_figure(result: Softmax) -> Figure:
         for k, name in enumerate(result.names):
             style = {**line_style(k), "linewidth": 0.8, "markersize": 2.2}
             axes.plot(result.timesteps, values[:, k], label=short(name), **style)
-        axes.set_yscale("log")
-        plain_log(axes)
         dress(axes, STEPS_LABEL, label)
     bottom.axhline(1.0, color="#555555", linewidth=0.8)
-    bottom.set_title(
-        f"{result.verdict['bits']} bits; below 1: log2 is better", fontsize=7, loc="left"
-    )
+    bottom.set_yscale("log")
+    plain_log(bottom)
+    title = f"{result.verdict['bits']} bits; below 1: log2 is better"
+    dress(bottom, STEPS_LABEL, "log2 error / uniform", title)
     if len(result.names) <= 6:
         legend(middle, ncols=2)
     return figure

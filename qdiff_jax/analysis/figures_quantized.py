@@ -77,12 +77,14 @@ def noise_figure(result: NoiseCorrelation) -> Figure:
     middle.set_yscale("log")
     bottom.axhline(0.0, color="#555555", linewidth=0.8)
     bottom.set_yscale("symlog", linthresh=1.0)
+    low, high = bottom.get_ylim()
+    bottom.set_ylim(low, max(high, 1.0) * 12)  # room for the legend
     dress(
         middle, STEPS_LABEL, "R\u00b2 of error on \u03b5", "share of the error that follows \u03b5"
     )
     dress(bottom, STEPS_LABEL, "moment of residual", "0: as of a Gaussian (kurtosis: excess)")
     legend(middle)
-    legend(bottom, ncols=2, columnspacing=0.8)
+    legend(bottom, loc="upper center", ncols=2, columnspacing=0.8)
     return figure
 
 
@@ -122,12 +124,17 @@ def sensitivity_figure(result: Sensitivity) -> Figure:
 
 
 def _on_grid(axes: Axes, use: GridUse, bits: int, what: str) -> None:
-    axes.hist(use.values, bins=80, color=COLOURS[2], alpha=0.8, density=True)
-    low, high = axes.get_ylim()
-    # 256 lines over the bars would hide them: a fine grid is a comb below.
-    height = high * 1.05 if len(use.levels) <= 16 else 0.06 * high
-    axes.vlines(use.levels, 0, height, color=COLOURS[4], linewidth=0.5, label=f"{bits}-bit grid")
-    axes.set_ylim(low, high * 1.3)
+    density, edges = np.histogram(use.values, bins=60, density=True)
+    axes.stairs(density, edges, fill=True, color=COLOURS[2], alpha=0.8)
+    # Logarithmic, for a range is decided by its few largest values. 256 lines over the bars would hide
+    # them: a fine grid is a comb below.
+    axes.set_yscale("log")
+    low, high = 0.5 * density[density > 0].min(), density.max()
+    coarse = len(use.levels) <= 16
+    top, width = (high, 0.6) if coarse else (low * (high / low) ** 0.08, 0.2)
+    axes.vlines(use.levels, low, top, color=COLOURS[4], linewidth=width, zorder=3)
+    axes.plot([], [], color=COLOURS[4], linewidth=0.8, label=f"{bits}-bit grid")
+    axes.set_ylim(low, high * (high / low) ** 0.25)
     text = f"SQNR {use.sqnr_db:.1f} dB, codes {use.entropy:.1f} of {bits} bits, clipped {use.clipped:.1%}"
     dress(axes, what, "density", text)
     legend(axes, loc="upper right")

@@ -31,8 +31,8 @@ _SHOWN = 5000  # values that are kept for a picture
 class GridUse(NamedTuple):
     """One tensor on its grid.
 
-    values: a sample of at most 5000, float32. levels: [2^b] the grid's values. sqnr_db: signal to quantization noise
-    ratio. entropy: of the codes, in bits, at most b. clipped: share outside the grid.
+    values: a sample of at most 5000, float32. levels: [2^b] the grid's values. sqnr_db: signal to
+    quantization noise ratio. entropy: of the codes, in bits, at most b. clipped: share outside.
     """
 
     values: np.ndarray

@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdiff_jax.eval.networks import efficientnet, inception
+from qdiff_jax.data.images import to_unit_range
+from qdiff_jax.eval.networks import clip_images, efficientnet, inception
 from qdiff_jax.eval.networks.clip import VIT_B32, VIT_L14, TextTower, VisionTower
 from qdiff_jax.eval.networks.clip_tokenizer import load_tokenizer, tokenize
 from qdiff_jax.eval.networks.clip_weights import clip_params
 from qdiff_jax.eval.networks.state_dict import fingerprint, read_tensors
+from qdiff_jax.eval.resize import resize
+from qdiff_jax.eval.tools import find_tool, preprocess
 from qdiff_jax.models import registry
 from qdiff_jax.runtime.weights import load_weights
 
@@ -61,7 +64,7 @@ class CaptionNetwork(NamedTuple):
 
 
 def feature_network(name: str, weights=None) -> FeatureNetwork:
-    """A feature network, ready to run. The image is resized and scaled before, as each one wants it:
+    """A feature network, ready to run. Images are resized and scaled before (`preparation` does it):
 
     - "inception-fid": 299 x 299, (v - 128) / 128 of 8-bit values v; "pool", "spatial", "logits",
       "logits_unbiased" (networks/inception.py). Needs weights.
@@ -116,6 +119,49 @@ def caption_network(name: str, weights, vocabulary) -> CaptionNetwork:
         return _features(module, params, jnp.asarray(ids))
 
     return CaptionNetwork(name, fingerprint(params), apply)
+
+
+def preparation(network: FeatureNetwork, tool: str = "") -> Callable[[np.ndarray], jax.Array]:
+    """uint8 images [B, H, W, 1 or 3] -> what `network.apply` takes, as published for that network.
+
+    Args:
+      network: from `feature_network`.
+      tool: whose resizing (a key of `tools.TOOLS`). Inception needs one, since its published scores
+        differ by it; EfficientNet takes clean-fid's for "" ; CLIP (PIL's bicubic, centre cropped) and the
+        classifier (no resizing) have one way only and do not look at it.
+
+    Raises:
+      ValueError: an unknown tool; later, images of another dtype or shape.
+    """
+    if network.name == "inception-fid":
+        find_tool(tool)
+        return lambda images: preprocess(jnp.asarray(images), tool, network.size)
+    if network.name == "efficientnet-lite0":
+        row = find_tool(tool or "clean-fid")
+        return lambda images: _centred(_rgb(images), network.size, row.rule)
+    if network.name in CLIP_CONFIGS:
+        return lambda images: jnp.asarray(clip_images.preprocess(np.asarray(images), network.size))
+    return lambda images: to_unit_range(_uint8(images))
+
+
+def _uint8(images) -> jax.Array:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"images are uint8 [B, H, W, 1 or 3], got {images.dtype} {list(images.shape)}; round "
+            "samples to uint8 by the rule of the model's code first."
+        )
+    return jnp.asarray(images)
+
+
+def _rgb(images) -> jax.Array:
+    images = _uint8(images)
+    return jnp.broadcast_to(images, (*images.shape[:3], 3))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _centred(images: jax.Array, size: int, rule: str) -> jax.Array:
+    values = jnp.clip(resize(images, size, rule), 0.0, 255.0)
+    return (values - 127.0) / 128.0
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from qdiff_jax.models.program import Signature, apply_unit
@@ -115,7 +116,7 @@ def level_pass(
     needed = sorted({j for layer in members for j in _reads_targets(layer, plan, target)})
     closes = sorted({layer.closes for layer in members if _closes(layer, target)})
     summed = sorted({k for layer in members if target == BLOCK for k in layer.input_summands})
-    total: list[Moments] = []
+    total: Any = None
     for rows, real in groups(len(sampling.weights), sampling.chunk, mesh.size):
         weights = np.asarray(sampling.weights, np.float32)[rows]
         batch = {
@@ -128,10 +129,12 @@ def level_pass(
         }
         batch = _rows(batch, rows)
         made = run(params, quant, shard_batch({**batch, "weights": weights}, mesh))
+        # On one device, chunk by chunk: the same additions for any number of devices.
+        made = made if mesh.size == 1 else jax.device_get(made)
+        if total is None:
+            total = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), made)
         for i in range(real):
-            # On one device, chunk by chunk: the same additions for any number of devices.
-            part = jax.device_put(_chunk(made, np.int32(i)), jax.local_devices()[0])
-            total = part if not total else _merged_moments(total, part)
+            total = _accumulated(total, made, np.int32(i))
     return total
 
 
@@ -140,13 +143,10 @@ def _rows(tree, rows):
 
 
 @jax.jit
-def _chunk(stacked, i):
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stacked)
-
-
-@jax.jit
-def _merged_moments(a, b):
-    return [merge(x, y) for x, y in zip(a, b, strict=True)]
+def _accumulated(total, stacked, i):
+    """Chunk i of a group merged into the total (of which an empty one is the exact neutral element)."""
+    parts = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), stacked)
+    return [merge(a, b) for a, b in zip(total, parts, strict=True)]
 
 
 BLOCK = "block_fp_output"

@@ -104,7 +104,12 @@ def offset_trees(layers: Sequence[Layer], offsets: Sequence[Any], nodes: int) ->
     return [nest_sites(tree) for tree in flat]
 
 
-@functools.partial(jax.jit, static_argnames=("signature", "layers"))
+# Run on two samples, a few times: compiling it is all it costs.
+@functools.partial(
+    jax.jit,
+    static_argnames=("signature", "layers"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
 def _respond(signature, layers, params, inputs, offsets, input_offsets):
     """(outputs of the unit, inputs of its layers) with offsets added to layers and to float inputs."""
     inputs = tuple(v if o is None else v + o for v, o in zip(inputs, input_offsets, strict=True))

@@ -30,8 +30,8 @@ def shifted(unet):
 
 def test_the_sampler_is_recorded_as_it_runs(unet):
     states = rollout_states(unet, unet.full)
-    np.testing.assert_allclose(states[1:], unet.trajectory.x, atol=1e-5)
-    np.testing.assert_allclose(forced_eps(unet, unet.full), unet.trajectory.eps, atol=1e-5)
+    np.testing.assert_allclose(states[1:], unet.trajectory.x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(forced_eps(unet, unet.full), unet.trajectory.eps, atol=1e-4)
 
 
 def test_a_constant_error_moves_each_step_by_its_coefficient(unet, shifted):

@@ -11,10 +11,17 @@ import pytest
 import safetensors.numpy
 
 from qdiff_jax.eval import backends
-from qdiff_jax.eval.backends import caption_network, feature_network
+from qdiff_jax.eval.backends import (
+    FeatureNetwork,
+    caption_network,
+    feature_network,
+    preparation,
+)
+from qdiff_jax.eval.networks import clip_images
 from qdiff_jax.eval.networks.clip import ClipConfig, TowerConfig
 from qdiff_jax.eval.networks.clip_weights import clip_params
 from qdiff_jax.eval.networks.state_dict import fingerprint, read_tensors
+from qdiff_jax.eval.tools import preprocess
 from qdiff_jax.models import registry
 
 from ..parity.networks import seeded
@@ -96,6 +103,35 @@ def test_weights_from_a_file(name, size, tmp_path):
     for wrong in (jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, size, size, 3), jnp.uint8)):
         with pytest.raises(ValueError, match=f"{name} takes preprocessed float32 .*{size}, 3"):
             network.apply(wrong)
+
+
+def test_preparations():
+    """What each network was published with, from the same 8-bit images."""
+    rng = np.random.default_rng(0)
+    grey, colour = (rng.integers(0, 256, (2, 12, 9, c), np.uint8) for c in (1, 3))
+
+    def prepared(name, size, images, tool=""):
+        network = FeatureNetwork(name, "", size, lambda x: {})
+        return np.asarray(preparation(network, tool)(images))
+
+    np.testing.assert_array_equal(
+        prepared("inception-fid", 20, colour, "adm"), preprocess(jnp.asarray(colour), "adm", 20)
+    )
+    np.testing.assert_array_equal(
+        prepared("clip-vit-l14", 16, colour), clip_images.preprocess(colour, 16)
+    )
+    assert np.abs(prepared("efficientnet-lite0", 16, np.full_like(grey, 127))).max() < 1e-6
+    found = prepared("efficientnet-lite0", 16, grey)
+    assert found.shape == (2, 16, 16, 3)
+    np.testing.assert_array_equal(found, prepared("efficientnet-lite0", 16, grey, "clean-fid"))
+    assert np.abs(found - prepared("efficientnet-lite0", 16, grey, "adm")).max() > 0.01
+    assert found.min() >= -127 / 128  # the cubic's overshoot is clipped
+    assert prepared("classifier_fashion", 12, np.full_like(grey, 255)).max() == 1
+    with pytest.raises(ValueError, match="torch-fidelity"):
+        prepared("inception-fid", 20, colour)
+    for name in ("classifier_fashion", "efficientnet-lite0"):
+        with pytest.raises(ValueError, match="uint8"):
+            prepared(name, 16, colour.astype(np.float32))
 
 
 def test_what_is_refused(tmp_path, monkeypatch):

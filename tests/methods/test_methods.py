@@ -20,6 +20,7 @@ from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.timed import TimeIndexed, select, step_context
 from qdiff_jax.sites import flatten_sites, list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import (
     Model,
@@ -51,6 +52,7 @@ VARIANTS = {
     "brecq": ("brecq", "fixed"),
     "tfmq": ("tfmq", "fixed"),
     "tfmq faithful": ("tfmq", "faithful"),
+    "closed_form": ("closed_form", "fixed"),
 }
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 STEPS = 8
@@ -101,6 +103,7 @@ def method(name: str, on_progress=None, save_seconds: float = 60.0):
         ),
         activations=ActivationConfig(batch_size=6, margin=1.5),
         variant=variant,
+        closed_form=ClosedFormConfig(walk_batch=12, check_samples=12),
     )
     sets = CalibrationSets(calibration(), calibration(), TIMESTEPS)
     return build(which, model(), sets, settings, on_progress)

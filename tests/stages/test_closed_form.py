@@ -16,7 +16,7 @@ from qdiff_jax.quant.qparams import QParams, dynamic_qparams, from_range
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed, select
 from qdiff_jax.sites import flatten_sites, nest_sites
-from qdiff_jax.stages import closed_form as closed_form_module
+from qdiff_jax.stages import unit_rounding
 from qdiff_jax.stages.closed_form import closed_form
 from qdiff_jax.stages.layer_rounding import TARGETS, ClosedFormConfig
 from qdiff_jax.stages.stage import decide_codes, fold_weights, run_stage, set_site
@@ -192,8 +192,8 @@ class TestFallback:
             made = plain(*args)
             return made._replace(kernel=made.kernel + 1.0, codes=made.codes * 0)
 
-        plain = closed_form_module.round_layer
-        monkeypatch.setattr(closed_form_module, "round_layer", spoilt)
+        plain = unit_rounding.round_layer
+        monkeypatch.setattr(unit_rounding, "round_layer", spoilt)
         logging.use_absl_handler()
         with caplog.at_level("WARNING"):
             state, report = run_stage(stage(frozen_units=["time", "b", "c"]), start)

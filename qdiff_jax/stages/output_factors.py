@@ -1,0 +1,91 @@
+"""How much the network's prediction feels each output of each layer: one backward pass for all layers.
+
+G = mean of g g' over samples and positions, g = d(v . eps) / d(layer output), v Rademacher: an estimate
+of the Gauss-Newton metric of the prediction in a layer's output space, the output half of K-FAC's
+Kronecker product (Martens and Grosse 2015). Taken in full precision, with respect to offsets added to the
+layers' outputs, so that any model serves whose operators go through `sites.op`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdiff_jax.observe.capture import batch_bounds, slice_rows
+from qdiff_jax.operators import plain
+from qdiff_jax.sites import Replacement, SiteQuant, list_sites, nest_sites
+from qdiff_jax.stages.stage import Model
+from qdiff_jax.stages.unit_structure import with_offset
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def output_factors(
+    model: Model,
+    calibration: Any,
+    key: jax.Array,
+    *,
+    batch_size: int = 32,
+    row_weights: np.ndarray | None = None,
+) -> dict[str, jax.Array]:
+    """{site: G [N, N] float32} of every layer with a weight.
+
+    calibration: x, t [N], y or None. row_weights: [N], how much each sample's gradients count.
+    The draw of v depends on the key and the sample's number alone. Raises ValueError unless batch_size
+    divides the set.
+    """
+    size = int(np.shape(calibration.t)[0])
+    weights = np.ones(size, np.float32) if row_weights is None else np.float32(row_weights)
+    total: dict[str, jax.Array] = {}
+    for start, stop in batch_bounds(size, min(batch_size, size)):
+        batch = {k: getattr(calibration, k) for k in ("x", "t", "y")}
+        batch = slice_rows({**batch, "weight": weights, "number": np.arange(size)}, start, stop)
+        part = _squares(model.module, _shapes(model, batch), model.params, batch, key)
+        total = part if not total else jax.tree.map(jnp.add, total, part)
+    norm = float(weights.sum())
+    return {site: g / norm for site, g in total.items()}
+
+
+def _shapes(model: Model, batch: Mapping) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(site, shape of its output) of every layer with a weight, as a static argument."""
+    sites = list_sites(model.module, batch["x"], batch["t"], batch["y"])
+    made = []
+    for site in sites:
+        if site.has_weight:
+            lhs, rhs = (
+                jax.ShapeDtypeStruct(s, jnp.float32) for s in (site.lhs_shape, site.rhs_shape)
+            )
+            out = jax.eval_shape(functools.partial(plain, site.operator, bias=None), lhs, rhs)
+            made.append((site.name, tuple(out.shape)))
+    return tuple(made)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "shapes"))
+def _squares(module, shapes, params, batch, key) -> dict[str, jax.Array]:
+    """Sums over the batch of weight * mean over positions of g g'."""
+
+    def draw(number):
+        sample_key = jax.random.fold_in(key, number)
+        return jax.random.rademacher(sample_key, output.shape[1:], jnp.float32)
+
+    def prediction(offsets):
+        flat = {n: SiteQuant(substitute=Replacement(o, with_offset)) for n, o in offsets.items()}
+        variables = {"params": params, "quant": nest_sites(flat)}
+        return module.apply(variables, batch["x"], batch["t"], batch["y"])
+
+    offsets = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
+    output, backward = jax.vjp(prediction, offsets)
+    gradients = backward(jax.vmap(draw)(batch["number"]))[0]
+
+    def square(g):
+        g = g.reshape(g.shape[0], -1, g.shape[-1])
+        rows = g * (batch["weight"] / g.shape[1])[:, None, None]
+        g, rows = (v.reshape(-1, v.shape[-1]) for v in (g, rows))
+        return jnp.matmul(rows.T, g, precision=_EXACT)
+
+    return {name: square(g) for name, g in gradients.items()}
