@@ -5,7 +5,7 @@
 
 The room that methods have: 20 DDIM steps on the quadratic grid, guidance 2, policy `common` (everything
 quantized, first and last layer and softmax at 8 bits), activation ranges by exponential moving average
-over full-precision trajectories. Figures of both models are in the README. `damage.py:smoke` runs in
+over full-precision trajectories. Expected: the table of both models in the README. `damage.py:smoke` runs in
 seconds.
 """
 

@@ -5,7 +5,7 @@
 
 Ten adaLN-zero blocks of width 128 on patches of 4 (64 tokens), four heads: 2.9 M parameters. Batches of 16
 at 1e-3, the last quarter of the steps falling to 0. Sample grids are in the workdir, one column a
-class; figures in qdiff_jax/models/assets/DIT_CARD.md.
+class. Expected: the figures in qdiff_jax/models/assets/dit_fashion.md.
 `--config=configs/train_dit_fashion.py:smoke` runs in seconds, on
 drawn shapes, without any file.
 """

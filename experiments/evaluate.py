@@ -13,6 +13,7 @@ evaluations whose protocols differ, and says in what.
 from __future__ import annotations
 
 import hashlib
+import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from experiments.evaluate_config import (
     read_config,
     read_result,
 )
-from experiments.evaluate_report import write_comparison, write_report
+from experiments.evaluate_report import shown, write_comparison, write_report
 from qdiff_jax.config import claim_workdir
 from qdiff_jax.data.images import Images, load_images, to_unit_range
 from qdiff_jax.diffusion.samplers import SamplerPlan
@@ -174,9 +175,13 @@ def _paired(config: EvaluateConfig, workdir: pathlib.Path, paths) -> dict:
         (to_unit_range(one.images), to_unit_range(two.images))
         for one, two in zip(read_shards(theirs), read_shards(paths), strict=True)
     )
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None  # equal pairs: infinitely many dB
+
     return {
-        name: {"value": found.estimate, "low": found.low, "high": found.high}
-        for name, found in paired_metrics(pairs).items()
+        name: {"value": finite(f.estimate), "low": finite(f.low), "high": finite(f.high)}
+        for name, f in paired_metrics(pairs).items()
     }
 
 
@@ -202,8 +207,11 @@ def main(argv) -> None:
         raise app.UsageError("give --config=configs/evaluate.py, or --compare=W1,W2.")
     result = evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
     for name, entry in result["metrics"].items():
-        print(f"{name:18} {entry['value']:.4f}  [{entry['low']:.4f}, {entry['high']:.4f}]", end="")
-        print(f"  floor {entry['floor']:.4f}" if "floor" in entry else "")
+        print(
+            f"{name:16} {shown(entry['value']):>10}  [{shown(entry['low'])}, {shown(entry['high'])}]",
+            end="",
+        )
+        print(f"  floor {shown(entry['floor'])}" if "floor" in entry else "")
 
 
 if __name__ == "__main__":

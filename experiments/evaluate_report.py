@@ -28,6 +28,11 @@ MEANINGS = {
 _SHOWN = 40
 
 
+def shown(value: float | None) -> str:
+    """A value of metrics.json as text; null is what equal pairs have in dB."""
+    return "exact" if value is None else significant(value)
+
+
 def _column(header: str, meaning: str) -> Column:
     return Column(header, "", meaning, lambda variant, reference: "")
 
@@ -49,9 +54,9 @@ def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
     cells = [
         [
             name,
-            significant(entry["value"]),
-            significant(entry["low"]),
-            significant(entry["high"]),
+            shown(entry["value"]),
+            shown(entry["low"]),
+            shown(entry["high"]),
             significant(entry["floor"] if "floor" in entry else entry["real"])
             if {"floor", "real"} & set(entry)
             else ABSENT,
@@ -62,7 +67,7 @@ def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
         Column(name, "", MEANINGS[name], lambda variant, reference: "")
         for name in result["metrics"]
     ]
-    values = [[significant(entry["value"]) for entry in result["metrics"].values()]]
+    values = [[shown(entry["value"]) for entry in result["metrics"].values()]]
     sampler = result["protocol"]["sampler"]
     lead = (
         f"{result['protocol']['samples']} samples, {sampler['name']} with {sampler['steps']} steps, "
@@ -93,8 +98,8 @@ def write_comparison(results: Mapping[str, Mapping], out: pathlib.Path) -> str:
             [
                 pathlib.Path(workdir).name,
                 *(
-                    f"{significant(metrics[n]['value'])} "
-                    f"[{significant(metrics[n]['low'])}, {significant(metrics[n]['high'])}]"
+                    f"{shown(metrics[n]['value'])} "
+                    f"[{shown(metrics[n]['low'])}, {shown(metrics[n]['high'])}]"
                     if n in metrics
                     else ABSENT
                     for n in names

@@ -83,7 +83,11 @@ def precision_recall(
     with jax.enable_x64(dtype == "float64"):
         sides = [_blocks(x, block, mesh) for x in (generated, real)]
         own = [_radii(side, k, dtype) for side in sides]
-        inside = [_inside(sides[i], sides[1 - i], own[1 - i], dtype) for i in (0, 1)]
+        # The real set comes first in every product, as in ADM's evaluator, whose rounding depends on it.
+        inside = [
+            _inside(sides[0], sides[1], own[1], dtype, centres_first=True),
+            _inside(sides[1], sides[0], own[0], dtype, centres_first=False),
+        ]
     inside = [flags[: len(x)] for flags, x in zip(inside, (generated, real))]
     return PrecisionRecall(float(inside[0].mean()), float(inside[1].mean()), *inside)
 
@@ -126,27 +130,32 @@ def _radii(side: _Blocks, k: int, dtype: str) -> list:
     return radii
 
 
-def _inside(points: _Blocks, centres: _Blocks, radii: list, dtype: str) -> np.ndarray:
+def _inside(
+    points: _Blocks, centres: _Blocks, radii: list, dtype: str, centres_first: bool
+) -> np.ndarray:
     """Which points lie in a ball: bool, one for each point and each padding row."""
     flags = []
     for rows in points.rows:
         inside = jnp.zeros((rows.shape[0],), bool)
         for columns, valid, radius in zip(centres.columns, centres.valid, radii):
-            inside = _merge_inside(inside, rows, columns, valid, radius, dtype)
+            inside = _merge_inside(inside, rows, columns, valid, radius, dtype, centres_first)
         flags.append(np.asarray(inside))
     return np.concatenate(flags)
 
 
 @partial(jax.jit, static_argnames="dtype")
 def _merge_nearest(nearest, rows, columns, valid, dtype: str):
-    squared = jnp.where(valid[None, :], _squared(rows, columns, valid, dtype), jnp.inf)
+    squared = jnp.where(valid[None, :], _squared(rows, columns, dtype), jnp.inf)
     both = jnp.concatenate([nearest, squared], axis=1)
     return -jax.lax.top_k(-both, nearest.shape[1])[0]
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _merge_inside(inside, rows, columns, valid, radius, dtype: str):
-    squared = _squared(rows, columns, valid, dtype)
+@partial(jax.jit, static_argnames=("dtype", "centres_first"))
+def _merge_inside(inside, rows, columns, valid, radius, dtype: str, centres_first: bool):
+    if centres_first:
+        squared = _squared(columns, rows, dtype).T
+    else:
+        squared = _squared(rows, columns, dtype)
     return inside | jnp.any((squared <= radius[None, :]) & valid[None, :], axis=1)
 
 
@@ -154,12 +163,13 @@ def _wide(dtype: str):
     return jnp.float64 if dtype == "float64" else jnp.float32
 
 
-def _squared(u, v, valid, dtype: str):
+def _squared(u, v, dtype: str):
     """[B, C] squared distances of u [B, D] and v [C, D] in the arithmetic asked for."""
     if dtype != "float16":
         return _expanded(u, v)
     half = _half(u, v)
-    finite = jnp.all(jnp.isfinite(half) | ~valid[None, :])
+    # Padding is zero, and overflows nowhere that a vector does not.
+    finite = jnp.all(jnp.isfinite(half))
     u, v = u.astype(jnp.float32), v.astype(jnp.float32)
     return jax.lax.cond(finite, lambda: half.astype(jnp.float32), lambda: _expanded(u, v))
 

@@ -9,8 +9,8 @@ alone, in IS by the splits, in precision by the arithmetic. A table is matched o
     clean-fid       FID, KID, in its "clean" mode
 
 A distance carries the name FID, sFID, KID or IS only in the features of the 2015 Inception network; in any
-other it is named after its network. Versions: torch-fidelity 0.4.0 (before it, precision and recall were
-interchanged), pytorch-fid 0.3.0, clean-fid 0.1.35.
+other it is named after its network. Versions: torch-fidelity 0.4.0 (its development versions took the first
+set for the real one, which interchanges precision and recall), pytorch-fid 0.3.0, clean-fid 0.1.35.
 """
 
 from collections.abc import Mapping

@@ -19,11 +19,13 @@ from qdiff_jax.stages.stage import Method, Model
 
 class CalibrationSets(NamedTuple):
     """What methods calibrate on. weights: for reconstruction; activations: visits every step;
-    timesteps: [S], the sampler's schedule by step index."""
+    timesteps: [S], the sampler's schedule by step index. row_weights: how much each sample of `weights`
+    counts in closed-form rounding (`stages.row_weights`), None for equally."""
 
     weights: Any
     activations: Any
     timesteps: Any
+    row_weights: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,7 @@ def _closed_form(model, sets, settings, on_progress):
         weight_method=settings.weight_method,
         rounding=settings.closed_form,
         activations=settings.activations,
+        row_weights=sets.row_weights,
         on_progress=on_progress,
     )
 

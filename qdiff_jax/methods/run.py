@@ -18,7 +18,7 @@ from qdiff_jax.models.registry import DiffusionModel, from_config
 from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.policy import SitePlan
 from qdiff_jax.sites import flatten_sites, nest_sites
-from qdiff_jax.stages.stage import Method, fold_weights, initial_state, run_stage
+from qdiff_jax.stages.stage import Method, fold_weights, initial_state, run_stage, tuned_params
 
 _QUANTIZE_S = {"calibrate": "calibrate_s", "round": "calibrate_s"}
 
@@ -68,7 +68,7 @@ def run_method(
         reports[f"{i}_{stage.name}"] = {k: v for k, v in report.items() if k != "ranges"}
     save_bundle(
         directory / "bundle",
-        params=diffusion.model.params,
+        params=tuned_params(diffusion.model.params, state.aux),
         quant=state.quant,
         plan_json=plan.to_json(),
         model_config=diffusion.config,

@@ -132,9 +132,8 @@ def fold_weights(params: Mapping, quant: Mapping) -> tuple[dict, dict]:
     }
     kernels = [None if isinstance(r, QTensor) else kernel_at(params, n) for n, r in held.items()]
     folded = replace_kernels(params, dict(zip(held, _folded(list(held.values()), kernels))))
-    for name, site in flat.items():
-        if site.bias is not None:
-            folded = _with_leaf(folded, (*name.split("/"), "bias"), site.bias)
+    biases = {f"{n}/bias": s.bias for n, s in flat.items() if s.bias is not None}
+    folded = replace_leaves(folded, biases)
     kept = {}
     for name, site in flat.items():
         site = site.replace(rhs=None, execute=False) if name in held else site
@@ -160,10 +159,20 @@ def _folded(held, kernels):
 
 def replace_kernels(params: Mapping, kernels: Mapping[str, jax.Array]) -> dict:
     """params with `name/kernel` replaced (or added, where a bundle left it out)."""
+    return replace_leaves(params, {f"{name}/kernel": leaf for name, leaf in kernels.items()})
+
+
+def replace_leaves(params: Mapping, leaves: Mapping[str, jax.Array]) -> dict:
+    """params with leaves replaced (or added) at paths "block/.../leaf"."""
     tree = dict(params)
-    for name, kernel in kernels.items():
-        tree = _with_leaf(tree, (*name.split("/"), "kernel"), kernel)
+    for path, leaf in leaves.items():
+        tree = _with_leaf(tree, tuple(path.split("/")), leaf)
     return tree
+
+
+def tuned_params(params: Mapping, aux: Mapping) -> dict:
+    """params with what a stage has tuned besides weights (norm affines), kept in `aux["params"]`."""
+    return replace_leaves(params, aux.get("params", {}))
 
 
 def set_site(quant: Mapping, name: str, **fields) -> dict:

@@ -230,7 +230,8 @@ def _layer_residual(layer, plan, params, batch, met, x, pick, target):
 
     index = plan.layers.index(layer)
     kernel, bias = _weights(layer, params)
-    y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1])) + bias[None, None, :]
+    y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1]), precision=lax.Precision.HIGHEST)
+    y = y + bias[None, None, :]
     r = own(index)["rows"] - y
     if target != BLOCK:
         return r

@@ -1,11 +1,13 @@
 """Every config is documented, and its smoke variant runs: without a network, without files, in seconds."""
 
 import inspect
+import json
 import pathlib
 import runpy
 
 import pytest
 
+from experiments.quantize import quantize
 from experiments.train import train
 from qdiff_jax.config import load_config
 from qdiff_jax.runtime.weights import load_weights
@@ -44,5 +46,16 @@ def test_the_smoke_variant_quantizes(smoke_run):
     assert (smoke_run / "report.html").exists()
 
 
+def test_the_smoke_variant_shows_the_damage_of_rounding(tmp_path):
+    path = CONFIGS[0].with_name("damage.py")
+    assert load_config(f"{path}:dit").model == "dit_fashion"
+    quantize(load_config(f"{path}:dit,smoke"), tmp_path)
+    variants = json.loads((tmp_path / "report.json").read_text())["variants"]
+    errors = {v["name"]: v["eps_rel_mse"] for v in variants}
+    assert errors["rtn_w8a8"] < errors["rtn_w4a8"] < errors["rtn_w2a8"]
+
+
 def test_every_config_is_run_here():
-    assert {path.stem for path in CONFIGS} == {"quickstart", *(path.stem for path in TRAINED)}
+    # evaluate.py's smoke is the subject of tests/experiments/test_evaluate.py.
+    elsewhere = {"quickstart", "damage", "evaluate"}
+    assert {path.stem for path in CONFIGS} == elsewhere | {path.stem for path in TRAINED}

@@ -125,9 +125,9 @@ def adm_precision_recall(generated: np.ndarray, real: np.ndarray, dtype) -> list
         return np.maximum(norms[0] - np.float32(2) * (u @ v.T) + norms[1], np.float32(0))
 
     radii = [np.partition(squared(x, x), 3, axis=1)[:, 3] for x in (generated, real)]
-    between = squared(generated, real)
-    precision = (between <= radii[1][None, :]).any(axis=1).mean()
-    recall = (between <= radii[0][:, None]).any(axis=0).mean()
+    between = squared(real, generated)
+    precision = (between <= radii[1][:, None]).any(axis=0).mean()
+    recall = (between <= radii[0][None, :]).any(axis=1).mean()
     return [float(precision), float(recall)]
 
 

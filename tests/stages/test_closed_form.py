@@ -158,8 +158,8 @@ class TestActivations:
         "by step": lambda name: TimeIndexed(
             from_range(
                 ACTIVATION,
-                jnp.array([-2.0, -4.0, -6.0, -8.0]),
-                jnp.array([2.0, 4.0, 6.0, 8.0]),
+                jnp.array([-5.0, -8.0, -12.0, -15.0]),
+                jnp.array([5.0, 8.0, 12.0, 15.0]),
                 jnp.zeros(4),
                 jnp.full(4, 15.0),
             ),
