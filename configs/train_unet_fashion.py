@@ -4,7 +4,7 @@
         --workdir=runs/unet_fashion --config.data.source=idx:/data/fashion_mnist
 
 The topology of the CIFAR-10 DDPM (Ho et al. 2020), smaller: 32 channels, three resolutions, attention
-at 8x8. 14,000 steps of 16 images at 1e-3, the last 3,500 falling to 0: two hours and a half of one CPU
+at 8x8. 12,000 steps of 16 images at 1e-3, the last 3,500 falling to 0: two hours and a half of one CPU
 core. Sample grids are in the workdir, one column a class; expected
 figures in qdiff_jax/models/assets/UNET_CARD.md.
 `--config=configs/train_unet_fashion.py:smoke` runs in seconds, on
@@ -17,7 +17,7 @@ from qdiff_jax.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, smoke=False, steps=14_000, bf16=False)
+    arg = parse_arg(arg, smoke=False, steps=12_000, bf16=False)
     config = ml_collections.ConfigDict()
     config.kind = "diffusion"
     config.seed = 0

@@ -33,6 +33,7 @@ from experiments.evaluate_config import (
 from experiments.evaluate_report import shown, write_comparison, write_report
 from qdiff_jax.config import claim_workdir
 from qdiff_jax.data.images import Images, load_images, to_unit_range
+from qdiff_jax.diffusion.corrections import hooks_of
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import backends
 from qdiff_jax.eval.distribution import Described, describe, measure
@@ -46,13 +47,16 @@ from qdiff_jax.runtime.progress import log_progress, progress
 
 
 class Subject(NamedTuple):
-    """What is judged. variables: {"params", "quant"}; origin: JSON for the report."""
+    """What is judged. variables: {"params", "quant"}; origin: JSON for the report. correction: of a bundle's
+    sampling, measured at guidance_scale."""
 
     module: Any
     variables: dict
     model_config: dict
     schedule: dict
     origin: dict
+    correction: Any = None
+    guidance_scale: float | None = None
 
 
 def load_subject(config: EvaluateConfig) -> Subject:
@@ -62,7 +66,13 @@ def load_subject(config: EvaluateConfig) -> Subject:
         manifest = loaded.manifest
         origin = {"bundle": config.bundle, **manifest["source"], **manifest["extra"]}
         return Subject(
-            loaded.module, loaded.variables, manifest["model"], manifest["schedule"], origin
+            loaded.module,
+            loaded.variables,
+            manifest["model"],
+            manifest["schedule"],
+            origin,
+            loaded.correction,
+            manifest["sampler"].get("guidance_scale"),
         )
     diffusion = registry.load(config.model)
     return Subject(
@@ -83,6 +93,13 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     workdir = pathlib.Path(workdir)
     subject = load_subject(config)
     plan = make_sampler(subject.schedule, config.sampler.as_json())
+    if subject.correction is not None and subject.guidance_scale != config.sampler.guidance_scale:
+        raise ValueError(
+            f"the bundle corrects estimates at guidance {subject.guidance_scale:g}, and the config "
+            f"samples at {config.sampler.guidance_scale:g}: set config.sampler.guidance_scale to the "
+            "bundle's, or calibrate one at the config's."
+        )
+    hooks_of(subject.correction, plan)
     reference = _real(config, config.data.reference, subject)
     floor = _real(config, config.data.floor, subject) if config.data.floor else None
     network = backends.feature_network(config.network, config.network_weights or None)
@@ -144,6 +161,7 @@ def _draw(config: EvaluateConfig, subject: Subject, plan: SamplerPlan, workdir: 
             shape=(model["resolution"], model["resolution"], model["in_channels"]),
             classes=model.get("num_classes"),
             guidance_scale=config.sampler.guidance_scale,
+            hooks=hooks_of(subject.correction, plan),
             on_shard=tell,
         )
 

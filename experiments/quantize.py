@@ -37,6 +37,7 @@ from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
 from qdiff_jax.methods.run import make_sampler, run_method
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, save_arrays
+from qdiff_jax.observe.quantization_noise import Paired, paired
 from qdiff_jax.observe.selectors import every_step, uniform
 from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
 from qdiff_jax.policy import SitePlan, make_plan, policy
@@ -69,7 +70,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     with phases(phase_weights(config, workdir)) as enter, compile_account() as account:
         enter("trajectories")
         calibration, held_out = trajectories(job, workdir)
-        sets = calibration_sets(config, calibration)
+        sets = calibration_sets(config, calibration)._replace(paired=pairs_of(job, calibration))
         enter("fp32")
         records = [reference(config, diffusion, workdir)]
         for name, v in config.variants.items():
@@ -158,6 +159,12 @@ def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> Calibra
         activations=every_step(jax.random.fold_in(key, 1), calibration),
         timesteps=calibration.t,
     )
+
+
+def pairs_of(job: Job, calibration: Trajectory) -> Paired:
+    """The calibration trajectories as pairs, for methods that correct the sampling."""
+    guidance = guidance_of(job.config.sampler.guidance_scale, job.diffusion.null_class)
+    return paired(calibration, guidance, job.sampler, job.diffusion.schedule)
 
 
 def quantize_one(job: Job, name: str, sets: CalibrationSets, folder: pathlib.Path) -> dict:

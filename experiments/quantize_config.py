@@ -15,6 +15,7 @@ import jax
 from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
+from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings
 from qdiff_jax.methods.tfmq import VARIANTS
 from qdiff_jax.observe.capture import batch_bounds
@@ -117,6 +118,7 @@ class QuantizeConfig:
     reconstruct: ReconstructionConfig
     activations: ActivationsConfig
     tfmq_variant: str = "fixed"
+    ptqd: PTQDConfig = PTQDConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
@@ -159,6 +161,11 @@ def read_config(config: Any) -> QuantizeConfig:
         raise ValueError(
             f"config.tfmq_variant {config.tfmq_variant!r} is unknown; use one of {VARIANTS}."
         )
+    if config.ptqd.base not in set(METHODS) - {"ptqd"}:
+        raise ValueError(
+            f"config.ptqd.base {config.ptqd.base!r} is unknown; there are "
+            f"{sorted(set(METHODS) - {'ptqd'})}."
+        )
     return dataclasses.replace(config, variants=dict(sorted(variants.items(), key=place)))
 
 
@@ -174,6 +181,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         activation_steps=activation_steps,
         activation_lr=activation_lr,
         variant=config.tfmq_variant,
+        ptqd=config.ptqd,
     )
 
 

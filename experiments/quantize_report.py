@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.quantize_config import QuantizeConfig, VariantConfig
 from qdiff_jax.config import fingerprint
+from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.eval import plots, report, variant
 from qdiff_jax.eval.samples import Samples, draw_samples
 from qdiff_jax.export.bundle import stored_bytes
@@ -33,7 +34,9 @@ def is_measured(folder: pathlib.Path) -> bool:
     return all((folder / name).exists() for name in ("metrics.json", "samples.npz", "bundle"))
 
 
-def rollout(config: QuantizeConfig, diffusion, variables, plan, module, name: str) -> np.ndarray:
+def rollout(
+    config: QuantizeConfig, diffusion, variables, plan, module, name: str, hooks: Hooks = IDENTITY
+) -> np.ndarray:
     """x_0 of all evaluation samples of a variant, telling how far it is."""
     with progress(f"{name}: sampling", config.evaluation.samples) as tell:
         return draw_samples(
@@ -46,6 +49,7 @@ def rollout(config: QuantizeConfig, diffusion, variables, plan, module, name: st
             shape=diffusion.image_shape,
             classes=diffusion.null_class,
             guidance_scale=config.sampler.guidance_scale,
+            hooks=hooks,
             on_batch=tell,
         )
 
@@ -87,7 +91,9 @@ def measure(
     if is_measured(folder):
         return load_record(folder / "metrics.json")
     loaded = load_for_sampling(folder / "bundle")
-    samples = rollout(config, diffusion, loaded.variables, loaded.plan, loaded.module, name)
+    samples = rollout(
+        config, diffusion, loaded.variables, loaded.plan, loaded.module, name, loaded.hooks
+    )
     save_arrays(folder / "samples.npz", Samples(samples))
     full = load_arrays(workdir / "variants" / "fp32" / "samples.npz", Samples).x
     classify = registry.classifier(config.classifier) if config.classifier else None
@@ -97,6 +103,7 @@ def measure(
             loaded.variables,
             held_out,
             lambda done, total: tell(done),
+            hooks=loaded.hooks,
         )
     temporal = variant.temporal(
         diffusion.model,

@@ -45,6 +45,7 @@ def sample_bundle(
             shape=(model["resolution"], model["resolution"], model["in_channels"]),
             classes=model.get("num_classes"),
             guidance_scale=loaded.manifest["sampler"]["guidance_scale"],
+            hooks=loaded.hooks,
             on_batch=tell,
         )
     save_arrays(out / "samples.npz", Samples(x))

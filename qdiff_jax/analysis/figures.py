@@ -198,5 +198,7 @@ def softmax_figure(result: Softmax) -> Figure:
     title = f"{result.verdict['bits']} bits; below 1: log2 is better"
     dress(bottom, STEPS_LABEL, "log2 error / uniform", title)
     if len(result.names) <= 6:
-        legend(middle, ncols=2)
+        low, high = middle.get_ylim()
+        middle.set_ylim(low, high + 0.4 * (high - low))
+        legend(middle, loc="upper center", ncols=2)
     return figure

@@ -71,20 +71,23 @@ def noise_figure(result: NoiseCorrelation) -> Figure:
     for k, name in enumerate(result.slope):
         style = line_style(k + 4)
         middle.plot(result.timesteps, _positive(result.r2[name]), label=name, **style)
-        bottom.plot(result.timesteps, result.kurtosis[name], label=f"{name} kurtosis", **style)
+        style = {**style, "linestyle": "-"}
+        bottom.plot(result.timesteps, result.kurtosis[name], **style)
         style = {**style, "linestyle": ":", "markerfacecolor": "white"}
-        bottom.plot(result.timesteps, result.skewness[name], label=f"{name} skewness", **style)
+        bottom.plot(result.timesteps, result.skewness[name], **style)
     middle.set_yscale("log")
     bottom.axhline(0.0, color="#555555", linewidth=0.8)
     bottom.set_yscale("symlog", linthresh=1.0)
-    low, high = bottom.get_ylim()
-    bottom.set_ylim(low, max(high, 1.0) * 12)  # room for the legend
     dress(
         middle, STEPS_LABEL, "R\u00b2 of error on \u03b5", "share of the error that follows \u03b5"
     )
-    dress(bottom, STEPS_LABEL, "moment of residual", "0: as of a Gaussian (kurtosis: excess)")
+    dress(
+        bottom,
+        STEPS_LABEL,
+        "moment of residual",
+        "solid: excess kurtosis, dotted: skewness (Gaussian: 0)",
+    )
     legend(middle)
-    legend(bottom, loc="upper center", ncols=2, columnspacing=0.8)
     return figure
 
 
@@ -214,6 +217,7 @@ def beneficial_figure(result: Beneficial) -> Figure:
     axes.set_ylim(-len(labels) + 0.5, 0.5)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -0.2), max(high, 0.2) + 0.25 * (max(high, 0.2) - min(low, -0.2)))
-    title = f"{result.coarse} against {result.fine}; right: {result.coarse} better, its wins"
-    dress(axes, "paired difference / its std (95 % interval)", "", title)
+    dress(axes, "paired difference / its std (95 % interval)", "")
+    title = f"to the right {result.coarse} beats {result.fine}; share of seeds it wins"
+    axes.set_title(title, fontsize=7.0, loc="right")
     return figure

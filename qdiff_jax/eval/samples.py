@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from qdiff_jax.diffusion.guidance import Guidance, classifier_free
+from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.models.registry import predictor
@@ -53,11 +54,13 @@ def draw_samples(
     shape: tuple[int, ...],
     classes: int | None,
     guidance_scale: float,
+    hooks: Hooks = IDENTITY,
     on_batch: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """x_0 of the `count` evaluation samples, [count, *shape] float32.
 
-    classes: number of classes, which is also the null class; None for an unconditional model.
+    classes: number of classes, which is also the null class; None for an unconditional model. hooks: of
+    `methods.run.load_for_sampling`.
     Raises ValueError as `diffusion.sample.sample` does, above all for a step of the plan that the
     step tables of `variables["quant"]` were never calibrated for.
     """
@@ -71,6 +74,7 @@ def draw_samples(
         shape=shape,
         y=labels(classes, indices),
         guidance=guidance_of(guidance_scale, classes),
+        hooks=hooks,
         batch_size=batch_size,
         on_batch=on_batch,
     ).x

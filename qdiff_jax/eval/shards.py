@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qdiff_jax.data.images import to_uint8
+from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval.samples import guidance_of, labels, noise_key
@@ -65,6 +66,7 @@ def sample_shards(
     shape: tuple[int, ...],
     classes: int | None,
     guidance_scale: float,
+    hooks: Hooks = IDENTITY,
     on_shard: Callable[[int], None] | None = None,
 ) -> list[pathlib.Path]:
     """Draws the shards that are not on disk yet; returns the files of all of them, in order.
@@ -88,6 +90,7 @@ def sample_shards(
                 shape=shape,
                 y=wanted,
                 guidance=guidance,
+                hooks=hooks,
                 batch_size=batch_size,
             ).x
             spent = np.asarray(time.monotonic() - began)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
+from qdiff_jax.diffusion.noise import sample_keys, step_keys
 from qdiff_jax.eval import agreement, features
 from qdiff_jax.eval.temporal import TemporalAgreement, temporal_agreement
 from qdiff_jax.models.program import Unit, subtrees, units_with_time_block
@@ -24,18 +26,31 @@ from qdiff_jax.quant.timed import StepContext, step_context
 from qdiff_jax.stages.stage import Model
 
 
-@functools.partial(jax.jit, static_argnames="predict")
-def _forced_step(predict, variables, x, ctx, y, reference, row, state):
-    return agreement.update(state, reference, predict(variables, x, ctx, y), row)
+@functools.partial(jax.jit, static_argnames=("predict", "before", "after"))
+def _forced_step(predict, before, after, variables, x, ctx, y, reference, row, state, hook):
+    def call_model(x, ctx):
+        return predict(variables, x, ctx, y)
+
+    keys = step_keys(sample_keys(jax.random.key(0), jnp.arange(len(x))), ctx.index, 1)
+    hook, x = before(hook, ctx, x)
+    eps = call_model(x, ctx)
+    _, eps, _ = after(hook, ctx, x, eps, jnp.zeros(()), keys, call_model)
+    return agreement.update(state, reference, eps, row)
 
 
 def teacher_forced(
-    predict: Callable, variables: Any, held_out: Trajectory, on_step: Callable | None = None
+    predict: Callable,
+    variables: Any,
+    held_out: Trajectory,
+    on_step: Callable | None = None,
+    hooks: Hooks = IDENTITY,
 ) -> agreement.Agreement:
     """eps error on the states of held-out full-precision trajectories, overall and by step.
 
     predict(variables, x, ctx, y) -> eps. held_out: x and eps [S, N, ...]. Rows of the result are step
-    positions. One compile for all steps and all variants.
+    positions. One compile for all steps and all variants. hooks: a correction, applied to each branch
+    of guidance on its own, which for affine ones is the same as to the guided estimate; each step starts
+    from a new hook state.
     """
     count = len(held_out.t)
     state = agreement.init(count)
@@ -47,7 +62,17 @@ def teacher_forced(
         )
         row = jnp.asarray(i, jnp.int32)
         state = _forced_step(
-            predict, variables, held_out.x[i], ctx, held_out.y, held_out.eps[i], row, state
+            predict,
+            hooks.before,
+            hooks.after,
+            variables,
+            held_out.x[i],
+            ctx,
+            held_out.y,
+            held_out.eps[i],
+            row,
+            state,
+            hooks.init(held_out.x[i]),
         )
         if on_step is not None:
             on_step(i + 1, count)

@@ -40,17 +40,20 @@ WEIGHTS = "weights.safetensors"
 
 class Bundle(NamedTuple):
     """params: full-precision leftovers (kernels held as codes are absent). quant: sites as
-    `SiteQuant`. manifest: the JSON of the bundle."""
+    `SiteQuant`. manifest: the JSON of the bundle. correction: what sampling corrects, for
+    `diffusion.corrections.hooks_of`; None for nothing."""
 
     params: dict
     quant: dict
     manifest: dict
+    correction: Any = None
 
 
 class StoredBytes(NamedTuple):
     """tensors: bytes of all arrays; by_kind: the same by what they are for: "codes",
     "weight_grids" (scales, zero points and code ranges of the codes), "quantizers" (of activations,
-    with their step tables), "parameters" (full precision). files: both files as they lie there."""
+    with their step tables), "parameters" (full precision), "correction" (of the sampling). files: both
+    files as they lie there."""
 
     tensors: int
     by_kind: dict[str, int]
@@ -68,6 +71,7 @@ def save_bundle(
     sampler_config: Any,
     source: Mapping,
     extra: Any = None,
+    correction: Any = None,
 ) -> pathlib.Path:
     """Write a bundle and return its folder; it appears whole or not at all.
 
@@ -81,6 +85,7 @@ def save_bundle(
         model_config names its "family".
       source: of the full-precision weights; has the "sha256" of the checkpoint.
       extra: further JSON, such as the report of the run.
+      correction: step tables of the sampler's hook (`diffusion.corrections`), or None.
 
     Raises:
       BundleError: the folder exists, the disk is full or cannot be written, a kernel and its codes
@@ -92,10 +97,10 @@ def save_bundle(
         raise BundleError(f"{directory} exists already; choose another folder or remove it first")
     trees, arrays, kinds = {}, {}, {}
     leftovers = without_packed_kernels(params, quant)
-    for name, tree, kind in (
-        ("params", leftovers, "parameters"),
-        ("quant", dict(quant), "quantizers"),
-    ):
+    stored = [("params", leftovers, "parameters"), ("quant", dict(quant), "quantizers")]
+    if correction is not None:
+        stored.append(("correction", correction, "correction"))
+    for name, tree, kind in stored:
         trees[name], more, more_kinds = encode_tree(tree, name, kind)
         arrays.update(more)
         kinds.update(more_kinds)
@@ -152,9 +157,11 @@ def load_bundle(directory: str | os.PathLike) -> Bundle:
                 raise ValueError(f"the tensor {name!r} is referred to but not listed")
             return arrays[name]
 
-        for name in ("params", "quant"):
+        # Only bundles whose sampling is corrected have the third.
+        described = {"correction": None, **manifest["trees"]}
+        for name in ("params", "quant", "correction"):
             try:
-                trees[name] = decode_tree(manifest["trees"][name], array)
+                trees[name] = decode_tree(described[name], array)
             except ValueError as error:
                 problems.append(f"the {name} tree cannot be rebuilt: {error}")
         if not problems:
@@ -166,7 +173,7 @@ def load_bundle(directory: str | os.PathLike) -> Bundle:
         raise BundleError(
             f"{directory} is not the bundle that was saved; copy or export it again:{listed}"
         )
-    return Bundle(trees["params"], trees["quant"], manifest)
+    return Bundle(trees["params"], trees["quant"], manifest, trees["correction"])
 
 
 def stored_bytes(directory: str | os.PathLike) -> StoredBytes:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qdiff_jax.diffusion.corrections import AffineCorrection
 from qdiff_jax.export.qtensor import QTensor, check_storage
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.spec import QuantSpec
@@ -211,5 +212,12 @@ register(
         SiteQuant,
         {**dict.fromkeys(("lhs", "rhs", "tap", "substitute")), "bias": "parameters"},
         {"execute": _PLAIN, "product": _PLAIN},
+    )
+)
+register(
+    dataclass_codec(
+        "AffineCorrection",
+        AffineCorrection,
+        dict.fromkeys(("scale", "shift", "variance")),
     )
 )

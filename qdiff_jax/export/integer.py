@@ -7,7 +7,7 @@ z' = z - shift), one output element is
     sum_k (...) = sum p_x p_w - z_x' sum p_w - z_w' sum p_x + K z_x' z_w'
 
 so no scale may vary along k inside one accumulation; scales per group of k cut the accumulation at
-the group borders. The int32 accumulators are exact: they equal the same sums in unbounded integers.
+the group borders, and the two parts of a split operand are two products. The int32 accumulators are exact: they equal the same sums in unbounded integers.
 
 Convolutions become one product of shifted slices of the input (im2col), because integer
 convolutions do not exist on GPU. The input is padded with the code of its zero point, which decodes
@@ -23,7 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qdiff_jax.export.operands import ACTIVATION_BITS, lift, operands, require_affine
+from qdiff_jax.export.operands import (
+    ACTIVATION_BITS,
+    is_split,
+    lift,
+    operands,
+    require_affine,
+    split_operands,
+)
 from qdiff_jax.export.qtensor import QTensor, code_shift, dequantize
 from qdiff_jax.operators import Operator, plain
 from qdiff_jax.quant import quantizer
@@ -45,7 +52,7 @@ def integer_op(
       operator: conv, dense, qk or pv.
       lhs: activation, [B, H, W, K] (conv), [..., K] (dense), [B, N, K] (qk, pv).
       lhs_qparams: affine, at most 8 bits; per tensor or per token, static or dynamic, rows of a
-        step table, or groups of the contracted axis (conv and dense).
+        step table, or groups or two parts of the contracted axis (conv and dense).
       rhs_quantizer: the packed weight (conv, dense) or the QParams of `rhs` (qk, pv).
       bias: [N] or None.
       rhs: k or v for qk and pv; None otherwise.
@@ -59,6 +66,11 @@ def integer_op(
       ValueError: grids or granularities that no integer product can honour, shapes that do not
         fit, or a contraction so long that int32 could overflow.
     """
+    if is_split(lhs_qparams, rhs_quantizer):
+        pairs = split_operands(operator, lhs, lhs_qparams, rhs_quantizer)
+        first, second = (_partial_output(operator, *pair) for pair in pairs)
+        y = first + second
+        return y if bias is None else y + lift(bias.astype(jnp.float32), y.ndim)
     stacked = operands(operator, lhs, lhs_qparams, rhs_quantizer, rhs)
     groups = stacked[0].codes.shape[0]
     if groups == 1:
@@ -85,8 +97,14 @@ def integer_accumulators(
 
     Arguments as for `integer_op`. The accumulators are int32 [G, ...output], G the groups of the
     contracted axis (1 without groups); the scales are float32 and broadcast against them. The
-    output is sum_g accumulators[g] * lhs_scales[g] * rhs_scales[g], plus the bias.
+    output is sum_g accumulators[g] * lhs_scales[g] * rhs_scales[g], plus the bias. The two parts of a
+    split product count as two groups.
     """
+    if is_split(lhs_qparams, rhs_quantizer):
+        pairs = split_operands(operator, lhs, lhs_qparams, rhs_quantizer)
+        parts = [_accumulate(operator, *pair) for pair in pairs]
+        scales = zip(*((left.scale, right.scale) for left, right in pairs), strict=True)
+        return jnp.stack(parts), *(jnp.stack(side) for side in scales)
     stacked = operands(operator, lhs, lhs_qparams, rhs_quantizer, rhs)
     acc = lax.map(lambda group: _accumulate(operator, *group), stacked)
     return acc, stacked[0].scale, stacked[1].scale

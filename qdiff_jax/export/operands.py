@@ -60,6 +60,71 @@ def operands(
         )
     x = _activation(lhs_qparams, lhs, f"the input of {operator.kind}")
     w, weight_groups = _weight(rhs_quantizer)
+    return _grouped(operator, x, w, weight_groups, rhs_quantizer)
+
+
+def split_operands(
+    operator: Operator, lhs: jax.Array, lhs_qparams: QParams, weight: QTensor
+) -> list[tuple[Operand, Operand]]:
+    """The operands of a conv or dense product whose contraction axis is split: one pair per part.
+
+    Arguments as for `operands`, at least one of the two quantizers with granularity "split"; both, if
+    they are, at one boundary. Each pair is that of a product of its own (one group), so that the two
+    parts are accumulated apart and no product is longer than its part.
+    """
+    boundaries = {
+        q.spec.boundary for q in (lhs_qparams, weight.qparams) if q.spec.granularity == "split"
+    }
+    if operator.kind not in ("conv", "dense") or len(boundaries) != 1:
+        raise ValueError(
+            f"integer {operator.kind}: operands split at {sorted(boundaries)} cannot be multiplied "
+            "part by part; split input and weight of a conv or dense layer at one boundary"
+        )
+    if "group" in (lhs_qparams.spec.granularity, weight.qparams.spec.granularity):
+        raise ValueError(
+            f"integer {operator.kind}: one operand is split in two and the other cut into groups, "
+            "which is not executed; cut both alike, or simulate this site"
+        )
+    if lhs.shape[-1] != weight.shape[-2]:
+        raise ValueError(
+            f"integer {operator.kind}: a weight of shape {weight.shape} does not fit an input "
+            f"{lhs.shape}"
+        )
+    boundary = boundaries.pop()
+    x = _activation(lhs_qparams, lhs, f"the input of {operator.kind}")
+    w, _ = _weight(weight)
+    kernel = w.codes.reshape(weight.shape)
+    pairs = []
+    for part, (start, stop) in enumerate(((0, boundary), (boundary, lhs.shape[-1]))):
+
+        def of_part(leaf, axis, part=part):  # what does not vary over the parts serves both
+            if leaf is None or leaf.shape[axis] == 1:
+                return leaf
+            return lax.slice_in_dim(leaf, part, part + 1, axis=axis)
+
+        left = Operand(x.codes[..., start:stop], of_part(x.zero, -1), of_part(x.scale, -1))
+        codes = kernel[..., start:stop, :]
+        right = Operand(
+            codes.reshape(-1, codes.shape[-1]), of_part(w.zero, 0), of_part(w.scale, 0)
+        )
+        sized = weight.replace(shape=codes.shape)  # only its shape and bits are read
+        pairs.append(_first(_grouped(operator, left, right, 1, sized)))
+    return pairs
+
+
+def is_split(*quantizers) -> bool:
+    """Whether one of the operands' quantizers (`QParams` or `QTensor`) has two parts."""
+    specs = (getattr(q, "qparams", q) for q in quantizers)
+    return any(isinstance(q, QParams) and q.spec.granularity == "split" for q in specs)
+
+
+def _first(stacked):
+    return jax.tree.map(lambda leaf: leaf[0], stacked)
+
+
+def _grouped(operator, x, w, weight_groups, rhs_quantizer):
+    """`operands` of a conv or dense product from the codes of both sides."""
+    shape, rank = rhs_quantizer.shape, x.codes.ndim
     groups = max(weight_groups, x.scale.shape[-1])
     if {weight_groups, x.scale.shape[-1]} - {1, groups}:
         raise ValueError(
@@ -84,7 +149,7 @@ def operands(
     def per_channel(leaf):  # [G or 1, N or 1] -> [G, 1.., N or 1]
         if leaf is None:
             return None
-        leaf = leaf.reshape(leaf.shape[0], *(1,) * (lhs.ndim - 1), leaf.shape[1])
+        leaf = leaf.reshape(leaf.shape[0], *(1,) * (rank - 1), leaf.shape[1])
         return jnp.broadcast_to(leaf, (groups, *leaf.shape[1:]))
 
     left = Operand(taps, per_group(x.zero), per_group(x.scale))
@@ -127,6 +192,12 @@ def _activation(qparams, x, name, contracted=-1):
                 f"integer execution cannot honour groups along axis {spec.axis} of {name}"
             )
         leaves = [leaf.squeeze(-1) for leaf in leaves]
+    elif spec.granularity == "split":
+        if contracted != -1 or spec.axis != -1:
+            raise ValueError(f"integer execution cannot honour the split of {name}")
+        # Spread over the channels here; each part's product needs one.
+        ends = slice(spec.boundary - 1, spec.boundary + 1)
+        leaves = [leaf if leaf.shape[-1] == 1 else leaf[..., ends] for leaf in leaves]
     elif leaves[0].shape[contracted] != 1:
         raise ValueError(
             f"the scale of {name} varies along the contracted axis, which no integer product can "
@@ -144,11 +215,16 @@ def _weight(qtensor):
     """(operand with codes [K, N], zero and scale [G or 1, N or 1]; the number of groups)."""
     spec, shape = qtensor.qparams.spec, qtensor.shape
     require_affine(qtensor.qparams, "the weight")
-    fits = {"tensor": True, "channel": spec.axis == -1, "group": spec.axis == -2}
+    fits = {
+        "tensor": True,
+        "channel": spec.axis == -1,
+        "group": spec.axis == -2,
+        "split": spec.axis == -2,
+    }
     if not fits.get(spec.granularity, False):
         raise ValueError(
-            "integer execution takes weights per tensor, per output channel (axis -1) or per group "
-            f"of input channels (axis -2), got {spec.granularity!r} on axis {spec.axis}"
+            "integer execution takes weights per tensor, per output channel (axis -1), per group of "
+            f"input channels or split among them (axis -2), got {spec.granularity!r} on axis {spec.axis}"
         )
     shift = code_shift(qtensor.qparams, qtensor.bits)
     scale, zero = lift(qtensor.qparams.scale, 2), lift(qtensor.qparams.zero_point, 2)

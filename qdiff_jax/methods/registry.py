@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
+from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
 from qdiff_jax.methods.rtn import rtn
 from qdiff_jax.methods.tfmq import tfmq
 from qdiff_jax.stages.calibrate import ActivationConfig
@@ -20,12 +21,14 @@ from qdiff_jax.stages.stage import Method, Model
 class CalibrationSets(NamedTuple):
     """What methods calibrate on. weights: for reconstruction; activations: visits every step;
     timesteps: [S], the sampler's schedule by step index. row_weights: how much each sample of `weights`
-    counts in closed-form rounding (`stages.row_weights`), None for equally."""
+    counts in closed-form rounding (`stages.row_weights`), None for equally. paired: an
+    `observe.quantization_noise.Paired`, for methods that correct the sampling."""
 
     weights: Any
     activations: Any
     timesteps: Any
     row_weights: Any = None
+    paired: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class MethodSettings:
     variant: str = "fixed"
     rounding: str = "adaround"
     closed_form: ClosedFormConfig = ClosedFormConfig()
+    ptqd: PTQDConfig = PTQDConfig()
 
 
 def _rtn(model, sets, settings, on_progress):
@@ -114,11 +118,19 @@ def _closed_form(model, sets, settings, on_progress):
     )
 
 
+def _ptqd(model, sets, settings, on_progress):
+    if sets.paired is None:
+        raise ValueError("PTQD needs paired estimates: give CalibrationSets.paired.")
+    base = METHODS[settings.ptqd.base](model, sets, settings, on_progress)
+    return ptqd(model, base, sets.paired, settings.ptqd, on_progress=on_progress)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "brecq": _brecq,
     "tfmq": _tfmq,
     "closed_form": _closed_form,
+    "ptqd": _ptqd,
 }
 
 

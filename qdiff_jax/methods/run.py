@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from qdiff_jax.diffusion.corrections import hooks_of
+from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.diffusion.samplers import SamplerPlan, make_plan
 from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.diffusion.timesteps import make_timesteps
@@ -24,12 +26,16 @@ _QUANTIZE_S = {"calibrate": "calibrate_s", "round": "calibrate_s"}
 
 
 class Loaded(NamedTuple):
-    """A bundle ready to sample: variables for `registry.predictor(module)`, and what it was made for."""
+    """A bundle ready to sample: variables for `registry.predictor(module)`, and what it was made for.
+
+    hooks: the correction of its sampling, under `plan`; correction: its tables, for another plan."""
 
     module: Any
     variables: dict
     plan: SamplerPlan
     manifest: dict
+    hooks: Hooks = IDENTITY
+    correction: Any = None
 
 
 def run_method(
@@ -76,6 +82,7 @@ def run_method(
         sampler_config=dict(sampler_config),
         source={"sha256": diffusion.source["sha256"], "name": diffusion.source["name"]},
         extra={"method": method.name, "notes": method.notes, **extra},
+        correction=state.aux.get("correction"),
     )
     result = {**seconds, "stages": reports}
     save_record(record, result)
@@ -111,4 +118,6 @@ def load_for_sampling(directory: pathlib.Path, execute: bool = False) -> Loaded:
         params, quant = fold_weights(bundle.params, bundle.quant)
     module = from_config(manifest["model"])
     plan = make_sampler(manifest["schedule"], manifest["sampler"])
-    return Loaded(module, {"params": params, "quant": quant}, plan, manifest)
+    hooks = hooks_of(bundle.correction, plan)
+    variables = {"params": params, "quant": quant}
+    return Loaded(module, variables, plan, manifest, hooks, bundle.correction)

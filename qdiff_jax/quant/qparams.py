@@ -19,7 +19,8 @@ class QParams:
 
     Attributes:
       scale: tensor (); channel [C]; group along an axis other than the last [K/g, N] with N the
-        last axis; group along the last axis [K/g]; dynamic: () gain on the measured range. Log
+        last axis; group along the last axis [K/g]; split [2], of a weight [2, N]; dynamic: () gain on the measured
+        range. Log
         grids: the largest value.
       zero_point: integers, shaped like scale.
       qmin, qmax: smallest and largest code, () or shaped like scale. Data, so that bits are data.
@@ -48,6 +49,11 @@ def scale_and_zero_point(spec: QuantSpec, lo, hi, qmin, qmax) -> tuple[jax.Array
     range that is not finite gives a scale that is not finite, so that everything downstream becomes
     NaN.
     """
+    if spec.grid in ("shifted", "affine_or_log2"):
+        raise ValueError(
+            f"the numbers of the grid {spec.grid!r} do not follow from a range; build its QParams "
+            "with quant.time_mlp or quant.softmax_grid."
+        )
     lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
     if spec.grid != "affine":
         scale = jnp.maximum(hi, SCALE_FLOOR)
@@ -167,6 +173,8 @@ def _fit(leaf, spec, rows, shape):
         return leaf
     if leaf.ndim <= int(rows):
         return _per_row(leaf, rows, ndim, shape)
+    if spec.granularity == "split":
+        return _spread(leaf, spec, rows, shape)
     kept = _kept_axes(spec, shape)
     target = [1] * ndim
     for axis, size in kept.items():
@@ -182,6 +190,40 @@ def _fit(leaf, spec, rows, shape):
             f"{expected}. A leading step axis must be selected before quantizing."
         )
     return leaf.reshape(target)
+
+
+def split_sizes(spec: QuantSpec, size: int) -> tuple[int, int]:
+    """Lengths of the two parts of an axis of `size`. Raises ValueError if the second is empty."""
+    if not 0 < spec.boundary < size:
+        raise ValueError(
+            f"a split at {spec.boundary} does not fit an axis of {size}: both parts must hold "
+            "something; take the boundary from the values that are concatenated."
+        )
+    return spec.boundary, size - spec.boundary
+
+
+def _spread(leaf, spec, rows, shape):
+    """A leaf of two parts along the split axis, repeated over each part: it broadcasts against x."""
+    axis = len(shape) + spec.axis
+    target = [1] * len(shape)
+    target[axis] = 2
+    expected = (2,) if spec.axis == -1 else (2, shape[-1])
+    if spec.axis != -1:
+        target[-1] = shape[-1]
+    if rows:
+        target[0] = shape[0]
+        expected = (shape[0], *expected)
+    if leaf.shape != expected:
+        raise ValueError(
+            f"QParams leaf of shape {leaf.shape} does not fit a tensor of shape {shape} split on axis "
+            f"{spec.axis} (rows={rows}): expected {expected}. A leading step axis must be selected "
+            "before quantizing."
+        )
+    parts = jnp.split(leaf.reshape(target), 2, axis=axis)
+    sizes = split_sizes(spec, shape[axis])
+    return jnp.concatenate(
+        [jnp.repeat(part, size, axis=axis) for part, size in zip(parts, sizes, strict=True)], axis
+    )
 
 
 def _kept_axes(spec, shape) -> dict[int, int]:

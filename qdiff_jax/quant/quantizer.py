@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qdiff_jax.quant import affine, log2
+from qdiff_jax.quant import affine, either, log2, shifted
 from qdiff_jax.quant.qparams import QParams, broadcast, freeze, from_range, grouped
 from qdiff_jax.quant.spec import QuantSpec
 
@@ -55,7 +55,27 @@ def _log_grid(spec: QuantSpec) -> _Grid:
     return _Grid(encode, decode)
 
 
-_GRIDS = {"affine": _affine_grid, "log2": _log_grid, "log_sqrt2": _log_grid}
+def _shifted_grid(spec: QuantSpec) -> _Grid:
+    del spec
+    return _Grid(
+        shifted.quantize, lambda q, scale, zero, qmin, qmax: shifted.dequantize(q, scale, zero)
+    )
+
+
+def _union_grid(spec: QuantSpec) -> _Grid:
+    del spec
+    return _Grid(
+        either.quantize, lambda q, scale, kind, qmin, qmax: either.dequantize(q, scale, kind, qmax)
+    )
+
+
+_GRIDS = {
+    "affine": _affine_grid,
+    "log2": _log_grid,
+    "log_sqrt2": _log_grid,
+    "shifted": _shifted_grid,
+    "affine_or_log2": _union_grid,
+}
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.quant.affine import reciprocal
-from qdiff_jax.quant.qparams import QParams, from_range, scale_and_zero_point
+from qdiff_jax.quant.qparams import QParams, from_range, scale_and_zero_point, split_sizes
 from qdiff_jax.quant.spec import QuantSpec, code_range
 
 WIDTH = 64  # columns per compiled call: wide enough to vectorise, narrow enough to waste little
@@ -39,6 +39,8 @@ def cells(spec: QuantSpec, x) -> np.ndarray:
         return x.reshape(-1, 1)
     if spec.granularity == "channel":
         return np.moveaxis(x, spec.axis, -1).reshape(-1, x.shape[spec.axis])
+    if spec.granularity == "split":
+        return _split_cells(spec, x)
     groups, rest = divmod(x.shape[spec.axis], spec.group)
     if rest:
         raise ValueError(f"groups of {spec.group} do not divide axis {spec.axis} of {x.shape}.")
@@ -49,9 +51,23 @@ def cells(spec: QuantSpec, x) -> np.ndarray:
     return x.swapaxes(1, 2).reshape(-1, groups * x.shape[-1])
 
 
+def _split_cells(spec, x) -> np.ndarray:
+    """The two parts as cells, part by part; the shorter is filled up with zeros, which every range
+    contains and every affine grid holds."""
+    split_sizes(spec, x.shape[spec.axis])
+    width = 1 if spec.axis == -1 else x.shape[-1]
+    parts = [p.reshape(-1, width) for p in np.split(x, [spec.boundary], axis=spec.axis)]
+    columns = np.zeros((max(map(len, parts)), 2, width), np.float32)
+    for i, part in enumerate(parts):
+        columns[: len(part), i] = part
+    return columns.reshape(len(columns), 2 * width)
+
+
 def _scale_shape(spec, shape) -> tuple[int, ...]:
     if spec.granularity == "tensor":
         return ()
+    if spec.granularity == "split":
+        return (2,) if spec.axis == -1 else (2, shape[-1])
     if spec.granularity == "channel":
         return (shape[spec.axis],)
     groups = shape[spec.axis] // spec.group
@@ -214,8 +230,17 @@ def mse_search(
     return lo.reshape(shape), hi.reshape(shape)
 
 
+def _no_split(spec: QuantSpec) -> None:
+    if spec.granularity == "split":
+        raise ValueError(
+            "quantiles are not taken of a split tensor; use 'minmax', 'mse' or 'mse2d', or split the "
+            "values first."
+        )
+
+
 def percentile(x, spec: QuantSpec, *, lower=0.0004, upper=0.9996) -> tuple[np.ndarray, np.ndarray]:
     """The `lower` and `upper` quantile of every cell (TFMQ-DM's option), linear between samples."""
+    _no_split(spec)
     low, high = np.quantile(cells(spec, x), [lower, upper], axis=0).astype(np.float32)
     shape = _scale_shape(spec, np.shape(x))
     return low.reshape(shape), high.reshape(shape)
@@ -225,6 +250,7 @@ def percentile_search(
     x, spec: QuantSpec, qmin, qmax, *, percentiles=(0.999, 0.9999, 0.99999), power=2.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of the ranges [quantile(1 - p), quantile(p)] the one of least error (PTQ4DiT, QuEST)."""
+    _no_split(spec)
     columns = cells(spec, x)
     top = np.asarray(percentiles)
     lo, hi = (np.quantile(columns, q, axis=0).astype(np.float32) for q in (1.0 - top, top))

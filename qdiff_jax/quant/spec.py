@@ -2,8 +2,8 @@
 
 import dataclasses
 
-GRIDS = ("affine", "log2", "log_sqrt2")
-GRANULARITIES = ("tensor", "channel", "token", "group", "cell")
+GRIDS = ("affine", "log2", "log_sqrt2", "shifted", "affine_or_log2")
+GRANULARITIES = ("tensor", "channel", "token", "group", "split", "cell")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,9 @@ class QuantSpec:
 
     Fields:
       grid: "affine" (uniform integers), "log2" (s * 2**-q, for non-negative x) or "log_sqrt2"
-        (s * 2**(-q/2)).
+        (s * 2**(-q/2)); "shifted" (uniform, the zero point any real number, see quant.shifted) and
+        "affine_or_log2" (the leaf zero_point says which of the two, see quant.either), whose numbers
+        do not follow from a range alone.
       symmetric: the zero point is fixed at 0. Unsigned and symmetric is the "always zero" quantizer
         of a softmax output or a ReLU.
       signed: the integer codes are signed.
@@ -23,13 +25,17 @@ class QuantSpec:
         "tensor": all. "channel": those with equal index along `axis`. "token": those that differ
         only in the last axis (always dynamic). "group": `group` neighbours along `axis`; a static
         scale is shared over every other axis but the last (weights: [K/g, N]; activations cut along
-        the last axis: [K/g]), a dynamic one over none. "cell": the leaves of `QParams` already
+        the last axis: [K/g]), a dynamic one over none. "split": two parts of the contraction axis,
+        before and from `boundary` on, such as a feature map and the skip concatenated behind it; one
+        scale for each part of an activation ([2], axis -1), one for each part and output channel of
+        a weight ([2, N], axis -2). "cell": the leaves of `QParams` already
         broadcast against x; this is what `freeze` turns a dynamic quantizer into, not something to
         ask for in a config.
-      axis: negative. The channel axis, or the axis that is cut into groups.
+      axis: negative. The channel axis, or the axis that is cut into groups or split.
       group: elements per group, for "group" (and for a frozen one).
       dynamic: the range is measured on the tensor itself at run time.
       zero_code: log grids only: the last code decodes to exactly 0 instead of the smallest power.
+      boundary: for "split": index along `axis` at which the second part begins.
 
     Raises:
       ValueError: a field is outside its domain or two fields contradict each other.
@@ -43,6 +49,7 @@ class QuantSpec:
     group: int | None = None
     dynamic: bool = False
     zero_code: bool = False
+    boundary: int | None = None
 
     def __post_init__(self):
         if self.grid not in GRIDS:
@@ -58,7 +65,8 @@ class QuantSpec:
                 "integer, so that one spec serves tensors of any rank."
             )
         self._check_group()
-        if self.grid == "affine" and self.zero_code:
+        self._check_split()
+        if self.grid not in ("log2", "log_sqrt2") and self.zero_code:
             raise ValueError(
                 "QuantSpec.zero_code belongs to the log grids; an affine grid has 0 anyway."
             )
@@ -88,6 +96,25 @@ class QuantSpec:
             )
         if not isinstance(self.group, int) or self.group < 1:
             raise ValueError(f"QuantSpec.group is {self.group!r}; it must be a positive integer.")
+
+    def _check_split(self):
+        if self.granularity != "split":
+            if self.boundary is not None:
+                raise ValueError(
+                    f"QuantSpec.boundary is {self.boundary} but granularity is "
+                    f"{self.granularity!r}; use granularity='split'."
+                )
+            return
+        if isinstance(self.boundary, bool) or not isinstance(self.boundary, int) or self.boundary < 1:
+            raise ValueError(
+                f"QuantSpec granularity 'split' needs `boundary`, the index at which the second part "
+                f"begins, as a positive integer; got {self.boundary!r}."
+            )
+        if self.axis not in (-1, -2) or self.dynamic:
+            raise ValueError(
+                "QuantSpec granularity 'split' cuts the contraction axis of an activation (axis=-1) "
+                "or of a weight (axis=-2), and its two ranges are static (dynamic=False)."
+            )
 
 
 def code_range(spec: QuantSpec, bits: int, narrow: bool = False) -> tuple[int, int]:

