@@ -42,6 +42,7 @@ def get_config(arg=None):
     config.network_weights = ""
     config.tool = ""
     config.neighbours = 3
+    config.extrapolate = False
     config.data = dict(
         source="tfds:fashion_mnist", pad_to=32, reference="test", floor="train", limit=0
     )

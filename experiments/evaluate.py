@@ -43,6 +43,7 @@ from qdiff_jax.methods.run import load_for_sampling, make_sampler
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
+from qdiff_jax.runtime.mesh import data_mesh
 from qdiff_jax.runtime.progress import log_progress, progress
 
 
@@ -116,7 +117,12 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     generated = described(shards())
     seen = [described([(images.images, images.labels)]) for images in (reference, floor) if images]
     metrics = measure(
-        generated, seen[0], seen[1] if floor else None, tool=config.tool, k=config.neighbours
+        generated,
+        seen[0],
+        seen[1] if floor else None,
+        tool=config.tool,
+        k=config.neighbours,
+        extrapolate=config.extrapolate,
     )
     if config.paired:
         metrics.update(_paired(config, workdir, paths))
@@ -163,6 +169,8 @@ def _draw(config: EvaluateConfig, subject: Subject, plan: SamplerPlan, workdir: 
             guidance_scale=config.sampler.guidance_scale,
             hooks=hooks_of(subject.correction, plan),
             on_shard=tell,
+            # Several CPU devices share the same cores and gain nothing.
+            mesh=None if jax.default_backend() == "cpu" else data_mesh(),
         )
 
 

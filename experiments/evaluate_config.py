@@ -30,7 +30,8 @@ class EvaluateConfig:
     """model: shipped name or .safetensors path; bundle: a folder that is judged instead. paired: the
     workdir of another evaluation whose samples come from the same noise ("" for none). samples, shard,
     batch: how many, per file and per network call. network: see `eval.backends`; tool: whose resizing
-    ("" where the network needs none). neighbours: k of precision and recall."""
+    ("" where the network needs none). neighbours: k of precision and recall. extrapolate: also report the
+    Frechet distance at infinitely many samples."""
 
     model: str
     seed: int
@@ -45,10 +46,20 @@ class EvaluateConfig:
     network_weights: str = ""
     tool: str = ""
     neighbours: int = 3
+    extrapolate: bool = False
 
 
 # Sizes of files and batches, and what a result is set beside, leave the samples as they are.
-FREE_TO_CHANGE = ("paired", "samples", "network", "network_weights", "tool", "neighbours", "data")
+FREE_TO_CHANGE = (
+    "paired",
+    "samples",
+    "network",
+    "network_weights",
+    "tool",
+    "neighbours",
+    "data",
+    "extrapolate",
+)
 
 
 def read_config(config: Any) -> EvaluateConfig:

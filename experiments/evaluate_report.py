@@ -11,10 +11,14 @@ from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.plots import plot_samples
 from qdiff_jax.eval.shards import Shard
 from qdiff_jax.eval.tables import ABSENT, Column, significant
+from qdiff_jax.eval.tools import metric_name
 
 MEANINGS = {
     "frechet": "Frechet distance to the reference in the network's features; 0 is equal. Only with the "
     "2015 Inception network is it called FID.",
+    "frechet_infinity": "the same, extrapolated to infinitely many samples by a line in 1/N.",
+    "spatial_frechet": "Frechet distance of the network's spatial features.",
+    "score": "exponential of the mean divergence of the class posterior from its mean, over splits.",
     "kernel": "squared maximum mean discrepancy in the network's features, cubic polynomial kernel.",
     "precision": "share of samples inside the manifold of the reference (k nearest neighbours).",
     "recall": "share of the reference inside the manifold of the samples.",
@@ -31,6 +35,14 @@ _SHOWN = 40
 def shown(value: float | None) -> str:
     """A value of metrics.json as text; null is what equal pairs have in dB."""
     return "exact" if value is None else significant(value)
+
+
+def _named(metric: str, network: str) -> str:
+    """Distances carry their network's name, and only Inception's are called FID."""
+    try:
+        return metric_name(metric, network)
+    except ValueError:
+        return metric.replace("_", " ")
 
 
 def _column(header: str, meaning: str) -> Column:
@@ -51,9 +63,10 @@ def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
     picture = plot_samples(
         {"samples": to_unit_range(first.images[:_SHOWN])}, workdir / "samples.png", 10
     )
+    network = result["protocol"]["network"]
     cells = [
         [
-            name,
+            _named(name, network),
             shown(entry["value"]),
             shown(entry["low"]),
             shown(entry["high"]),
@@ -64,7 +77,7 @@ def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
         for name, entry in result["metrics"].items()
     ]
     terms = [
-        Column(name, "", MEANINGS[name], lambda variant, reference: "")
+        Column(_named(name, network), "", MEANINGS[name], lambda variant, reference: "")
         for name in result["metrics"]
     ]
     values = [[shown(entry["value"]) for entry in result["metrics"].values()]]

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from qdiff_jax.eval.extract import all_features, feature_batches
-from qdiff_jax.eval.frechet import moments_distance
+from qdiff_jax.eval.frechet import frechet_infinity, moments_distance
 from qdiff_jax.eval.inception_score import inception_score
 from qdiff_jax.eval.intervals import (
     Interval,
@@ -27,7 +27,6 @@ from qdiff_jax.eval.kid import kernel_influence, mmd2
 from qdiff_jax.eval.moments import moments_of
 from qdiff_jax.eval.precision_recall import precision_recall
 from qdiff_jax.eval.tools import find_tool
-
 
 _LAYERS = ("pool", "spatial", "logits", "logits_unbiased")
 
@@ -85,6 +84,7 @@ def measure(
     *,
     tool: str = "",
     k: int = 3,
+    extrapolate: bool = False,
 ) -> dict[str, dict]:
     """All distribution metrics of `generated` against `reference`, as JSON values by name.
 
@@ -92,6 +92,8 @@ def measure(
     generated, if there are. tool: by whose conventions (`tools.TOOLS`); "" for exact float32 manifolds
     with k neighbours. Each entry has `value`, `low`, `high` (95 %); a distance also `floor`, class
     agreement also `real`, the accuracy on the reference. "score" comes with its splits' spread.
+    extrapolate: also the Frechet distance at infinitely many samples, with the interval's width of the
+    distance at all of them.
     """
     row = find_tool(tool) if tool else None
     result = {}
@@ -99,6 +101,18 @@ def measure(
         if layer in generated.layers and (layer == "pool" or row is None or row.spatial):
             parts = [set_ and set_.layers[layer] for set_ in (generated, reference, floor)]
             result[name] = _distance(*parts)
+    if extrapolate:
+        found = frechet_infinity(
+            generated.features,
+            moments_of(reference.features),
+            smallest=len(generated.features) // 2,
+        )
+        shift = found.distance - result["frechet"]["value"]
+        result["frechet_infinity"] = {
+            "value": found.distance,
+            "low": result["frechet"]["low"] + shift,
+            "high": result["frechet"]["high"] + shift,
+        }
     result["kernel"] = _kernel(generated, reference, floor)
     logits = generated.layers.get("logits_unbiased", generated.layers.get("logits"))
     if row is not None and row.score is not None and logits is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from qdiff_jax.data.images import to_uint8
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
@@ -68,12 +69,13 @@ def sample_shards(
     guidance_scale: float,
     hooks: Hooks = IDENTITY,
     on_shard: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> list[pathlib.Path]:
     """Draws the shards that are not on disk yet; returns the files of all of them, in order.
 
     Classes come in turn, so that every shard of a multiple of them is balanced. on_shard: called with
-    the number of samples there are after each shard. Raises ValueError as `sample` and `shard_paths`
-    do, and OSError for a full disk.
+    the number of samples there are after each shard. mesh: as in `sample`. Raises ValueError as
+    `sample` and `shard_paths` do, and OSError for a full disk.
     """
     paths = shard_paths(directory, count, size)
     guidance = guidance_of(guidance_scale, classes)
@@ -92,6 +94,7 @@ def sample_shards(
                 guidance=guidance,
                 hooks=hooks,
                 batch_size=batch_size,
+                mesh=mesh,
             ).x
             spent = np.asarray(time.monotonic() - began)
             kept = np.full(len(indices), -1, np.int32) if wanted is None else wanted

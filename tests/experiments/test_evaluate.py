@@ -38,7 +38,7 @@ def test_the_smoke_evaluation_measures_everything(finished):
     assert result["metrics"]["frechet"]["value"] > result["metrics"]["frechet"]["floor"]
     assert json.loads((workdir / "metrics.json").read_text()) == result
     html = (workdir / "report.html").read_text()
-    assert "Frechet distance" in html
+    assert "Frechet distance (classifier_fashion)" in html
     assert 'src="data:image/png' in html
     assert "http://" not in html.replace("http://www.w3.org", "")
 
@@ -76,7 +76,9 @@ def test_samples_paired_with_themselves_are_equal(finished, tmp_path):
     paired = evaluate(load_config(SMOKE, {"paired": str(workdir)}), workdir)["metrics"]
     assert paired["mse"]["value"] == 0.0
     assert paired["ssim"]["value"] == pytest.approx(1.0)
-    apart = evaluate(load_config(SMOKE, {"paired": str(tmp_path)}), workdir)["metrics"]
+    overrides = {"paired": str(tmp_path), "extrapolate": True}
+    apart = evaluate(load_config(SMOKE, overrides), workdir)["metrics"]
+    assert apart["frechet_infinity"]["value"] < apart["frechet"]["value"]
     assert apart["mse"]["value"] > 1e-3
     assert apart["ssim"]["value"] < 0.99
     with pytest.raises(ValueError, match=r"0000000.npz is missing; evaluate that model"):

@@ -1,0 +1,268 @@
+"""TDQ in its quantization-aware form: the whole network learns with its step-size networks.
+
+So et al. 2023, section 4.3, and the re-hosted official code: the loss is that of diffusion training; all
+weights are trained under learned step sizes (LSQ, one per tensor, symmetric, gradient factor
+1 / sqrt(levels * elements)), activations under s(t) of each sample's own t. AdamW in three groups:
+weights and networks at the rate with decay, biases and weight steps at a tenth of it without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qdiff_jax.diffusion.schedule import NoiseSchedule, q_sample
+from qdiff_jax.export.qtensor import from_codes
+from qdiff_jax.observe.selectors import CalibrationSet
+from qdiff_jax.quant.lsq import gradient_factor, learned
+from qdiff_jax.quant.qparams import QParams, from_range
+from qdiff_jax.quant.quantizer import codes, fake_quant
+from qdiff_jax.quant.spec import QuantSpec, code_range
+from qdiff_jax.runtime import checkpoint
+from qdiff_jax.runtime.loop import run_steps
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.stages.reconstruct_time_scales import insert_rows, step_inputs
+from qdiff_jax.stages.stage import Model, QuantState, Stage, kernel_at, replace_leaves
+from qdiff_jax.stages.time_scales import LEFT, with_time_scales
+
+_WEIGHT = QuantSpec(symmetric=True, signed=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The paper's figures for CIFAR-10. lr rises over `warmup` steps and stays. per_tensor: weights with
+    one symmetric step each, as published; False keeps the grids of the plan. dropout: of the step-size
+    networks. save_seconds: least time between two saves."""
+
+    steps: int = 200_000
+    batch_size: int = 128
+    lr: float = 2e-4
+    warmup: int = 5_000
+    weight_decay: float = 0.01
+    per_tensor: bool = True
+    dropout: float = 0.2
+    save_seconds: float = 60.0
+
+
+class Carry(NamedTuple):
+    state: QuantState
+    work: dict
+    step: int
+    losses: tuple[float, ...]
+    saved: float
+    store: pathlib.Path | None
+
+
+def noised_set(
+    key: jax.Array,
+    schedule: NoiseSchedule,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    null_class: int | None = None,
+    label_dropout: float = 0.1,
+) -> CalibrationSet:
+    """Training data of the diffusion loss: images [N, H, W, C] in [-1, 1], each noised to a uniform t,
+    the noise as the target (`eps_fp`). A label becomes the null class with probability label_dropout."""
+    count = len(images)
+    t_key, noise_key, label_key = jax.random.split(key, 3)
+    t = np.asarray(jax.random.randint(t_key, (count,), 0, schedule.num_timesteps))
+    noise = jax.random.normal(noise_key, np.shape(images))
+    if labels is not None and null_class is not None:
+        drop = np.asarray(jax.random.bernoulli(label_key, label_dropout, (count,)))
+        labels = np.where(drop, null_class, labels).astype(np.int32)
+    x = q_sample(schedule, jnp.asarray(images, jnp.float32), jnp.asarray(t), noise)
+    unknown = np.full(count, -1, np.int32)
+    zeros = np.zeros(count, np.int32)
+    return CalibrationSet(
+        np.asarray(x), t.astype(np.float32), unknown, zeros, labels, np.asarray(noise)
+    )
+
+
+def train_time_scales(
+    model: Model, data: Any, timesteps: np.ndarray, config: TrainConfig, *, on_progress=None
+) -> Stage:
+    """The stage that trains everything, from the state that `calibrate_time_scales` left.
+
+    data: x, t, y and the target eps_fp: `noised_set` gives the paper's, a calibration set the
+    full-precision prediction on sampling states, which needs no images. timesteps: [S], what tables are
+    baked for. `finish` decides the codes of the trained weights; biases and every other parameter go to
+    `aux["params"]`. Raises FloatingPointError if the loss is not finite.
+    """
+    size = int(np.shape(data.t)[0])
+
+    def init(state: QuantState, store: pathlib.Path | None) -> Carry:
+        trainable, frozen = _split(model, state, config)
+        rows = {k: getattr(data, k) for k in ("x", "t", "y", "eps_fp")}
+        # Decay and a tenth of the rate by group, as trees beside the trainables.
+        work = {
+            "trainable": trainable,
+            "optimizer": optax.scale_by_adam().init(trainable),
+            "frozen": frozen,
+            "data": rows,
+        }
+        work = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), work)
+        step, losses = 0, ()
+        if store is not None and checkpoint.latest_step(store / "partial") is not None:
+            template = {k: work[k] for k in ("trainable", "optimizer")}
+            template["losses"] = np.zeros(config.steps, np.float32)
+            restored = checkpoint.restore(store / "partial", template)
+            step = restored.step
+            losses = tuple(restored.tree.pop("losses")[:step].tolist())
+            work.update(restored.tree)
+        return Carry(state, work, step, losses, time.monotonic(), store)
+
+    def run(carry: Carry, n: int) -> Carry:
+        stop = min(carry.step + n, config.steps)
+        if stop == carry.step:
+            return carry
+        rows, _, keys = step_inputs(config, carry.state.key, size, 0, carry.step, stop)
+        ramp = np.minimum((np.arange(carry.step, stop) + 1.0) / max(config.warmup, 1), 1.0)
+        step = _make_step(model.module, config.dropout, config.weight_decay)
+        xs = (rows, np.float32(config.lr * ramp), keys)
+        work, losses = run_steps(step, carry.work, xs, donate=True)
+        losses = np.asarray(losses)
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(
+                f"train_time_scales: the loss is not finite between steps {carry.step} and {stop}; "
+                "lower the learning rate or check the data."
+            )
+        kept = (*carry.losses, *losses.astype(float).tolist())
+        carry = carry._replace(work=work, step=stop, losses=kept)
+        if on_progress is not None:
+            on_progress(stop, config.steps, loss=f"{losses[-1]:.3g}")
+        if carry.store is not None and time.monotonic() - carry.saved > config.save_seconds:
+            padded = np.zeros(config.steps, np.float32)
+            padded[:stop] = kept
+            saved = {k: work[k] for k in ("trainable", "optimizer")}
+            checkpoint.save(carry.store / "partial", stop, {**saved, "losses": padded}, keep=2)
+            carry = carry._replace(saved=time.monotonic())
+        return carry
+
+    def done(carry: Carry) -> bool:
+        return carry.step >= config.steps
+
+    def finish(carry: Carry) -> tuple[QuantState, dict]:
+        window = max(1, config.steps // 20)
+        report = {
+            "first_loss": float(np.mean(carry.losses[:window])),
+            "last_loss": float(np.mean(carry.losses[-window:])),
+        }
+        trained = jax.tree.map(jnp.asarray, jax.device_get(carry.work["trainable"]))
+        return _decided(carry.state, trained, carry.work["frozen"]["grids"], timesteps), report
+
+    return Stage("train_time_scales", init, run, finish, done)
+
+
+def _split(model: Model, state: QuantState, config: TrainConfig) -> tuple[dict, dict]:
+    """(trainable, frozen). Trainable: "kernels", "others" by path, "steps" by site, "layers" by name."""
+    leaves = {
+        "/".join(entry.key for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]
+    }
+    grids: dict[str, QParams] = {}
+    flat = flatten_sites(state.quant)
+    for entry in state.plan.quantized("weight"):
+        kernel = kernel_at(model.params, entry.site)
+        grid = flat[entry.site].rhs
+        if config.per_tensor:
+            qmin, qmax = code_range(_WEIGHT, entry.bits)
+            top = float(jnp.max(jnp.abs(kernel)))
+            grid = from_range(_WEIGHT, -top, top, qmin, qmax)
+        if not isinstance(grid, QParams):
+            raise ValueError(
+                f"{entry.site} has no range to train from; run calibrate_weights first."
+            )
+        grids[entry.site] = grid
+    kernels = {f"{name}/kernel" for name in grids}
+    scales = state.aux.get("time_scales", {})
+    trainable = {
+        "kernels": {path: leaf for path, leaf in leaves.items() if path in kernels},
+        "others": {path: leaf for path, leaf in leaves.items() if path not in kernels},
+        "steps": {name: grid.scale for name, grid in grids.items()},
+        "layers": {name: scale.layers for name, scale in scales.items()},
+    }
+    frozen = {"params": model.params, "grids": grids, "scales": dict(scales)}
+    return trainable, frozen
+
+
+def _variables(trainable: Mapping, frozen: Mapping, t: jax.Array, key, dropout: float) -> dict:
+    """The network as the step sees it: fake-quantized kernels, every activation by its sample's t."""
+    leaves = dict(trainable["others"])
+    for name, grid in frozen["grids"].items():
+        kernel = trainable["kernels"][f"{name}/kernel"]
+        levels = grid.qmax - grid.qmin + 1.0
+        factor = gradient_factor(kernel.size, levels)
+        grid = learned(grid.replace(scale=trainable["steps"][name]), gradient_factor=factor)
+        leaves[f"{name}/kernel"] = fake_quant(grid, kernel)
+    # One flat "unit" of a single node holds all sites: "0:site:side".
+    sites, keys = {}, {}
+    for name in frozen["scales"]:
+        site, _, operand = name.rpartition(":")
+        sites[site] = SiteQuant(product=operand in ("q", "k", "softmax", "v"))
+        keys[f"0:{site}:{'lhs' if operand in LEFT else 'rhs'}"] = name
+    scales = {k: frozen["scales"][name] for k, name in keys.items()}
+    layers = {k: trainable["layers"][name] for k, name in keys.items()}
+    (quant,) = insert_rows((nest_sites(sites),), scales, layers, t, key, dropout)
+    return {"params": replace_leaves(frozen["params"], leaves), "quant": quant}
+
+
+@functools.lru_cache(maxsize=16)
+def _make_step(module, dropout: float, weight_decay: float):
+    adam = optax.scale_by_adam()
+
+    def objective(trainable, frozen, batch, key):
+        variables = _variables(trainable, frozen, batch["t"], key, dropout)
+        prediction = module.apply(variables, batch["x"], batch["t"], batch["y"])
+        prediction = prediction[..., : batch["x"].shape[-1]]
+        return jnp.mean((prediction - batch["eps_fp"]) ** 2)
+
+    def step(carry, inputs):
+        rows, lr, key_data = inputs
+        batch = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), carry["data"])
+        key = jax.random.wrap_key_data(key_data)
+        loss, gradients = jax.value_and_grad(objective)(
+            carry["trainable"], carry["frozen"], batch, key
+        )
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimizer = adam.update(gradients, carry["optimizer"])
+
+        def moved(kind, path, weight, update):
+            if kind == "steps" or path.endswith("/bias"):
+                return weight - 0.1 * lr * update
+            return weight - lr * (update + weight_decay * weight)
+
+        trainable = {}
+        for kind, leaves in carry["trainable"].items():
+            trainable[kind] = {
+                path: jax.tree.map(functools.partial(moved, kind, path), leaf, updates[kind][path])
+                for path, leaf in leaves.items()
+            }
+        return {**carry, "trainable": trainable, "optimizer": optimizer}, loss
+
+    return step
+
+
+def _decided(state: QuantState, trained: Mapping, grids: Mapping[str, QParams], timesteps):
+    """The state of the trained network: packed codes, baked tables, every other parameter in aux."""
+    bits = {entry.site: entry.bits for entry in state.plan.quantized("weight")}
+    flat = flatten_sites(state.quant)
+    for name, grid in grids.items():
+        grid = learned(jax.tree.map(jnp.asarray, grid).replace(scale=trained["steps"][name]))
+        held = codes(grid, trained["kernels"][f"{name}/kernel"])
+        flat[name] = flat.get(name, SiteQuant()).replace(rhs=from_codes(held, grid, bits[name]))
+    params = {**state.aux.get("params", {}), **trained["others"]}
+    state = state.replace(quant=nest_sites(flat), aux={**state.aux, "params": params})
+    scales = {
+        name: dataclasses.replace(scale, layers=trained["layers"][name])
+        for name, scale in state.aux.get("time_scales", {}).items()
+    }
+    return with_time_scales(state, scales, timesteps) if scales else state
