@@ -26,7 +26,7 @@ POINTS = {
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, point=tuple(POINTS), model="unet_fashion", guidance=2.0, smoke=False)
+    arg = parse_arg(arg, point=tuple(POINTS), model="unet_fashion", guidance=3.0, smoke=False)
     name, spacing, steps, guided, samples = POINTS[arg.point]
     config = ml_collections.ConfigDict()
     config.model = arg.model

@@ -103,6 +103,9 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     hooks_of(subject.correction, plan)
     reference = _real(config, config.data.reference, subject)
     floor = _real(config, config.data.floor, subject) if config.data.floor else None
+    if floor is not None:
+        # As many real images as are generated: a distance is biased by their number.
+        floor = Images(*(x[: config.samples] for x in floor[:2]), floor.num_classes)
     network = backends.feature_network(config.network, config.network_weights or None)
     claim_workdir(workdir, config, FREE_TO_CHANGE)
     paths = _draw(config, subject, plan, workdir)

@@ -17,6 +17,8 @@ from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings
+from qdiff_jax.methods.tcaq import TcaqConfig
+from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.methods.tfmq import VARIANTS
 from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.stages.calibrate import ActivationConfig
@@ -119,6 +121,8 @@ class QuantizeConfig:
     activations: ActivationsConfig
     tfmq_variant: str = "fixed"
     ptqd: PTQDConfig = PTQDConfig()
+    tdq: TdqConfig = TdqConfig()
+    tcaq: TcaqConfig = TcaqConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
@@ -182,6 +186,8 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         activation_lr=activation_lr,
         variant=config.tfmq_variant,
         ptqd=config.ptqd,
+        tdq=config.tdq,
+        tcaq=config.tcaq,
     )
 
 

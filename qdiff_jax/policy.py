@@ -214,11 +214,29 @@ def official_tfmq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     return _present(sites, rules)
 
 
+def official_ptqd(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """PTQD's code: its first two modules (first time layer, conv_in) and the last layer at 8 bits, shortcuts
+    and downsampling in full precision, softmax 8 bits, all else at target bits."""
+    fp = ("input", "weight")
+    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    rules = [
+        Rule("shortcuts in full precision", "*/nin_shortcut", fp, None, None),
+        Rule("downsampling in full precision", "*_downsample/*", fp, None, None),
+    ]
+    for name in dict.fromkeys(("temb/dense_0", first.name, last_weight_site(sites).name)):
+        if w_bits:
+            rules.append(Rule("first two and last at 8 bits", name, ("weight",), 8, WEIGHT))
+        if a_bits:
+            rules.append(Rule("first two and last at 8 bits", name, ("input",), 8, ACTIVATION))
+    return _present(sites, (*rules, _softmax(a_bits), *_targets(w_bits, a_bits)))
+
+
 POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "common": common,
     "official:qdiffusion": official_qdiffusion,
     "official:brecq": official_qdiffusion,
     "official:tfmq": official_tfmq,
+    "official:ptqd": official_ptqd,
 }
 
 

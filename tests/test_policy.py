@@ -53,6 +53,19 @@ SNAPSHOT = {
         "q fp, k fp": ["mid_attn_1/qk"],
         "softmax fp, v fp": ["mid_attn_1/pv"],
     },
+    "official:ptqd": {
+        "input 6, weight 4c": "*",
+        "input 8, weight 8c": ["temb/dense_0", "conv_in/conv", "out/conv_out"],
+        "input fp, weight fp": [
+            "down_0_downsample/conv",
+            "down_1_block_0/nin_shortcut",
+            "up_1_block_0/nin_shortcut",
+            "up_1_block_1/nin_shortcut",
+            "up_0_block_0/nin_shortcut",
+            "up_0_block_1/nin_shortcut",
+        ],
+        **ATTENTION,
+    },
 }
 KINDS = {ACTIVATION: "", WEIGHT: "c", ALWAYS_ZERO: "z"}
 ALL = Rule("all", "*", ("weight", "input", "q", "k", "v", "softmax"), 8, ACTIVATION)

@@ -10,8 +10,8 @@ report says so); `mixed` for 4 to 8 activation bits by step; `faithful` for the 
 TFMQ-DM: hours on a CPU with those. `laptop` takes 32 trajectories and 150 steps a unit; `smoke` runs in
 seconds.
 
-Expected of `ptqd.py:w4a8,laptop` on two CPU cores: less than 10 minutes; the teacher-forced eps error below that
-of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bit activations only the first holds:
+Expected of `ptqd.py:w4a8,laptop` on two CPU cores: less than 10 minutes; the teacher-forced eps error below
+that of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bit activations only the first holds:
 the statistics come from full-precision states, which the quantized trajectory leaves.
 """
 
@@ -40,10 +40,10 @@ def get_config(arg=None):
     else:
         config.model = {"unet": "unet_fashion", "dit": "dit_fashion"}[arg.model]
         config.calibration.samples = 32 if arg.laptop else 256
-
     config.sampler.eta = arg.eta
     w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
-    config.variants = {f"ptqd_{arg.bits}": dict(method="ptqd", w_bits=w_bits, a_bits=a_bits)}
+    name = "ptqd" if arg.base == "rtn" else f"ptqd_{arg.base}"
+    config.variants = {f"{name}_{arg.bits}": dict(method="ptqd", w_bits=w_bits, a_bits=a_bits)}
     config.ptqd = dict(
         base=arg.base,
         variant="faithful" if arg.faithful else "fixed",

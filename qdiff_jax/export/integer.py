@@ -7,7 +7,8 @@ z' = z - shift), one output element is
     sum_k (...) = sum p_x p_w - z_x' sum p_w - z_w' sum p_x + K z_x' z_w'
 
 so no scale may vary along k inside one accumulation; scales per group of k cut the accumulation at
-the group borders, and the two parts of a split operand are two products. The int32 accumulators are exact: they equal the same sums in unbounded integers.
+the group borders, and the two parts of a split operand are two products. The int32 accumulators
+are exact: they equal the same sums in unbounded integers.
 
 Convolutions become one product of shifted slices of the input (im2col), because integer
 convolutions do not exist on GPU. The input is padded with the code of its zero point, which decodes

@@ -104,9 +104,7 @@ def split_operands(
 
         left = Operand(x.codes[..., start:stop], of_part(x.zero, -1), of_part(x.scale, -1))
         codes = kernel[..., start:stop, :]
-        right = Operand(
-            codes.reshape(-1, codes.shape[-1]), of_part(w.zero, 0), of_part(w.scale, 0)
-        )
+        right = Operand(codes.reshape(-1, codes.shape[-1]), of_part(w.zero, 0), of_part(w.scale, 0))
         sized = weight.replace(shape=codes.shape)  # only its shape and bits are read
         pairs.append(_first(_grouped(operator, left, right, 1, sized)))
     return pairs

@@ -11,6 +11,8 @@ from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
 from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
 from qdiff_jax.methods.rtn import rtn
+from qdiff_jax.methods.tcaq import TcaqConfig, tcaq
+from qdiff_jax.methods.tdq import TdqConfig, tdq
 from qdiff_jax.methods.tfmq import tfmq
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
@@ -49,6 +51,8 @@ class MethodSettings:
     rounding: str = "adaround"
     closed_form: ClosedFormConfig = ClosedFormConfig()
     ptqd: PTQDConfig = PTQDConfig()
+    tdq: TdqConfig = TdqConfig()
+    tcaq: TcaqConfig = TcaqConfig()
 
 
 def _rtn(model, sets, settings, on_progress):
@@ -125,12 +129,45 @@ def _ptqd(model, sets, settings, on_progress):
     return ptqd(model, base, sets.paired, settings.ptqd, on_progress=on_progress)
 
 
+def _tdq(model, sets, settings, on_progress):
+    return tdq(
+        model,
+        sets.weights,
+        sets.activations,
+        sets.timesteps,
+        weight_method=settings.weight_method,
+        weights=settings.weights,
+        config=settings.tdq,
+        batch_size=settings.activations.batch_size,
+        rounding=settings.rounding,
+        on_progress=on_progress,
+    )
+
+
+def _tcaq(model, sets, settings, on_progress):
+    return tcaq(
+        model,
+        sets.weights,
+        sets.activations,
+        sets.timesteps,
+        sets.paired,
+        weight_method=settings.weight_method,
+        weights=settings.weights,
+        activations=settings.activations,
+        config=settings.tcaq,
+        rounding=settings.rounding,
+        on_progress=on_progress,
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "brecq": _brecq,
     "tfmq": _tfmq,
     "closed_form": _closed_form,
     "ptqd": _ptqd,
+    "tdq": _tdq,
+    "tcaq": _tcaq,
 }
 
 

@@ -12,7 +12,10 @@ FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class _Linear(nn.Module):
-    """The parameters of one convolution or dense layer, created only when its kernel is asked for."""
+    """The parameters of one convolution or dense layer, created only when its kernel is asked for.
+
+    `divisor` [in] is none of the layer's own: a transform of the parameters may put it there after moving
+    a factor of each input channel into the kernel (stages.channel_factors)."""
 
     shape: tuple[int, ...]
     use_kernel: bool = True
@@ -22,7 +25,8 @@ class _Linear(nn.Module):
     def __call__(self):
         kernel = self.param("kernel", self.init, self.shape) if self.use_kernel else None
         bias = self.param("bias", nn.initializers.zeros_init(), self.shape[-1:])
-        return kernel, bias
+        moved = self.has_variable("params", "divisor")
+        return kernel, bias, self.get_variable("params", "divisor") if moved else None
 
 
 def linear(
@@ -40,7 +44,9 @@ def linear(
     """
     site = module.get_variable("quant", name) if module.has_variable("quant", name) else None
     holds_codes = site is not None and hasattr(site.rhs, "qparams")
-    kernel, bias = _Linear(shape, use_kernel=not holds_codes, init=init, name=name)()
+    kernel, bias, divisor = _Linear(shape, use_kernel=not holds_codes, init=init, name=name)()
+    if divisor is not None:
+        x = x / divisor.reshape((1,) * (x.ndim - 1) + divisor.shape).astype(x.dtype)
     return op(
         module,
         name,

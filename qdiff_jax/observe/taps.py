@@ -17,10 +17,12 @@ STATISTICS = ("range", "channel_range", "sample", "value")
 class Tap:
     """statistic: "range" (min and max per sample), "channel_range" (per sample and channel),
     "sample" (a fixed pseudo-random subset of `size` elements per sample, beside the range),
-    "value" (the operand itself)."""
+    "value" (the operand itself). boundary: report "range" and "sample" of the channels before it and
+    from it on apart, as {"part_0": ..., "part_1": ...}."""
 
     statistic: str = struct.field(pytree_node=False, default="range")
     size: int = struct.field(pytree_node=False, default=256)
+    boundary: int | None = struct.field(pytree_node=False, default=None)
 
 
 def measure(tap: Tap, x: jax.Array) -> dict[str, jax.Array]:
@@ -28,6 +30,10 @@ def measure(tap: Tap, x: jax.Array) -> dict[str, jax.Array]:
     if tap.statistic not in STATISTICS:
         raise ValueError(f"Tap statistic {tap.statistic!r} is unknown; use one of {STATISTICS}.")
     x = x.astype(jnp.float32)
+    if tap.boundary is not None:
+        whole = tap.replace(boundary=None)
+        parts = jnp.split(x, [tap.boundary], axis=-1)
+        return {f"part_{i}": measure(whole, part) for i, part in enumerate(parts)}
     if tap.statistic == "value":
         return {"value": x}
     axes = tuple(range(1, x.ndim if tap.statistic != "channel_range" else x.ndim - 1))

@@ -19,9 +19,8 @@ class QParams:
 
     Attributes:
       scale: tensor (); channel [C]; group along an axis other than the last [K/g, N] with N the
-        last axis; group along the last axis [K/g]; split [2], of a weight [2, N]; dynamic: () gain on the measured
-        range. Log
-        grids: the largest value.
+        last axis; group along the last axis [K/g]; split [2], of a weight [2, N]; dynamic: () gain
+        on the measured range. Log grids: the largest value.
       zero_point: integers, shaped like scale.
       qmin, qmax: smallest and largest code, () or shaped like scale. Data, so that bits are data.
       spec: static.

@@ -105,7 +105,11 @@ class QuantSpec:
                     f"{self.granularity!r}; use granularity='split'."
                 )
             return
-        if isinstance(self.boundary, bool) or not isinstance(self.boundary, int) or self.boundary < 1:
+        if (
+            isinstance(self.boundary, bool)
+            or not isinstance(self.boundary, int)
+            or self.boundary < 1
+        ):
             raise ValueError(
                 f"QuantSpec granularity 'split' needs `boundary`, the index at which the second part "
                 f"begins, as a positive integer; got {self.boundary!r}."

@@ -1,6 +1,6 @@
 """The step size of an activation as a learned function of the timestep, folded to a table at the end.
 
-Temporal dynamic quantization (TDQ), So et al. 2023, sections 4.1 and 4.2: the timestep is frequency
+Temporal dynamic quantization (TDQ), So et al. 2023: the timestep is frequency
 encoded and a small MLP with a softplus answers with the step size; nothing of the input is read, so that
 for a known schedule the function is a table and inference pays nothing for it. Where the paper's code
 shifts SiLU outputs by exactly 0.2785, the default here takes the nearest integer zero point, which an

@@ -24,7 +24,7 @@ from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import ACTIVATION, Entry, SitePlan
 from qdiff_jax.quant.qparams import dynamic_qparams, from_range
 from qdiff_jax.quant.spec import QuantSpec
-from qdiff_jax.quant.timed import StepContext, TimeIndexed, select, widen
+from qdiff_jax.quant.timed import StepContext, from_ranges, select, widen
 from qdiff_jax.runtime import checkpoint
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights, initial_state
@@ -141,18 +141,19 @@ def calibrate_activations(
             return Carry(state, observers, len(bounds), None)
         for entry in static(state):
             name = f"{entry.site}:{entry.operand}"
-            if entry.spec.granularity != "tensor":
+            if entry.spec.granularity not in ("tensor", "split"):
                 raise ValueError(
                     f"{name} is planned with granularity {entry.spec.granularity!r}, but a calibrated "
-                    "activation has one range per tensor; use that, or dynamic=True."
+                    "activation has one range per tensor, or one for each part of a split one; use "
+                    "that, or dynamic=True."
                 )
-            if matches(name, config.per_step):
-                observers["step"][name] = minmax().init(len(steps))
-            else:
-                observers["shared"][name] = shared_observer.init(1)
-        unmatched = [
-            p for p in config.per_step if not any(matches(n, (p,)) for n in observers["step"])
-        ]
+            for part in part_names(entry):
+                if matches(name, config.per_step):
+                    observers["step"][part] = minmax().init(len(steps))
+                else:
+                    observers["shared"][part] = shared_observer.init(1)
+        planned = [f"{entry.site}:{entry.operand}" for entry in static(state)]
+        unmatched = [p for p in config.per_step if not any(matches(n, (p,)) for n in planned)]
         if unmatched:
             raise ValueError(f"per_step patterns {unmatched} match no quantized activation.")
         carry = Carry(state, observers, 0, store)
@@ -163,9 +164,9 @@ def calibrate_activations(
 
     def run(carry: Carry, n: int) -> Carry:
         params, _ = fold_weights(model.params, carry.state.quant)
-        tap = Tap("sample" if shared_observer.takes == "sample" else "range")
+        statistic = "sample" if shared_observer.takes == "sample" else "range"
         # Taps and nothing else: activations stay in full precision while they are observed.
-        tapped = {entry.site: SiteQuant(tap=tap) for entry in static(carry.state)}
+        tapped = tapped_sites(static(carry.state), statistic)
         variables = {"params": params, "quant": nest_sites(tapped)}
         observers = carry.observers
         for start, stop in bounds[carry.position : carry.position + n]:
@@ -189,17 +190,19 @@ def calibrate_activations(
             name = f"{entry.site}:{entry.operand}"
             if entry.spec.dynamic:
                 quantizer = dynamic_qparams(entry.spec, *entry.codes)
-            elif name in carry.observers["step"]:
-                lo, hi = _finish(minmax(), carry.observers["step"][name], name, steps)
+            elif part_names(entry)[0] in carry.observers["step"]:
+                lo, hi = _finish_parts(minmax(), carry.observers["step"], entry, steps)
                 margin = 1.0 if matches(name, config.exact) else config.margin
-                rows = from_range(
-                    entry.spec, *widen((lo, hi), margin), *_as_rows(entry, len(steps))
+                quantizer = from_ranges(
+                    entry.spec, *widen((lo, hi), margin), *entry.codes, steps, "step"
                 )
-                quantizer = TimeIndexed(rows, jnp.asarray(steps), "step")
                 ranges[name] = (np.asarray(lo), np.asarray(hi))
             else:
-                observer = _observer(config.observer, config.momentum, entry.spec, entry.codes)
-                lo, hi = _finish(observer, carry.observers["shared"][name], name, None)
+                whole = dataclasses.replace(
+                    entry.spec, granularity="tensor", boundary=None, axis=-1
+                )
+                observer = _observer(config.observer, config.momentum, whole, entry.codes)
+                lo, hi = _finish_parts(observer, carry.observers["shared"], entry, None)
                 quantizer = from_range(entry.spec, lo[0], hi[0], *entry.codes)
                 ranges[name] = (np.asarray(lo), np.asarray(hi))
             site = flat.get(entry.site, SiteQuant())
@@ -251,14 +254,29 @@ def _observer(
     raise ValueError(f"Observer {name!r} is unknown; use 'minmax', 'ema', 'percentile' or 'mse'.")
 
 
+def part_names(entry: Entry) -> tuple[str, ...]:
+    """Under which names the ranges of an activation are reported: "site:input", or, of a split one,
+    "site/input:part_0" and "site/input:part_1"."""
+    if entry.spec.granularity != "split":
+        return (f"{entry.site}:{entry.operand}",)
+    return tuple(f"{entry.site}/{entry.operand}:part_{i}" for i in range(2))
+
+
+def tapped_sites(entries: Sequence[Entry], statistic: str) -> dict[str, SiteQuant]:
+    """{site: a tap of the statistic and nothing else}, split where the entry is."""
+    return {e.site: SiteQuant(tap=Tap(statistic, boundary=e.spec.boundary)) for e in entries}
+
+
+def _finish_parts(observer: Observer, states: Mapping, entry: Entry, steps):
+    """(lo, hi) [rows], or [rows, 2] of a split activation."""
+    ranges = [_finish(observer, states[part], part, steps) for part in part_names(entry)]
+    if len(ranges) == 1:
+        return ranges[0]
+    return tuple(np.stack(side, axis=-1) for side in zip(*ranges, strict=True))
+
+
 def _as_dict(calibration) -> dict:
     return {k: getattr(calibration, k) for k in ("x", "t", "index", "branch", "y")}
-
-
-def _as_rows(entry: Entry, rows: int) -> tuple[jax.Array, jax.Array]:
-    """qmin and qmax as tables too, since `select` takes a row of every leaf."""
-    qmin, qmax = entry.codes
-    return jnp.full((rows,), float(qmin)), jnp.full((rows,), float(qmax))
 
 
 def _finish(observer: Observer, state, name: str, steps) -> tuple[jax.Array, jax.Array]:

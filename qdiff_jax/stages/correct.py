@@ -101,7 +101,7 @@ def correct_estimates(
             "variance": variance_says(source, table.table.variance, calibrate_variance),
         }
 
-    return Stage("correct_estimates", init, run, finish, done)
+    return Stage("calibrate_correction", init, run, finish, done)
 
 
 def variance_says(source: Paired, variance: Any, calibrated: bool) -> str:

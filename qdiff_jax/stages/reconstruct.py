@@ -39,7 +39,13 @@ from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.runtime.mesh import data_mesh, replicate
 from qdiff_jax.stages.objective import initial_optimizer, make_step, sum_of_outputs
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
-from qdiff_jax.stages.unit_results import apply_result, load_result, save_result, unit_result
+from qdiff_jax.stages.unit_results import (
+    alphas_of,
+    apply_result,
+    load_result,
+    save_result,
+    unit_result,
+)
 from qdiff_jax.stages.unit_steps import ReconstructConfig, for_unit, step_inputs
 from qdiff_jax.stages.unit_trees import (
     folded_trees,
@@ -75,12 +81,15 @@ def reconstruct(
     name: str = "reconstruct",
     frozen_units: Sequence[str] = (),
     loss=sum_of_outputs,
+    keep_alphas: bool = False,
     on_progress=None,
 ) -> Stage:
     """The stage that reconstructs `units` of `model` on a calibration set.
 
     calibration: has x [N,H,W,C], t, index, branch [N] and y [N] or None. frozen_units: names of units
     whose weights are already decided (their codes stay as they are, bit for bit).
+    keep_alphas: leave {site: alpha} in `aux["alphas"]`, for a later pass to go on from (a site whose
+    weight is a `SoftRounding` in the state is trained from its alpha).
     on_progress(done, total, **values): called after each chunk of steps.
 
     `finish` returns the state with `QTensor` codes (or trained scales) and a report with, per unit,
@@ -256,11 +265,14 @@ def reconstruct(
                         f"{name}: the last step of unit {unit.name!r} left values that are not "
                         "finite; lower the learning rate. The units before it are saved."
                     )
-                result = unit_result(soft, trained, work["losses"], work["timed"])
+                result = unit_result(soft, trained, work["losses"], work["timed"], keep_alphas)
                 save_result(carry.store, carry.position, unit.name, result)
                 if carry.store is not None:
                     shutil.rmtree(_partial(carry), ignore_errors=True)
             state = state.replace(quant=apply_result(state.quant, unit, result))
+            if keep_alphas:
+                alphas = {**state.aux.get("alphas", {}), **alphas_of(unit, result)}
+                state = state.replace(aux={**state.aux, "alphas": alphas})
             report.update(result["report"])
         quantized = carry.quantized
         if config.inputs != "full_precision":

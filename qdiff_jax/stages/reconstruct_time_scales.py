@@ -1,6 +1,6 @@
 """TDQ after training: the step-size networks of each unit learn to keep the unit's output.
 
-So et al. 2023, section 4.3 (post-training form): weights are decided and stay; the networks of a unit's
+So et al. 2023, post-training form: weights are decided and stay; the networks of a unit's
 activations are trained together so that the unit, on its full-precision inputs, gives its full-precision
 outputs. Units do not depend on each other, so one stream is walked, once. The paper does not say how long;
 the optimizer is that of its quantization-aware form (AdamW with the networks' decay).
@@ -56,13 +56,17 @@ def reconstruct_time_scales(
     timesteps: np.ndarray,
     config: TimeScaleConfig,
     *,
+    walk_batch: int = 64,
+    memory_mib: int = 2048,
+    save_seconds: float = 20.0,
     on_progress=None,
 ) -> Stage:
     """The stage that trains the networks which `calibrate_time_scales` has started.
 
-    calibration: x, t, index, branch, y. timesteps: [S], what tables are baked for. `finish` returns the
-    state with trained `aux["time_scales"]` and their tables, and a report with the first and last loss
-    of each unit. Raises FloatingPointError, naming the unit, if a loss is not finite.
+    calibration: x, t, index, branch, y. timesteps: [S], what tables are baked for. walk_batch,
+    memory_mib, save_seconds: as for weights, see `ReconstructConfig`. `finish` returns the state with
+    trained `aux["time_scales"]` and their tables, and a report with the first and last loss of each
+    unit. Raises FloatingPointError, naming the unit, if a loss is not finite.
     """
     check_order(model.program, units, ("x", "t", "y"))
 
@@ -71,7 +75,7 @@ def reconstruct_time_scales(
             calibration.x, calibration.t, calibration.index, calibration.branch, calibration.y
         )
         spill = None if store is None else store / "spill"
-        limit = config.memory_mib << 20
+        limit = memory_mib << 20
         pool = plan_pool(units, model.params, stream, limit_bytes=limit, spill=spill, streams=1)
         position = 0 if state.aux.get("time_scales") else len(units)
         return Carry(state, stream, pool, position, 0, None, (), time.monotonic(), store)
@@ -102,12 +106,14 @@ def reconstruct_time_scales(
             unit,
             model.params,
             {},
-            batch_size=config.walk_batch,
+            batch_size=walk_batch,
             pool=carry.pool,
             keep=wanted,
             unit_count=len(units),
         )
-        carry = carry._replace(full=full, step=0, unit={"carry": None, "losses": [], "result": None})
+        carry = carry._replace(
+            full=full, step=0, unit={"carry": None, "losses": [], "result": None}
+        )
         held = _of_unit(carry.state.aux["time_scales"], unit)
         if not held:
             return carry
@@ -127,9 +133,7 @@ def reconstruct_time_scales(
 
     def _train(carry: Carry, unit: Unit, n: int) -> Carry:
         stop = carry.step + n
-        xs = step_inputs(
-            config, carry.state.key, carry.full.size, carry.position, carry.step, stop
-        )
+        xs = step_inputs(config, carry.state.key, carry.full.size, carry.position, carry.step, stop)
         step = _make_step(unit.signature, config.p, config.dropout, config.weight_decay)
         work, losses = run_steps(step, carry.unit["carry"], xs, donate=True)
         losses = np.asarray(losses)
@@ -143,7 +147,7 @@ def reconstruct_time_scales(
         if on_progress is not None:
             at = config.steps * carry.position + stop
             on_progress(at, config.steps * len(units), unit=unit.name, loss=f"{losses[-1]:.3g}")
-        due = time.monotonic() - carry.saved > config.save_seconds
+        due = time.monotonic() - carry.saved > save_seconds
         if carry.store is not None and due and stop < config.steps:
             padded = np.zeros(config.steps, np.float32)
             padded[:stop] = kept

@@ -33,7 +33,7 @@ class TimeScaleConfig:
     """encoding: width of the frequency encoding (the paper's: the model's channels, 128 on CIFAR-10).
     hidden: of the MLP. exact_shift: SiLU outputs by the paper's real shift, without integer execution.
     Training, one unit after the other: steps, batch_size, lr (Adam, cosine to 0), weight_decay,
-    dropout, p of the loss. save_seconds: least time between two saves inside a unit."""
+    dropout, p of the loss."""
 
     encoding: int = 128
     hidden: int = HIDDEN
@@ -44,9 +44,6 @@ class TimeScaleConfig:
     weight_decay: float = 0.01
     dropout: float = 0.2
     p: float = 2.0
-    walk_batch: int = 64
-    memory_mib: int = 2048
-    save_seconds: float = 20.0
 
     def __post_init__(self):
         if self.encoding < 2 or self.encoding % 2:
@@ -81,9 +78,7 @@ def tapped(module, variables, batch):
 
 def activations(state: QuantState) -> tuple[Entry, ...]:
     """The activation operands that the plan quantizes by a range (dynamic ones measure their own)."""
-    return tuple(
-        e for e in state.plan.quantized() if e.operand != "weight" and not e.spec.dynamic
-    )
+    return tuple(e for e in state.plan.quantized() if e.operand != "weight" and not e.spec.dynamic)
 
 
 def calibrate_time_scales(

@@ -1,6 +1,6 @@
 """TDQ in its quantization-aware form: the whole network learns with its step-size networks.
 
-So et al. 2023, section 4.3, and the re-hosted official code: the loss is that of diffusion training; all
+So et al. 2023, and a re-hosted copy of the official code: the loss is that of diffusion training; all
 weights are trained under learned step sizes (LSQ, one per tensor, symmetric, gradient factor
 1 / sqrt(levels * elements)), activations under s(t) of each sample's own t. AdamW in three groups:
 weights and networks at the rate with decay, biases and weight steps at a tenth of it without.
@@ -102,7 +102,6 @@ def train_time_scales(
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
         trainable, frozen = _split(model, state, config)
         rows = {k: getattr(data, k) for k in ("x", "t", "y", "eps_fp")}
-        # Decay and a tenth of the rate by group, as trees beside the trainables.
         work = {
             "trainable": trainable,
             "optimizer": optax.scale_by_adam().init(trainable),

@@ -29,9 +29,13 @@ _pack = jax.jit(from_codes, static_argnames="bits")
 
 
 def unit_result(
-    soft: Trees, trained: Mapping, losses: Sequence[float], timed: Sequence[float]
+    soft: Trees,
+    trained: Mapping,
+    losses: Sequence[float],
+    timed: Sequence[float],
+    keep_alphas: bool = False,
 ) -> dict:
-    """{"codes", "scales", "report"} of a trained unit, on the host.
+    """{"codes", "scales", "report"} of a trained unit, on the host; with keep_alphas, also "alphas".
 
     soft: the unit's soft roundings as they were before training. trained: {"alpha", "scale"} leaves.
     losses: reconstruction loss of every step. timed: (steps, seconds) of a stretch of them.
@@ -58,6 +62,7 @@ def unit_result(
     return {
         "codes": {key: codes for key, (codes, _) in zip(alphas, hardened)},
         "scales": {k: np.maximum(v, SCALE_FLOOR) for k, v in trained.get("scale", {}).items()},
+        "alphas": {k: np.asarray(v) for k, v in alphas.items()} if keep_alphas else {},
         "report": report,
     }
 
@@ -67,8 +72,8 @@ def result_path(store: pathlib.Path, position: int, unit_name: str) -> pathlib.P
 
 
 def save_result(store: pathlib.Path | None, position: int, unit_name: str, result: Mapping) -> None:
-    """Write {"codes", "scales", "report"}, optionally "biases", of a unit; nothing half-written is
-    ever seen.
+    """Write {"codes", "scales", "report"}, optionally "biases" and "alphas", of a unit; nothing
+    half-written is ever seen.
 
     Raises OSError, with what to do, when the disk is full.
     """
@@ -78,8 +83,9 @@ def save_result(store: pathlib.Path | None, position: int, unit_name: str, resul
     # Not ascontiguousarray, which turns the scalar scale of a tensor into a vector.
     arrays = {f"codes|{k}": np.asarray(v, order="C") for k, v in result["codes"].items()}
     arrays |= {f"scales|{k}": np.asarray(v, order="C") for k, v in result["scales"].items()}
-    biases = result.get("biases", {})
-    arrays |= {f"biases|{k}": np.asarray(v, order="C") for k, v in biases.items()}
+    for kind in ("biases", "alphas"):
+        held = result.get(kind, {})
+        arrays |= {f"{kind}|{k}": np.asarray(v, order="C") for k, v in held.items()}
     path = result_path(store, position, unit_name)
     temporary = path.with_suffix(".tmp")
     try:
@@ -115,7 +121,7 @@ def load_result(store: pathlib.Path | None, position: int, unit_name: str) -> di
             f"The unit result {path} is damaged ({error}); delete it and run again: "
             "only this unit is computed anew."
         ) from error
-    result: dict = {"codes": {}, "scales": {}, "biases": {}, "report": report}
+    result: dict = {"codes": {}, "scales": {}, "biases": {}, "alphas": {}, "report": report}
     for key, value in arrays.items():
         kind, _, name = key.partition("|")
         result[kind][name] = value
@@ -128,7 +134,9 @@ def apply_result(quant: Mapping, unit: Unit, result: Mapping) -> dict:
     for key, codes in result["codes"].items():
         node, op_name = key.split(":")
         name = f"{unit.nodes[int(node)]}/{op_name}"
-        flat[name] = flat[name].replace(rhs=_pack(codes, flat[name].rhs, code_bits(flat[name].rhs)))
+        # A rounding that goes on from an earlier pass is soft in the state already.
+        grid = getattr(flat[name].rhs, "qparams", flat[name].rhs)
+        flat[name] = flat[name].replace(rhs=_pack(codes, grid, code_bits(grid)))
     for key, scale in result["scales"].items():
         node, op_name, side = key.split(":")
         name = f"{unit.nodes[int(node)]}/{op_name}"
@@ -139,6 +147,15 @@ def apply_result(quant: Mapping, unit: Unit, result: Mapping) -> dict:
         name = f"{unit.nodes[int(node)]}/{op_name}"
         flat[name] = flat[name].replace(bias=jnp.asarray(bias))
     return nest_sites(flat)
+
+
+def alphas_of(unit: Unit, result: Mapping) -> dict[str, jax.Array]:
+    """{site: alpha} that the result keeps."""
+    named = {}
+    for key, alpha in result.get("alphas", {}).items():
+        node, op_name = key.split(":")
+        named[f"{unit.nodes[int(node)]}/{op_name}"] = jnp.asarray(alpha)
+    return named
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> int:

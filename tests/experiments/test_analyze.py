@@ -2,12 +2,19 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from experiments.analyze import analyze, prepare, run
 from qdiff_jax.analysis.registry import ANALYSES, names_of
+from qdiff_jax.methods.rtn import rtn
+from qdiff_jax.methods.run import run_method
+from qdiff_jax.models import registry
+from qdiff_jax.observe.selectors import every_step
+from qdiff_jax.policy import common, make_plan
+from qdiff_jax.stages.calibrate import ActivationConfig
 
 _PICTURED = ("ranges", "skips", "temporal", "outliers", "noise", "deviation")
 
@@ -49,13 +56,30 @@ def test_what_does_not_apply_is_one_sentence_and_code_2(tmp_path, capsys):
     ]
 
 
-def test_a_bundle_is_analysed_at_its_own_timesteps(smoke_run, tmp_path):
-    bundle = smoke_run / "variants" / "tfmq_w4a8" / "bundle"
+def test_a_bundle_is_analysed_at_its_own_timesteps(given, tmp_path):
+    subject, diffusion = given.subject, registry.load("random:miniature")
+    # The time embedding has step tables, which know the sampler's timesteps and no others.
+    tables = ActivationConfig(per_step=("temb/*",), batch_size=12)
+    run_method(
+        rtn(
+            subject.model,
+            every_step(jax.random.key(0), subject.calibration),
+            subject.trajectory.t,
+            activations=tables,
+        ),
+        diffusion,
+        make_plan(subject.sites, common(subject.sites, 4, 8)),
+        jax.random.key(0),
+        tmp_path,
+        sampler_config={"name": "ddim", "spacing": "quad", "steps": 3},
+        extra={},
+    )
+    bundle = tmp_path / "bundle"
     given = prepare("random:miniature", bundle=bundle, samples=2)
     result = ANALYSES["temporal"].run(given, lambda done, total: None)
-    # Step tables know no other timesteps.
-    np.testing.assert_array_equal(result.timesteps, given.subject.trajectory.t)
-    assert list(result.error) == ["tfmq"]
+    np.testing.assert_array_equal(result.timesteps, subject.trajectory.t)
+    assert list(result.error) == ["rtn"]
+    assert np.isfinite(result.error["rtn"]).all()
     with pytest.raises(SystemExit) as ended:
         run(["beneficial"], given, tmp_path, asked=True)
     assert ended.value.code == 2

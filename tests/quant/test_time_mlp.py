@@ -83,9 +83,7 @@ def test_exact_shift_holds_the_floor_of_silu_and_the_default_the_nearest_code():
     grids = [qparams_at(s, jnp.float32(100.0)) for s in (exact, default)]
     np.testing.assert_allclose(fake_quant(grids[0], x), -SILU_FLOOR, rtol=1e-6)
     np.testing.assert_array_equal(codes(grids[0], x), [0, 0])
-    np.testing.assert_array_equal(
-        dequantize(grids[0], codes(grids[0], x)), fake_quant(grids[0], x)
-    )
+    np.testing.assert_array_equal(dequantize(grids[0], codes(grids[0], x)), fake_quant(grids[0], x))
     zero = grids[1].zero_point
     assert zero == jnp.round(zero)
     assert abs(fake_quant(grids[1], x)[0] + SILU_FLOOR) <= grids[1].scale / 2 + 1e-6

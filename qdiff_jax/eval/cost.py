@@ -1,0 +1,105 @@
+"""What one evaluation of a network costs: multiply-accumulates by site, and the bits they are done in.
+
+BitOps, the unit in which quantized networks are compared, weigh a multiply-accumulate with the product of its
+operands' widths: MACs x w_bits x a_bits, summed over sites; 32 stands for full precision. Norms, activation
+functions and residual sums are not counted, as usual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qdiff_jax.export.qtensor import QTensor
+from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.rounding import SoftRounding
+from qdiff_jax.quant.timed import TimeIndexed
+from qdiff_jax.sites import Site, SiteQuant, flatten_sites
+
+FULL_BITS = 32
+
+
+class Cost(NamedTuple):
+    """Of one network evaluation on one sample. macs: multiply-accumulates of all sites; bitops: float,
+    the mean over the rows of step tables where widths follow the step; by_site: site name -> (macs,
+    left bits, right bits), mean bits."""
+
+    macs: int
+    bitops: float
+    by_site: dict[str, tuple[int, float, float]]
+
+
+def site_macs(site: Site) -> int:
+    """Multiply-accumulates of one site for one sample, from the shapes of its operands.
+
+    The leading axis of lhs_shape is the batch and is divided out. conv: output pixels x kh kw C_in C_out;
+    dense: rows x K x N; qk, pv: every leading axis (heads) x n x m x c.
+    """
+    kind, lhs, rhs = site.operator.kind, site.lhs_shape, site.rhs_shape
+    if kind == "conv":
+        spatial = [
+            (size + sum(pad) - kernel) // stride + 1
+            for size, pad, kernel, stride in zip(
+                lhs[1:3], site.operator.padding, rhs[:2], site.operator.strides, strict=True
+            )
+        ]
+        return math.prod(spatial) * math.prod(rhs)
+    if kind == "dense":
+        return math.prod(lhs[1:-1]) * math.prod(rhs)
+    # q [.., n, c] and k [.., m, c], or p [.., n, m] and v [.., m, c]: the last axis of the output is the
+    # one of the right operand that is not contracted.
+    return math.prod(lhs[1:]) * (rhs[-2] if kind == "qk" else rhs[-1])
+
+
+def operand_bits(held: Any) -> np.ndarray:
+    """The width of an operand: () float64, or [R] for a step table whose widths follow the step.
+
+    held: what a `SiteQuant` holds for it; None is full precision. Raises TypeError for something else.
+    """
+    if held is None:
+        return np.float64(FULL_BITS)
+    if isinstance(held, QTensor):
+        return np.float64(held.bits)
+    if isinstance(held, TimeIndexed):
+        return _rows_of(held)
+    if isinstance(held, SoftRounding):
+        held = held.qparams
+    if isinstance(held, QParams):
+        return _width(held).max()
+    raise TypeError(f"a {type(held).__name__} is no operand whose bits are known.")
+
+
+def _width(qparams: QParams) -> np.ndarray:
+    levels = np.asarray(qparams.qmax, np.float64) - np.asarray(qparams.qmin, np.float64) + 1.0
+    return np.ceil(np.log2(levels))
+
+
+def _rows_of(held: TimeIndexed) -> np.ndarray:
+    if isinstance(held.table, QTensor):
+        return np.float64(held.table.bits)
+    width = _width(held.table)
+    if held.branched:
+        width = width.max(axis=0)
+    return width.reshape(len(width), -1).max(axis=1)
+
+
+def network_cost(sites: Sequence[Site], quant: Mapping) -> Cost:
+    """The cost of a model's sites with the quantizers of a quant tree (`load_bundle(...).quant`).
+
+    A weight that the tree holds as codes counts with their bits; folded trees no longer know them, so pass
+    the bundle's own. A site without an entry counts as full precision on both sides; an operator in place
+    of a site's own (`SiteQuant.substitute`) counts as the site it replaces.
+    """
+    held = flatten_sites(dict(quant))
+    by_site: dict[str, tuple[int, float, float]] = {}
+    bitops = 0.0
+    for site in sites:
+        entry = held.get(site.name, SiteQuant())
+        left, right = operand_bits(entry.lhs), operand_bits(entry.rhs)
+        macs = site_macs(site)
+        bitops += macs * float(np.mean(left * right))
+        by_site[site.name] = (macs, float(np.mean(left)), float(np.mean(right)))
+    return Cost(sum(macs for macs, _, _ in by_site.values()), bitops, by_site)

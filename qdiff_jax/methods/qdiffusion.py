@@ -1,0 +1,68 @@
+"""Q-Diffusion: steps drawn evenly, skips split in two, BRECQ on weights, then learned activation steps.
+
+Source: Li et al. 2023 (Q-Diffusion, arXiv:2302.04304), sections 3.2 and 3.3, and its official code: 20 x 256
+states of the full-precision sampler, MSE ranges and block-wise AdaRound of weights on inputs from the
+quantized network, activation ranges as a running mean (0.95) over shuffled batches of the same set,
+5,000 steps of learned activation scales; q, k, v and the softmax output are quantized, the last at 8
+bits. Use it with the policy "official:qdiffusion", the site table of its code.
+
+`split="both"` (default) gives [h, skip] two ranges wherever both meet in one layer, the first convolution and
+the shortcut of every up block; "shortcut" is the official code, which splits the 1x1 shortcut alone
+because the first convolution reads the maps after a joint group norm; "none" is the ablation.
+
+Departures from the official code, all deliberate: the regulariser and the soft targets cover both parts of
+a split weight (there: the first part only); ranges of one sign contain zero; activation ranges never come
+from a single step; what `methods.brecq` lists of reconstruction holds here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qdiff_jax.methods.brecq import brecq, paper_activation_steps
+from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.reconstruct import ReconstructConfig
+from qdiff_jax.stages.skip_split import split_skips
+from qdiff_jax.stages.stage import Method, Model
+
+_PAPER_STEPS = paper_activation_steps()
+
+
+def qdiffusion(
+    model: Model,
+    calibration: Any,
+    timesteps: Any,
+    *,
+    split: str = "both",
+    weight_method: str = "mse",
+    weights: ReconstructConfig = ReconstructConfig(),
+    activations: ActivationConfig = ActivationConfig(observer="ema", momentum=0.95),
+    activation_steps: ReconstructConfig | None = _PAPER_STEPS,
+    rounding: str = "adaround",
+    on_progress=None,
+) -> Method:
+    """Split, ranges, block reconstruction, running-mean activation ranges, learned activation steps.
+
+    calibration: one set for weights and activations, from the selector `uniform` (20 steps x 256).
+    timesteps: [S], the sampler's schedule by step index. split: "both", "shortcut" or "none".
+    activation_steps: None skips the last phase. rounding: "adaround", the paper's.
+
+    Raises ValueError for another rounding or split.
+    """
+    if rounding != "adaround":
+        raise ValueError(
+            f"qdiffusion rounds by 'adaround', not {rounding!r}; method 'brecq' has closed-form rounding."
+        )
+    base = brecq(
+        model,
+        calibration,
+        calibration,
+        timesteps,
+        weight_method=weight_method,
+        weights=weights,
+        activations=activations,
+        activation_steps=activation_steps,
+        on_progress=on_progress,
+    )
+    stages = (split_skips(model, split), *base.stages)
+    return Method("qdiffusion", stages, notes=f"split={split}")

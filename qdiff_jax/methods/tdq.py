@@ -1,0 +1,108 @@
+"""TDQ: activation step sizes that a small network predicts from the timestep, folded to tables.
+
+Source: So et al. 2023 ("Temporal Dynamic Quantization for Diffusion Models"); a re-hosted copy of the
+official code. `mode="ptq"`: weights by block reconstruction, then the step-size networks of each block
+against its full-precision output. `mode="qat"`: weights, their steps and the networks together on the
+diffusion loss. Departures:
+
+- SiLU outputs take the nearest integer zero point to the paper's shift of 0.2785, so that the folded table
+  is an ordinary one and integers can be multiplied; `exact_shift` restores the shift.
+- An activation counts as a SiLU output by what is seen of it (never below the floor of SiLU), so that the
+  GELU of a transformer is covered; one that is never negative starts from its range.
+- Sites follow the plan, softmax outputs included, where the paper keeps softmax in full precision.
+- In the job the quantization-aware form has no images: its target is the full-precision prediction on
+  sampling states. By hand, `stages.train_time_scales.noised_set` gives the paper's loss.
+- Lengths and rate of the post-training form are not published; the rate is that of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from qdiff_jax.models.program import units_with_projections
+from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
+from qdiff_jax.stages.reconstruct_time_scales import reconstruct_time_scales
+from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.time_scales import TimeScaleConfig, calibrate_time_scales
+from qdiff_jax.stages.train_time_scales import TrainConfig, train_time_scales
+from qdiff_jax.stages.weights import calibrate_weights
+
+MODES = ("ptq", "qat")
+
+
+@dataclasses.dataclass(frozen=True)
+class TdqConfig:
+    """mode: "ptq" or "qat". scales: the networks, and how "ptq" trains them. train: of "qat"."""
+
+    mode: str = "ptq"
+    scales: TimeScaleConfig = TimeScaleConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"TdqConfig.mode {self.mode!r} is unknown; use one of {MODES}.")
+
+
+def tdq(
+    model: Model,
+    weight_calibration: Any,
+    activation_calibration: Any,
+    timesteps: Any,
+    *,
+    weight_method: str = "mse",
+    weights: ReconstructConfig = ReconstructConfig(),
+    config: TdqConfig = TdqConfig(),
+    batch_size: int = 64,
+    rounding: str = "adaround",
+    on_progress=None,
+) -> Method:
+    """Post-training: ranges, block reconstruction, starts, networks. Aware: ranges, starts, training.
+
+    activation_calibration visits every step of `timesteps`, in batches of `batch_size`. rounding:
+    "adaround" only. Raises ValueError for another.
+    """
+    if rounding != "adaround":
+        raise ValueError(f"tdq rounds weights by 'adaround', not {rounding!r}.")
+    start = calibrate_time_scales(
+        model,
+        activation_calibration,
+        timesteps,
+        config.scales,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    ranges = calibrate_weights(model, method=weight_method)
+    if config.mode == "qat":
+        train = train_time_scales(
+            model, weight_calibration, timesteps, config.train, on_progress=on_progress
+        )
+        return Method("tdq", (ranges, start, train), notes="mode=qat")
+    units = units_with_projections(model.program)
+    return Method(
+        "tdq",
+        (
+            ranges,
+            reconstruct(
+                model,
+                units,
+                weight_calibration,
+                weights,
+                name="tdq_weights",
+                on_progress=on_progress,
+            ),
+            start,
+            reconstruct_time_scales(
+                model,
+                units,
+                weight_calibration,
+                timesteps,
+                config.scales,
+                walk_batch=weights.walk_batch,
+                memory_mib=weights.memory_mib,
+                save_seconds=weights.save_seconds,
+                on_progress=on_progress,
+            ),
+        ),
+        notes="mode=ptq",
+    )

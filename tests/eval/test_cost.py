@@ -1,0 +1,72 @@
+"""Multiply-accumulates against the compiler's own count, and BitOps of mixed widths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qdiff_jax.eval.cost import network_cost, operand_bits, site_macs
+from qdiff_jax.models.families import example_inputs
+from qdiff_jax.models.registry import miniature
+from qdiff_jax.operators import DENSE, PV, QK, plain, same_conv
+from qdiff_jax.policy import ACTIVATION
+from qdiff_jax.quant.qparams import from_range
+from qdiff_jax.quant.timed import from_ranges
+from qdiff_jax.sites import Site, SiteQuant, list_sites, nest_sites
+
+SITES = {
+    "conv": Site("a/conv", same_conv(3), (2, 8, 6, 4), (3, 3, 4, 5)),
+    "strided": Site("a/down", same_conv(3, stride=2), (2, 8, 6, 4), (3, 3, 4, 5)),
+    "dense": Site("a/dense", DENSE, (2, 7, 4), (4, 6)),
+    "qk": Site("a/qk", QK, (2, 3, 7, 4), (2, 3, 9, 4)),
+    "pv": Site("a/pv", PV, (2, 3, 7, 9), (2, 3, 9, 4)),
+}
+COUNTED = {
+    "conv": 8 * 6 * 9 * 4 * 5,
+    "strided": 4 * 3 * 9 * 4 * 5,
+    "dense": 7 * 4 * 6,
+    "qk": 3 * 7 * 9 * 4,
+    "pv": 3 * 7 * 9 * 4,
+}
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_macs_of_one_sample_from_shapes(kind):
+    """The output's size, which the operator itself says, times the length of its sums."""
+    site = SITES[kind]
+    lhs, rhs = jnp.zeros(site.lhs_shape), jnp.zeros(site.rhs_shape)
+    out = jax.eval_shape(lambda lhs, rhs: plain(site.operator, lhs, rhs, None), lhs, rhs).shape
+    if "conv" in kind or kind == "strided":
+        length = np.prod(site.rhs_shape[:3])
+    else:
+        length = site.lhs_shape[-1]
+    assert site_macs(site) == COUNTED[kind] == np.prod(out[1:]) * length
+
+
+@pytest.mark.parametrize("model", ["random:miniature", "random:dit"])
+def test_macs_of_a_network_are_most_of_what_the_compiler_counts(model):
+    module = miniature(model).model.module
+    inputs = example_inputs(module.config)
+    macs = network_cost(list_sites(module, *inputs), {}).macs
+    variables = {"params": miniature(model).model.params}
+    counted = jax.jit(module.apply).lower(variables, *inputs).cost_analysis()["flops"] / 2
+    assert 0.6 * counted < macs < 1.05 * counted  # it counts norms and activation functions, too
+
+
+def test_bitops_weigh_macs_with_both_widths():
+    at4, at8 = (from_range(ACTIVATION, -1.0, 1.0, 0, 2**bits - 1) for bits in (4, 8))
+    quant = nest_sites({"a/qk": SiteQuant(at4, at8), "a/dense": SiteQuant(lhs=at8)})
+    cost = network_cost([SITES["qk"], SITES["dense"], SITES["conv"]], quant)
+    wanted = {"qk": 4 * 8, "dense": 8 * 32, "conv": 32 * 32}
+    assert cost.bitops == sum(COUNTED[kind] * bits for kind, bits in wanted.items())
+    assert cost.by_site["a/dense"] == (COUNTED["dense"], 8, 32)
+
+
+def test_widths_by_step_are_averaged_over_steps():
+    codes = np.float32([2**4 - 1, 2**8 - 1])
+    table = from_ranges(ACTIVATION, -np.ones(2), np.ones(2), 0, codes, [0.0, 5.0], rule="step")
+    np.testing.assert_array_equal(operand_bits(table), [4, 8])
+    cost = network_cost([SITES["qk"]], nest_sites({"a/qk": SiteQuant(table, table)}))
+    assert cost.bitops == COUNTED["qk"] * (4 * 4 + 8 * 8) / 2
+    with pytest.raises(TypeError, match="dict is no operand"):
+        operand_bits({})
