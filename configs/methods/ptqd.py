@@ -6,13 +6,13 @@ Paper: PTQD (He et al. 2023, arXiv:2305.10657). Words behind the colon: bits `w4
 `w4a32`; `base=rtn` (default), `base=brecq`, `base=tfmq`; `model=unet` (default), `model=dit`; `eta=1` for
 ancestral DDIM, where the variance schedule is calibrated (at eta 0 there is no noise to calibrate, and the
 report says so); `mixed` for 4 to 8 activation bits by step; `faithful` for the official code's statistics.
-20 steps on the quadratic grid and 256 trajectories, with the papers' 20,000 steps a unit under BRECQ and
-TFMQ-DM: hours on a CPU with those. `laptop` takes 32 trajectories and 150 steps a unit; `smoke` runs in
-seconds.
+20 steps on the quadratic grid and 16 trajectories (the paper's code takes 1,024:
+`--config.calibration.samples=1024`), with the papers' 20,000 steps a unit under BRECQ and TFMQ-DM: hours on a
+CPU with those. `laptop` takes 150 steps a unit; `smoke` runs in seconds (`ptqd.py:smoke`).
 
 Expected of `ptqd.py:w4a8,laptop` on two CPU cores: less than 10 minutes; the teacher-forced eps error below
-that of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bit activations only the first holds:
-the statistics come from full-precision states, which the quantized trajectory leaves.
+that of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bit activations only the first
+holds: the statistics come from full-precision states, which the quantized trajectory leaves.
 """
 
 import ml_collections
@@ -39,7 +39,6 @@ def get_config(arg=None):
         config.model = {"unet": "random:miniature", "dit": "random:dit"}[arg.model]
     else:
         config.model = {"unet": "unet_fashion", "dit": "dit_fashion"}[arg.model]
-        config.calibration.samples = 32 if arg.laptop else 256
     config.sampler.eta = arg.eta
     w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
     name = "ptqd" if arg.base == "rtn" else f"ptqd_{arg.base}"

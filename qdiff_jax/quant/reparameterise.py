@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from qdiff_jax.operators import Operator, plain
 from qdiff_jax.policy import Entry
-from qdiff_jax.quant.qparams import from_range
+from qdiff_jax.quant.qparams import dynamic_qparams, from_range
 from qdiff_jax.quant.quantizer import fake_quant
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -77,8 +77,12 @@ def _output_errors(operator, x, kernel, factors, activation, weight):
     def one(r):
         moved, rows = scale_channels(x, 1.0 / r), scale_rows(kernel, r)
         if activation is not None:
-            spec, qmin, qmax = activation
-            moved = fake_quant(from_range(spec, moved.min(), moved.max(), qmin, qmax), moved)
+            spec, *ends = activation
+            if spec.dynamic:
+                grid = dynamic_qparams(spec, *ends)
+            else:
+                grid = from_range(spec, moved.min(), moved.max(), *ends)
+            moved = fake_quant(grid, moved)
         if weight is not None:
             spec, qmin, qmax = weight
             axes = range(rows.ndim - (spec.granularity == "channel"))

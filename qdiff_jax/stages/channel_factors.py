@@ -133,6 +133,8 @@ def move_channel_factors(
         by_site = {group.sites[0]: group for group in groups(carry.state)}
         leaves, chosen = {}, {}
         for unit, inputs in _walk(model, params, calibration, config.search_samples):
+            if len(chosen) == len(by_site):
+                break  # the blocks that remain hold no planned layer
             own = [name for name in by_site if name.split("/")[0] in unit.nodes]
             if not own:
                 continue

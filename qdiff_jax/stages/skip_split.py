@@ -49,9 +49,13 @@ def skip_boundaries(
         return found
     temporal = {*temporal_nodes(program), "t", "y"}
     shapes = dict(zip(("x", "t", "y"), inputs, strict=True))
+    traced: dict = {}  # equal blocks on equal shapes are traced once
     for node in program:
         reads = tuple(shapes[name] for name in node.reads)
-        output, sites = _run(program, node, params, reads)
+        key = (node.module, *(None if r is None else (r.shape, r.dtype) for r in reads))
+        if key not in traced:
+            traced[key] = _run(program, node, params, reads)
+        output, sites = traced[key]
         shapes[node.name] = output
         maps = [shapes[name].shape for name in node.reads if name not in temporal]
         if len(maps) != 2 or any(len(shape) < 3 for shape in maps):

@@ -2,19 +2,14 @@
 
 import json
 
-import jax
-import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from experiments import analyze as analyze_module
 from experiments.analyze import analyze, prepare, run
 from qdiff_jax.analysis.registry import ANALYSES, names_of
-from qdiff_jax.methods.rtn import rtn
-from qdiff_jax.methods.run import run_method
+from qdiff_jax.methods.run import Loaded
 from qdiff_jax.models import registry
-from qdiff_jax.observe.selectors import every_step
-from qdiff_jax.policy import common, make_plan
-from qdiff_jax.stages.calibrate import ActivationConfig
 
 _PICTURED = ("ranges", "skips", "temporal", "outliers", "noise", "deviation")
 
@@ -56,37 +51,24 @@ def test_what_does_not_apply_is_one_sentence_and_code_2(tmp_path, capsys):
     ]
 
 
-def test_a_bundle_is_analysed_at_its_own_timesteps(given, tmp_path):
-    subject, diffusion = given.subject, registry.load("random:miniature")
-    # The time embedding has step tables, which know the sampler's timesteps and no others.
-    tables = ActivationConfig(per_step=("temb/*",), batch_size=12)
-    run_method(
-        rtn(
-            subject.model,
-            every_step(jax.random.key(0), subject.calibration),
-            subject.trajectory.t,
-            activations=tables,
-        ),
-        diffusion,
-        make_plan(subject.sites, common(subject.sites, 4, 8)),
-        jax.random.key(0),
-        tmp_path,
-        sampler_config={"name": "ddim", "spacing": "quad", "steps": 3},
-        extra={},
-    )
-    bundle = tmp_path / "bundle"
-    given = prepare("random:miniature", bundle=bundle, samples=2)
-    result = ANALYSES["temporal"].run(given, lambda done, total: None)
-    np.testing.assert_array_equal(result.timesteps, subject.trajectory.t)
-    assert list(result.error) == ["rtn"]
-    assert np.isfinite(result.error["rtn"]).all()
+def test_a_bundle_brings_its_sampler_and_fits_its_model_only(given, tmp_path, monkeypatch):
+    """Reading bundles is tested where they are written; here is what becomes of one that was read."""
+    module, plan = given.subject.model.module, given.subject.sampler
+    source = registry.load("random:miniature").source
+    manifest = {"source": source, "extra": {"method": "tfmq"}}
+    loaded = Loaded(module, given.subject.full, plan, manifest)
+    monkeypatch.setattr(analyze_module, "load_for_sampling", lambda path: loaded)
+    # As many samples as the fixture's, whose programs are compiled.
+    read = prepare("random:miniature", bundle=tmp_path, steps=99, samples=4)
+    assert read.subject.sampler is plan
+    assert read.variants() == {"tfmq": given.subject.full}
     with pytest.raises(SystemExit) as ended:
-        run(["beneficial"], given, tmp_path, asked=True)
+        run(["beneficial"], read, tmp_path, asked=True)
     assert ended.value.code == 2
     with pytest.raises(
-        ValueError, match="made from another model than 'random:dit', from 'random:m"
+        ValueError, match="another model than 'random:dit', from 'random:miniature'"
     ):
-        prepare("random:dit", bundle=bundle, samples=2)
+        prepare("random:dit", bundle=tmp_path, samples=2)
 
 
 def test_an_unknown_analysis_is_refused_with_those_there_are():
