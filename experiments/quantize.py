@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from experiments.quantize_config import (
+    DRAWING,
     FREE_TO_CHANGE,
     QuantizeConfig,
     check_sizes,
@@ -30,6 +31,7 @@ from experiments.quantize_config import (
 )
 from experiments.quantize_report import draw, is_measured, measure, provenance, reference
 from qdiff_jax.config import claim_workdir
+from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.samples import guidance_of, labels, noise_key
@@ -38,7 +40,7 @@ from qdiff_jax.methods.run import make_sampler, run_method
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, save_arrays
 from qdiff_jax.observe.quantization_noise import Paired, paired
-from qdiff_jax.observe.selectors import every_step, uniform
+from qdiff_jax.observe.selectors import every_step, select_calibration
 from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
 from qdiff_jax.policy import SitePlan, make_plan, policy
 from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
@@ -75,7 +77,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
         records = [reference(config, diffusion, workdir)]
         for name, v in config.variants.items():
             enter(name)
-            record = quantize_one(job, name, sets, workdir / "variants" / name)
+            record = quantize_one(job, name, sets, workdir / "variants" / name, calibration)
             records.append(measure(config, name, v, record, diffusion, held_out, workdir))
         pictures = draw(config, diffusion, job.sites, calibration, records, workdir)
     logging.info(
@@ -152,10 +154,14 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
 
 def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> CalibrationSets:
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    chosen = config.calibration
+    options = {"steps": chosen.weight_steps, "per_step": chosen.samples}
+    if chosen.selector in DRAWING:
+        options = {"count": chosen.count or None}
+    if chosen.selector == "one_step":
+        options["position"] = chosen.position
     return CalibrationSets(
-        weights=uniform(
-            key, calibration, config.calibration.weight_steps, config.calibration.samples
-        ),
+        weights=select_calibration(chosen.selector, key, calibration, **options),
         activations=every_step(jax.random.fold_in(key, 1), calibration),
         timesteps=calibration.t,
     )
@@ -167,8 +173,20 @@ def pairs_of(job: Job, calibration: Trajectory) -> Paired:
     return paired(calibration, guidance, job.sampler, job.diffusion.schedule)
 
 
-def quantize_one(job: Job, name: str, sets: CalibrationSets, folder: pathlib.Path) -> dict:
-    """Run the variant's method to its bundle."""
+def sampler_config(job: Job, calibration: Trajectory) -> dict:
+    """The sampler of a quantized variant: the config's, with its own tensors quantized if asked for."""
+    config, as_json = job.config.sampler, job.config.sampler.as_json()
+    if not config.tensor_bits:
+        return as_json
+    guidance = guidance_of(config.guidance_scale, job.diffusion.null_class)
+    ranges = tensor_ranges(job.sampler, calibration, guidance)
+    return {**as_json, "tensors": {"bits": config.tensor_bits, "ranges": ranges}}
+
+
+def quantize_one(
+    job: Job, name: str, sets: CalibrationSets, folder: pathlib.Path, calibration: Trajectory
+) -> dict:
+    """Run the variant's method to its bundle. calibration: full-precision trajectories."""
     config, v = job.config, job.config.variants[name]
     with follow(name) as tell:
         return run_method(
@@ -177,7 +195,7 @@ def quantize_one(job: Job, name: str, sets: CalibrationSets, folder: pathlib.Pat
             job.plans[name],
             jax.random.fold_in(jax.random.key(config.seed), 3),
             folder,
-            sampler_config=config.sampler.as_json(),
+            sampler_config=sampler_config(job, calibration),
             extra={
                 "seed": config.seed,
                 "samples": config.evaluation.samples,

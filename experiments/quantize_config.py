@@ -23,17 +23,25 @@ from qdiff_jax.methods.tfmq import VARIANTS
 from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
+from qdiff_jax.stages.skip_split import SPLITS
+
+# Selectors that draw one step for each item.
+DRAWING = ("ndtc", "random_steps", "one_step")
+# Methods that calibrate activations on the set of their weights.
+ONE_SET = {"ptq4dm", "qdiffusion"}
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """guidance_scale: classifier-free guidance; negative for none (labels as they are)."""
+    """guidance_scale: classifier-free guidance; negative for none (labels as they are). tensor_bits: of
+    the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision."""
 
     name: str = "ddim"
     spacing: str = "uniform"
     steps: int = 20
     eta: float = 0.0
     guidance_scale: float = -1.0
+    tensor_bits: int = 0
 
     def as_json(self) -> dict:
         options = {"eta": self.eta} if self.name == "ddim" else {}
@@ -49,10 +57,14 @@ class SamplerConfig:
 @dataclasses.dataclass(frozen=True)
 class CalibrationConfig:
     """samples: full-precision trajectories; weight_steps: how many of their steps reconstruction sees
-    (activation ranges see every step)."""
+    (activation ranges see every step). selector: of that set, "uniform", or one of DRAWING, which take
+    `count` items (0: one of each trajectory); position: of "one_step", 0 the least noisy."""
 
     samples: int = 16
     weight_steps: int = 20
+    selector: str = "uniform"
+    count: int = 0
+    position: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +132,7 @@ class QuantizeConfig:
     reconstruct: ReconstructionConfig
     activations: ActivationsConfig
     tfmq_variant: str = "fixed"
+    qdiffusion_split: str = "both"
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
@@ -170,6 +183,14 @@ def read_config(config: Any) -> QuantizeConfig:
             f"config.ptqd.base {config.ptqd.base!r} is unknown; there are "
             f"{sorted(set(METHODS) - {'ptqd'})}."
         )
+    choices = {
+        "calibration.selector": (config.calibration.selector, ("uniform", *DRAWING)),
+        "sampler.tensor_bits": (config.sampler.tensor_bits, (0, *range(2, 9))),
+        "qdiffusion_split": (config.qdiffusion_split, SPLITS),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"config.{key} is {value!r}; use one of {allowed}.")
     return dataclasses.replace(config, variants=dict(sorted(variants.items(), key=place)))
 
 
@@ -185,6 +206,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         activation_steps=activation_steps,
         activation_lr=activation_lr,
         variant=config.tfmq_variant,
+        split=config.qdiffusion_split,
         ptqd=config.ptqd,
         tdq=config.tdq,
         tcaq=config.tcaq,
@@ -204,12 +226,21 @@ def check_sizes(config: QuantizeConfig, steps: int) -> None:
         )
     # Any label does: only the number of branches counts.
     rows = calibration.samples * len(branches(guidance_of(config.sampler.guidance_scale, 0)))
-    seen = len(range(0, steps, steps // calibration.weight_steps))
-    batches = {
-        "reconstruct.walk_batch": (rows * seen, config.reconstruct.walk_batch),
-        "activations.batch_size": (rows * steps, min(config.activations.batch_size, rows * steps)),
-    }
-    for name, (size, batch) in batches.items():
+    items = rows * len(range(0, steps, steps // calibration.weight_steps))
+    if calibration.selector in DRAWING:
+        if calibration.selector == "one_step" and not 0 <= calibration.position < steps:
+            raise ValueError(
+                f"config.calibration.position is {calibration.position}; choose 0 to {steps - 1}."
+            )
+        items = (calibration.count or calibration.samples) * (rows // calibration.samples)
+    activations = config.activations.batch_size
+    batches = [
+        ("reconstruct.walk_batch", items, config.reconstruct.walk_batch),
+        ("activations.batch_size", rows * steps, min(activations, rows * steps)),
+    ]
+    if {v.method for v in config.variants.values()} & ONE_SET:
+        batches.append(("activations.batch_size", items, min(activations, items)))
+    for name, size, batch in batches:
         try:
             batch_bounds(size, batch)
         except ValueError as error:

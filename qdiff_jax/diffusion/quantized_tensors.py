@@ -89,7 +89,7 @@ def tensor_ranges(
     x, eps = trajectory.x, trajectory.eps
     if branches == 2:
         x, eps = x[:, 0::2], combine(guidance, eps[:, 0::2], eps[:, 1::2])
-    if plan.sampler.init(x[0]) != ():
+    if jax.tree.leaves(plan.sampler.init(jnp.asarray(x[0]))):
         raise ValueError(
             f"the sampler {plan.sampler.name!r} remembers earlier steps; its tensors are not quantized "
             "here, so use ddim or ddpm, or full-precision sampler tensors."

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
+from qdiff_jax.methods.ptq4dm import ptq4dm
 from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
+from qdiff_jax.methods.qdiffusion import qdiffusion
 from qdiff_jax.methods.rtn import rtn
 from qdiff_jax.methods.tcaq import TcaqConfig, tcaq
 from qdiff_jax.methods.tdq import TdqConfig, tdq
 from qdiff_jax.methods.tfmq import tfmq
+from qdiff_jax.stages.batch_ranges import BatchRangeConfig
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
@@ -40,6 +43,7 @@ class MethodSettings:
     weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it.
     variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code). rounding: how BRECQ and
     TFMQ-DM round weights, "adaround" (the papers, by `weights`) or "closed_form" (by `closed_form`).
+    split: which layers Q-Diffusion splits at a skip, "both", "shortcut" or "none".
     """
 
     weight_method: str = "mse"
@@ -50,6 +54,7 @@ class MethodSettings:
     variant: str = "fixed"
     rounding: str = "adaround"
     closed_form: ClosedFormConfig = ClosedFormConfig()
+    split: str = "both"
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
@@ -66,17 +71,40 @@ def _rtn(model, sets, settings, on_progress):
     )
 
 
+def _second_phase(settings):
+    if not settings.activation_steps:
+        return None
+    return dataclasses.replace(
+        settings.weights,
+        steps=settings.activation_steps,
+        scale_lr=settings.activation_lr,
+        trains="scales",
+        inputs="full_precision",
+        p=2.4,
+    )
+
+
+def _qdiffusion(model, sets, settings, on_progress):
+    return qdiffusion(
+        model,
+        sets.weights,
+        sets.timesteps,
+        split=settings.split,
+        weight_method=settings.weight_method,
+        weights=settings.weights,
+        activations=settings.activations,
+        activation_steps=_second_phase(settings),
+        rounding=settings.rounding,
+        on_progress=on_progress,
+    )
+
+
+def _ptq4dm(model, sets, settings, on_progress):
+    ranges = BatchRangeConfig(batch_size=settings.activations.batch_size)
+    return ptq4dm(model, sets.weights, activations=ranges, on_progress=on_progress)
+
+
 def _brecq(model, sets, settings, on_progress):
-    second = None
-    if settings.activation_steps:
-        second = dataclasses.replace(
-            settings.weights,
-            steps=settings.activation_steps,
-            scale_lr=settings.activation_lr,
-            trains="scales",
-            inputs="full_precision",
-            p=2.4,
-        )
     return brecq(
         model,
         sets.weights,
@@ -85,7 +113,7 @@ def _brecq(model, sets, settings, on_progress):
         weight_method=settings.weight_method,
         weights=settings.weights,
         activations=settings.activations,
-        activation_steps=second,
+        activation_steps=_second_phase(settings),
         rounding=settings.rounding,
         closed_form=settings.closed_form,
         on_progress=on_progress,
@@ -162,7 +190,9 @@ def _tcaq(model, sets, settings, on_progress):
 
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
+    "ptq4dm": _ptq4dm,
     "brecq": _brecq,
+    "qdiffusion": _qdiffusion,
     "tfmq": _tfmq,
     "closed_form": _closed_form,
     "ptqd": _ptqd,

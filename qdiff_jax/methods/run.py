@@ -11,6 +11,7 @@ import jax
 
 from qdiff_jax.diffusion.corrections import hooks_of
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
+from qdiff_jax.diffusion.quantized_tensors import quantize_tensors
 from qdiff_jax.diffusion.samplers import SamplerPlan, make_plan
 from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.diffusion.timesteps import make_timesteps
@@ -76,7 +77,7 @@ def run_method(
         directory / "bundle",
         params=tuned_params(diffusion.model.params, state.aux),
         quant=state.quant,
-        plan_json=plan.to_json(),
+        plan_json=state.plan.to_json(),
         model_config=diffusion.config,
         schedule_config=diffusion.source["schedule"],
         sampler_config=dict(sampler_config),
@@ -90,12 +91,15 @@ def run_method(
 
 
 def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPlan:
-    """The sampler's plan from its JSON config: name, spacing, steps, options."""
+    """The sampler's plan from its JSON config: name, spacing, steps, options, optionally the bits and
+    ranges of its own "tensors"."""
     schedule = make_schedule(schedule_config["schedule"], schedule_config["timesteps"])
     grid = make_timesteps(
         sampler_config["spacing"], schedule_config["timesteps"], sampler_config["steps"]
     )
-    return make_plan(sampler_config["name"], schedule, grid, **sampler_config.get("options", {}))
+    plan = make_plan(sampler_config["name"], schedule, grid, **sampler_config.get("options", {}))
+    tensors = sampler_config.get("tensors")
+    return plan if tensors is None else quantize_tensors(plan, tensors["bits"], tensors["ranges"])
 
 
 def load_for_sampling(directory: pathlib.Path, execute: bool = False) -> Loaded:

@@ -63,7 +63,7 @@ class Group(NamedTuple):
 
 class Carry(NamedTuple):
     """ranges: {site: [G, C]} largest |x|. chosen: {site: (exponent or None, errors [J])} of the groups
-    done. values: what the next units of the walk read, by name."""
+    done. leaves: the parameters that change, by path."""
 
     state: QuantState
     position: int
@@ -100,7 +100,7 @@ def move_channel_factors(
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
         del store  # Two passes of the network: cheaper made again than read back.
-        return Carry(state, 0, {}, {}, {})
+        return Carry(state, 0 if groups(state) else len(bounds) + 1, {}, {}, {})
 
     def run(carry: Carry, n: int) -> Carry:
         if carry.position < len(bounds):

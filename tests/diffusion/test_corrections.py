@@ -105,7 +105,7 @@ def test_variance_of_a_ddpm_step_is_nominal_when_the_estimate_carries_the_residu
     for j in range(1, 5):
         row = {name: values[j] for name, values in plan.rows.items()}
         sigma = sigma_after(plan, hooks, j)
-        eps = 0.1 + np.sqrt(variance) * residual
+        eps = 0.1 + variance**0.5 * residual
         stepped = plan.sampler.step(row, (), x, eps, sigma, fresh)[1]
         nominal = float(row["sigma"]) ** 2
         assert 0 < float(sigma) ** 2 < 0.999 * nominal

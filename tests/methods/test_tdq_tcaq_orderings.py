@@ -8,7 +8,6 @@ import functools
 
 import jax
 import numpy as np
-import pytest
 
 from qdiff_jax.eval import variant
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build

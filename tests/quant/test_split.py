@@ -26,19 +26,20 @@ def weight(boundary, **fields):
     return QuantSpec(granularity="split", axis=-2, boundary=boundary, **fields)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+# The shape fixed, since every shape compiles; where it is cut, spreads and bits are drawn.
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
-    sizes=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    gain=st.sampled_from([0.01, 1.0, 40.0]),
+    boundary=st.sampled_from([1, 4]),
+    gain=st.floats(1e-3, 1e3, width=32),
     bits=st.integers(2, 8),
 )
-def test_each_part_is_quantized_as_if_it_were_alone(sizes, gain, bits):
+def test_each_part_is_quantized_as_if_it_were_alone(boundary, gain, bits):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 3, 3, sum(sizes))).astype(np.float32)
-    x[..., sizes[0] :] *= gain
-    parts = np.split(x, [sizes[0]], axis=-1)
+    x = rng.standard_normal((2, 3, 3, 5)).astype(np.float32)
+    x[..., boundary:] *= np.float32(gain)
+    parts = np.split(x, [boundary], axis=-1)
     lo, hi = (np.float32([f(p) for p in parts]) for f in (np.min, np.max))
-    both = from_range(activation(sizes[0]), lo, hi, 0, 2**bits - 1)
+    both = from_range(activation(boundary), lo, hi, 0, 2**bits - 1)
     alone = [from_range(PLAIN, a, b, 0, 2**bits - 1) for a, b in zip(lo, hi)]
     for function in (fake_quant, codes):
         wanted = [np.asarray(function(q, p)) for q, p in zip(alone, parts)]
