@@ -4,7 +4,8 @@
 
 Paper: TCAQ-DM (Huang et al. 2024, arXiv:2412.16700), parts of it reconstructed, see `methods/tcaq.py`. Words
 behind the colon: bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit`;
-`rounds=2` (0 for none), `no_tcr` and `no_daq` for ablations; `exponent=paper` for factors with exponent 1 in every layer.
+`rounds=2` (0 for none), `no_tcr` and `no_daq` for ablations; `exponent=paper` for factors with exponent 1 in
+every layer.
 20,000 steps a unit and 5,000 more in each round: hours on a CPU. Round-to-nearest stands beside it.
 `laptop` takes 100 steps a unit and 25 in each round; `smoke` runs in seconds.
 

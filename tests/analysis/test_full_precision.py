@@ -18,6 +18,8 @@ from qdiff_jax.analysis.temporal import grid_for, temporal_information
 from qdiff_jax.quant.timed import TimeIndexed
 from qdiff_jax.sites import SiteQuant
 
+pytestmark = pytest.mark.slow
+
 
 def with_params(subject, **leaves):
     """The subject with parameters changed: block__op__leaf=function of the old value."""

@@ -17,6 +17,8 @@ from qdiff_jax.analysis.taylor import taylor_argument
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.spec import QuantSpec
 
+pytestmark = pytest.mark.slow
+
 SHIFT = 0.1
 
 

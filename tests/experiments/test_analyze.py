@@ -11,6 +11,8 @@ from qdiff_jax.analysis.registry import ANALYSES, names_of
 from qdiff_jax.methods.run import Loaded
 from qdiff_jax.models import registry
 
+pytestmark = pytest.mark.slow
+
 _PICTURED = ("ranges", "skips", "temporal", "outliers", "noise", "deviation")
 
 

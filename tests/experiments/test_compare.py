@@ -13,6 +13,8 @@ from qdiff_jax.export.bundle import stored_bytes
 
 from ..main_job import ROOT, digests
 
+pytestmark = pytest.mark.slow
+
 PTQD = str(ROOT / "configs" / "methods" / "ptqd.py")
 BASELINE = str(ROOT / "configs" / "methods" / "baseline.py")
 SIZES = {"calibration.samples": 4, "evaluation.samples": 4}

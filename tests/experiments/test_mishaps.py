@@ -15,6 +15,8 @@ from qdiff_jax.methods.run import load_for_sampling, make_sampler
 
 from ..main_job import SMOKE, digests
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def workdir(smoke_run, tmp_path):

@@ -16,6 +16,8 @@ from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.observe.archive import load_arrays
 from qdiff_jax.sites import flatten_sites
 
+pytestmark = pytest.mark.slow
+
 METHODS = pathlib.Path(__file__).parents[2] / "configs" / "methods"
 NAMES = ("qdiffusion", "ptq4dm")
 

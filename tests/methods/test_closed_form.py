@@ -24,6 +24,8 @@ from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage
 
 from .. import tiny_unet
 
+pytestmark = pytest.mark.slow
+
 TIMESTEPS = np.float32([100.0, 500.0, 900.0])
 ACTIVATIONS = ActivationConfig(observer="minmax", batch_size=24)
 ROUNDING = ClosedFormConfig(walk_batch=24, check_samples=24)

@@ -54,7 +54,14 @@ VARIANTS = {
     "tfmq faithful": ("tfmq", "faithful"),
     "closed_form": ("closed_form", "fixed"),
 }
-EVERY = pytest.mark.parametrize("name", VARIANTS)
+# Closed-form rounding compiles a program for each shape of a layer, which takes minutes.
+EVERY = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "closed_form" else name
+        for name in VARIANTS
+    ],
+)
 STEPS = 8
 
 

@@ -31,6 +31,8 @@ from qdiff_jax.stages.stage import Method, run_stage
 from .. import main_job
 from . import test_methods, test_orderings
 
+pytestmark = pytest.mark.slow
+
 CONFIG = str(main_job.ROOT / "configs" / "methods" / "ptqd.py")
 BITS = ("w4a8", "w8a8", "w4a4", "w4a32")
 

@@ -26,6 +26,8 @@ from .. import tiny_unet
 from ..stages.chain import leaves_equal
 from .test_methods import CONFIG, TIMESTEPS, calibration, finish, model
 
+pytestmark = pytest.mark.slow
+
 SPLIT = {f"up_0_block_{i}/{op}" for i in (0, 1) for op in ("conv1", "nin_shortcut")}
 EVERY = pytest.mark.parametrize("name", ["qdiffusion", "ptq4dm"])
 

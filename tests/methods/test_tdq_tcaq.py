@@ -19,6 +19,8 @@ from qdiff_jax.sites import flatten_sites
 
 from ..main_job import ROOT
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = ROOT / "configs" / "methods"
 TIMES = np.float32([100.0, 900.0])
 WORDS = ("w4a8", "w8a8,laptop", "w4a4,smoke", "w4a32,model=dit,smoke")

@@ -11,6 +11,8 @@ from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.stages.output_factors import output_factors
 from qdiff_jax.stages.stage import Model
 
+pytestmark = pytest.mark.slow
+
 
 class Two(nn.Module):
     @nn.compact
