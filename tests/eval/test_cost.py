@@ -50,7 +50,9 @@ def test_macs_of_a_network_are_most_of_what_the_compiler_counts(model):
     macs = network_cost(list_sites(module, *inputs), {}).macs
     variables = {"params": miniature(model).model.params}
     counted = jax.jit(module.apply).lower(variables, *inputs).cost_analysis()["flops"] / 2
-    assert 0.6 * counted < macs < 1.05 * counted  # it counts norms and activation functions, too
+    # It counts norms and activation functions, too, but no products with padding, which at these sizes is
+    # up to a third of a convolution.
+    assert 0.6 * counted < macs < 1.5 * counted
 
 
 def test_bitops_weigh_macs_with_both_widths():
