@@ -90,7 +90,7 @@ def test_unknown_names_suggest_the_nearest():
         registry.load("unet_fashon")
     with pytest.raises(ValueError, match="'tfmq'"):
         build("tfqm", None, None, None)
-    assert sorted(METHODS) == ["brecq", "rtn", "tfmq"]
+    assert {"brecq", "rtn", "tfmq"} <= set(METHODS)
 
 
 def sites():
