@@ -36,6 +36,7 @@ def get_config(arg=None):
         rtn_w4a8=dict(method="rtn", w_bits=4, a_bits=8),
         brecq_w4a8=dict(method="brecq", w_bits=4, a_bits=8),
         tfmq_w4a8=dict(method="tfmq", w_bits=4, a_bits=8),
+        closed_form_w4a8=dict(method="closed_form", w_bits=4, a_bits=8),
     )
     config.reconstruct = dict(
         steps=150,

@@ -15,6 +15,7 @@ import jax
 from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
+from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings
 from qdiff_jax.methods.tcaq import TcaqConfig
@@ -22,6 +23,7 @@ from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.methods.tfmq import VARIANTS
 from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.skip_split import SPLITS
 
@@ -117,9 +119,24 @@ class ActivationsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoundingConfig:
+    """The fields of ClosedFormConfig that a config sets; batches and memory are those of `reconstruct`."""
+
+    target: str = "block_fp_output"
+    damping: float = 0.01
+    ridge: float = 0.05
+    refit_bias: bool = True
+    sweeps: int = 0
+    kronecker_sweeps: int = 0
+    rows: int = 24_576
+    activations: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
     """model, classifier: shipped names or .safetensors paths (classifier "" for none). variants:
-    {name: VariantConfig}, in the order of the report."""
+    {name: VariantConfig}, in the order of the report. rounding: how BRECQ and TFMQ-DM round weights,
+    "adaround" or "closed_form", by the settings of that name, which the method closed_form has too."""
 
     model: str
     classifier: str
@@ -131,6 +148,8 @@ class QuantizeConfig:
     evaluation: EvaluationConfig
     reconstruct: ReconstructionConfig
     activations: ActivationsConfig
+    rounding: str = "adaround"
+    closed_form: RoundingConfig = RoundingConfig()
     tfmq_variant: str = "fixed"
     qdiffusion_split: str = "both"
     ptqd: PTQDConfig = PTQDConfig()
@@ -174,6 +193,7 @@ def read_config(config: Any) -> QuantizeConfig:
         _, variant = item
         return -variant.w_bits, -variant.a_bits, order.index(variant.method)
 
+    check_rounding(config.rounding)
     if config.tfmq_variant not in VARIANTS:
         raise ValueError(
             f"config.tfmq_variant {config.tfmq_variant!r} is unknown; use one of {VARIANTS}."
@@ -206,6 +226,13 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         activation_steps=activation_steps,
         activation_lr=activation_lr,
         variant=config.tfmq_variant,
+        rounding=config.rounding,
+        closed_form=ClosedFormConfig(
+            **dataclasses.asdict(config.closed_form),
+            walk_batch=config.reconstruct.walk_batch,
+            memory_mib=config.reconstruct.memory_mib,
+            devices=devices,
+        ),
         split=config.qdiffusion_split,
         ptqd=config.ptqd,
         tdq=config.tdq,

@@ -11,7 +11,7 @@ import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = str(ROOT / "configs" / "quickstart.py:smoke")
-VARIANTS = ("rtn_w8a8", "rtn_w4a8", "brecq_w4a8", "tfmq_w4a8")
+VARIANTS = ("rtn_w8a8", "rtn_w4a8", "brecq_w4a8", "tfmq_w4a8", "closed_form_w4a8")
 
 
 def environment() -> dict[str, str]:

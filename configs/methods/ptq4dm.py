@@ -14,30 +14,13 @@ Expected of `ptq4dm.py:w8a8,laptop` on two CPU cores: less than 10 minutes, an e
 round-to-nearest at the same bits; at 4-bit weights nothing makes up for nearest rounding.
 """
 
-import ml_collections
-
-from configs import quickstart
-from qdiff_jax.config import parse_arg
+from configs.methods._start import parse, start
 
 
 def get_config(arg=None):
-    arg = parse_arg(
-        arg,
-        bits=("w4a8", "w8a8", "w4a4", "w4a32"),
-        model=("unet", "dit"),
-        selector=("ndtc", "random_steps", "one_step"),
-        plain=False,
-        laptop=False,
-        smoke=False,
-    )
-    config = ml_collections.ConfigDict(quickstart.get_config("smoke" if arg.smoke else None))
-    if arg.smoke:
-        config.model = {"unet": "random:miniature", "dit": "random:dit"}[arg.model]
-    else:
-        config.model = {"unet": "unet_fashion", "dit": "dit_fashion"}[arg.model]
+    arg = parse(arg, selector=("ndtc", "random_steps", "one_step"), plain=False)
+    config = start(arg, ptq4dm="ptq4dm")
     config.sampler.tensor_bits = 0 if arg.plain else 8
-    w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
-    config.variants = {f"ptq4dm_{arg.bits}": dict(method="ptq4dm", w_bits=w_bits, a_bits=a_bits)}
     config.calibration.selector = arg.selector
     config.calibration.position = 0
     if arg.smoke:

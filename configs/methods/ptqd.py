@@ -15,34 +15,14 @@ that of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bi
 holds: the statistics come from full-precision states, which the quantized trajectory leaves.
 """
 
-import ml_collections
-
-from configs import quickstart
-from qdiff_jax.config import parse_arg
+from configs.methods._start import parse, start
 
 
 def get_config(arg=None):
-    arg = parse_arg(
-        arg,
-        bits=("w4a8", "w8a8", "w4a4", "w4a32"),
-        base=("rtn", "brecq", "tfmq"),
-        model=("unet", "dit"),
-        eta=0.0,
-        mixed=False,
-        faithful=False,
-        laptop=False,
-        smoke=False,
-    )
-    words = "smoke" if arg.smoke else None if arg.laptop else "paper"
-    config = ml_collections.ConfigDict(quickstart.get_config(words))
-    if arg.smoke:
-        config.model = {"unet": "random:miniature", "dit": "random:dit"}[arg.model]
-    else:
-        config.model = {"unet": "unet_fashion", "dit": "dit_fashion"}[arg.model]
-    config.sampler.eta = arg.eta
-    w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
+    arg = parse(arg, base=("rtn", "brecq", "tfmq"), eta=0.0, mixed=False, faithful=False)
     name = "ptqd" if arg.base == "rtn" else f"ptqd_{arg.base}"
-    config.variants = {f"{name}_{arg.bits}": dict(method="ptqd", w_bits=w_bits, a_bits=a_bits)}
+    config = start(arg, **{name: "ptqd"})
+    config.sampler.eta = arg.eta
     config.ptqd = dict(
         base=arg.base,
         variant="faithful" if arg.faithful else "fixed",

@@ -15,32 +15,13 @@ Expected of `qdiffusion.py:w4a8,laptop` on two CPU cores: less than 10 minutes, 
 round-to-nearest under the same policy.
 """
 
-import ml_collections
-
-from configs import quickstart
-from qdiff_jax.config import parse_arg
+from configs.methods._start import parse, start
 
 
 def get_config(arg=None):
-    arg = parse_arg(
-        arg,
-        bits=("w4a8", "w8a8", "w4a4", "w4a32"),
-        model=("unet", "dit"),
-        split=("both", "shortcut", "none"),
-        laptop=False,
-        smoke=False,
-    )
-    words = "smoke" if arg.smoke else None if arg.laptop else "paper"
-    config = ml_collections.ConfigDict(quickstart.get_config(words))
-    if arg.smoke:
-        config.model = {"unet": "random:miniature", "dit": "random:dit"}[arg.model]
-    else:
-        config.model = {"unet": "unet_fashion", "dit": "dit_fashion"}[arg.model]
+    arg = parse(arg, split=("both", "shortcut", "none"))
+    config = start(arg, qdiffusion="qdiffusion")
     config.policy = "official:qdiffusion"
-    w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
-    config.variants = {
-        f"qdiffusion_{arg.bits}": dict(method="qdiffusion", w_bits=w_bits, a_bits=a_bits)
-    }
     config.qdiffusion_split = arg.split
     if arg.smoke:
         config.reconstruct.activation_steps = 20

@@ -13,39 +13,17 @@ Expected of `tcaq.py:w4a8,laptop` on two CPU cores: less than 10 minutes; teache
 below those of round-to-nearest. The paper's gain is largest at 4-bit activations.
 """
 
-import ml_collections
-
-from configs import quickstart
-from qdiff_jax.config import parse_arg
+from configs.methods._start import parse, start
 
 
 def get_config(arg=None):
-    arg = parse_arg(
-        arg,
-        bits=("w4a8", "w8a8", "w4a4", "w4a32"),
-        model=("unet", "dit"),
-        exponent=("search", "paper"),
-        rounds=2,
-        no_tcr=False,
-        no_daq=False,
-        laptop=False,
-        smoke=False,
-    )
-    words = "smoke" if arg.smoke else None if arg.laptop else "paper"
-    config = ml_collections.ConfigDict(quickstart.get_config(words))
+    arg = parse(arg, exponent=("search", "paper"), rounds=2, no_tcr=False, no_daq=False)
+    config = start(arg, rtn="rtn", tcaq="tcaq")
     if arg.smoke:
-        config.model = {"unet": "random:miniature", "dit": "random:dit"}[arg.model]
         config.reconstruct.steps = 8
-    else:
-        config.model = {"unet": "unet_fashion", "dit": "dit_fashion"}[arg.model]
-    if arg.laptop and not arg.smoke:
+    elif arg.laptop:
         config.reconstruct.steps = 100
         config.reconstruct.temporal_steps = 1000
-    w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
-    config.variants = {
-        f"{method}_{arg.bits}": dict(method=method, w_bits=w_bits, a_bits=a_bits)
-        for method in ("rtn", "tcaq")
-    }
     config.tcaq = dict(
         tcr=not arg.no_tcr,
         daq=not arg.no_daq,

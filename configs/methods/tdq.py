@@ -13,32 +13,12 @@ Expected of `tdq.py:w4a8,laptop` on two CPU cores: less than 10 minutes, and a t
 that of round-to-nearest. The networks matter at few activation bits (`w4a4`); at 8 bits ranges hardly do.
 """
 
-import ml_collections
-
-from configs import quickstart
-from qdiff_jax.config import parse_arg
+from configs.methods._start import parse, start
 
 
 def get_config(arg=None):
-    arg = parse_arg(
-        arg,
-        bits=("w4a8", "w8a8", "w4a4", "w4a32"),
-        model=("unet", "dit"),
-        mode=("ptq", "qat"),
-        laptop=False,
-        smoke=False,
-    )
-    words = "smoke" if arg.smoke else None if arg.laptop else "paper"
-    config = ml_collections.ConfigDict(quickstart.get_config(words))
-    if arg.smoke:
-        config.model = {"unet": "random:miniature", "dit": "random:dit"}[arg.model]
-    else:
-        config.model = {"unet": "unet_fashion", "dit": "dit_fashion"}[arg.model]
-    w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
-    config.variants = {
-        f"{method}_{arg.bits}": dict(method=method, w_bits=w_bits, a_bits=a_bits)
-        for method in ("rtn", "tdq")
-    }
+    arg = parse(arg, mode=("ptq", "qat"))
+    config = start(arg, rtn="rtn", tdq="tdq")
     scales = dict(encoding=128, hidden=64, exact_shift=False, steps=5_000, batch_size=32, lr=2e-4)
     train = dict(steps=200_000, batch_size=128, lr=2e-4, warmup=5_000, per_tensor=True)
     if arg.laptop:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qdiff_jax.diffusion.guidance import Guidance, classifier_free
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
@@ -54,17 +55,19 @@ def draw_samples(
     shape: tuple[int, ...],
     classes: int | None,
     guidance_scale: float,
+    first: int = FIRST_INDEX,
     hooks: Hooks = IDENTITY,
     on_batch: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """x_0 of the `count` evaluation samples, [count, *shape] float32.
+    """x_0 of `count` samples, [count, *shape] float32: of global indices first, first + 1, ...
 
     classes: number of classes, which is also the null class; None for an unconditional model. hooks: of
-    `methods.run.load_for_sampling`.
+    `methods.run.load_for_sampling`. mesh: as in `diffusion.sample.sample`.
     Raises ValueError as `diffusion.sample.sample` does, above all for a step of the plan that the
     step tables of `variables["quant"]` were never calibrated for.
     """
-    indices = range(FIRST_INDEX, FIRST_INDEX + count)
+    indices = range(first, first + count)
     return sample(
         predictor(module),
         variables,
@@ -77,4 +80,5 @@ def draw_samples(
         hooks=hooks,
         batch_size=batch_size,
         on_batch=on_batch,
+        mesh=mesh,
     ).x

@@ -17,10 +17,8 @@ from jax.sharding import Mesh
 
 from qdiff_jax.data.images import to_uint8
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
-from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.diffusion.samplers import SamplerPlan
-from qdiff_jax.eval.samples import guidance_of, labels, noise_key
-from qdiff_jax.models.registry import predictor
+from qdiff_jax.eval.samples import draw_samples, labels
 from qdiff_jax.observe.archive import load_arrays, save_arrays
 
 # Apart from the indices of calibration trajectories and of paired evaluation samples.
@@ -78,25 +76,25 @@ def sample_shards(
     `sample` and `shard_paths` do, and OSError for a full disk.
     """
     paths = shard_paths(directory, count, size)
-    guidance = guidance_of(guidance_scale, classes)
     for path, indices in paths:
         if not path.exists():
             began = time.monotonic()
-            wanted = labels(classes, indices)
-            x = sample(
-                predictor(module),
+            x = draw_samples(
+                module,
                 variables,
                 plan,
-                noise_key(seed),
-                list(indices),
-                shape=shape,
-                y=wanted,
-                guidance=guidance,
-                hooks=hooks,
+                seed=seed,
+                count=len(indices),
                 batch_size=batch_size,
+                shape=shape,
+                classes=classes,
+                guidance_scale=guidance_scale,
+                first=indices.start,
+                hooks=hooks,
                 mesh=mesh,
-            ).x
+            )
             spent = np.asarray(time.monotonic() - began)
+            wanted = labels(classes, indices)
             kept = np.full(len(indices), -1, np.int32) if wanted is None else wanted
             save_arrays(path, Shard(to_uint8(x), kept, spent))
         if on_shard is not None:

@@ -60,14 +60,16 @@ class MethodSettings:
     tcaq: TcaqConfig = TcaqConfig()
 
 
-def _rtn(model, sets, settings, on_progress):
-    return rtn(
-        model,
-        sets.activations,
-        sets.timesteps,
+def _two_sets(sets):
+    return sets.weights, sets.activations, sets.timesteps
+
+
+def _rounded(settings):
+    """What every method takes that reconstructs its weights."""
+    return dict(
         weight_method=settings.weight_method,
-        activations=settings.activations,
-        on_progress=on_progress,
+        weights=settings.weights,
+        rounding=settings.rounding,
     )
 
 
@@ -84,107 +86,99 @@ def _second_phase(settings):
     )
 
 
-def _qdiffusion(model, sets, settings, on_progress):
+def _rtn(model, sets, settings, **own):
+    return rtn(
+        model,
+        sets.activations,
+        sets.timesteps,
+        weight_method=settings.weight_method,
+        activations=settings.activations,
+        **own,
+    )
+
+
+def _qdiffusion(model, sets, settings, **own):
     return qdiffusion(
         model,
         sets.weights,
         sets.timesteps,
         split=settings.split,
-        weight_method=settings.weight_method,
-        weights=settings.weights,
         activations=settings.activations,
         activation_steps=_second_phase(settings),
-        rounding=settings.rounding,
-        on_progress=on_progress,
+        **_rounded(settings),
+        **own,
     )
 
 
-def _ptq4dm(model, sets, settings, on_progress):
+def _ptq4dm(model, sets, settings, **own):
     ranges = BatchRangeConfig(batch_size=settings.activations.batch_size)
-    return ptq4dm(model, sets.weights, activations=ranges, on_progress=on_progress)
+    return ptq4dm(model, sets.weights, activations=ranges, **own)
 
 
-def _brecq(model, sets, settings, on_progress):
+def _brecq(model, sets, settings, **own):
     return brecq(
         model,
-        sets.weights,
-        sets.activations,
-        sets.timesteps,
-        weight_method=settings.weight_method,
-        weights=settings.weights,
+        *_two_sets(sets),
         activations=settings.activations,
         activation_steps=_second_phase(settings),
-        rounding=settings.rounding,
         closed_form=settings.closed_form,
-        on_progress=on_progress,
+        **_rounded(settings),
+        **own,
     )
 
 
-def _tfmq(model, sets, settings, on_progress):
+def _tfmq(model, sets, settings, **own):
     return tfmq(
         model,
-        sets.weights,
-        sets.activations,
-        sets.timesteps,
+        *_two_sets(sets),
         variant=settings.variant,
-        weight_method=settings.weight_method,
-        weights=settings.weights,
         activations=settings.activations,
-        rounding=settings.rounding,
         closed_form=settings.closed_form,
-        on_progress=on_progress,
+        **_rounded(settings),
+        **own,
     )
 
 
-def _closed_form(model, sets, settings, on_progress):
+def _closed_form(model, sets, settings, **own):
     return closed_form(
         model,
-        sets.weights,
-        sets.activations,
-        sets.timesteps,
+        *_two_sets(sets),
         weight_method=settings.weight_method,
         rounding=settings.closed_form,
         activations=settings.activations,
         row_weights=sets.row_weights,
-        on_progress=on_progress,
+        **own,
     )
 
 
-def _ptqd(model, sets, settings, on_progress):
+def _ptqd(model, sets, settings, **own):
     if sets.paired is None:
         raise ValueError("PTQD needs paired estimates: give CalibrationSets.paired.")
-    base = METHODS[settings.ptqd.base](model, sets, settings, on_progress)
-    return ptqd(model, base, sets.paired, settings.ptqd, on_progress=on_progress)
+    base = METHODS[settings.ptqd.base](model, sets, settings, **own)
+    return ptqd(model, base, sets.paired, settings.ptqd, **own)
 
 
-def _tdq(model, sets, settings, on_progress):
+def _tdq(model, sets, settings, **own):
+    size = settings.activations.batch_size
     return tdq(
         model,
-        sets.weights,
-        sets.activations,
-        sets.timesteps,
-        weight_method=settings.weight_method,
-        weights=settings.weights,
+        *_two_sets(sets),
         config=settings.tdq,
-        batch_size=settings.activations.batch_size,
-        rounding=settings.rounding,
-        on_progress=on_progress,
+        batch_size=size,
+        **_rounded(settings),
+        **own,
     )
 
 
-def _tcaq(model, sets, settings, on_progress):
+def _tcaq(model, sets, settings, **own):
     return tcaq(
         model,
-        sets.weights,
-        sets.activations,
-        sets.timesteps,
+        *_two_sets(sets),
         sets.paired,
-        weight_method=settings.weight_method,
-        weights=settings.weights,
         activations=settings.activations,
         config=settings.tcaq,
-        rounding=settings.rounding,
-        on_progress=on_progress,
+        **_rounded(settings),
+        **own,
     )
 
 
@@ -213,4 +207,4 @@ def build(
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Method {name!r} is unknown; there are {sorted(METHODS)}.{hint}")
-    return METHODS[name](model, sets, settings, on_progress)
+    return METHODS[name](model, sets, settings, on_progress=on_progress)

@@ -14,7 +14,6 @@ dropout is off, units run in order of execution, floor(w / scale) is computed on
 from __future__ import annotations
 
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,11 +32,16 @@ from qdiff_jax.observe.capture import (
     plan_pool,
     start_stream,
 )
-from qdiff_jax.runtime import checkpoint
 from qdiff_jax.runtime.cache import compile_account
 from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.runtime.mesh import data_mesh, replicate
 from qdiff_jax.stages.objective import initial_optimizer, make_step, sum_of_outputs
+from qdiff_jax.stages.partial import (
+    discard_partial,
+    partial_folder,
+    resume_partial,
+    save_partial,
+)
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
 from qdiff_jax.stages.unit_results import (
     alphas_of,
@@ -164,15 +168,12 @@ def reconstruct(
         if work["result"] is not None:
             return carry._replace(step=totals[carry.position])
         work["carry"] = _device_carry(carry, unit, trainable, quant)
-        if carry.store is not None and checkpoint.latest_step(_partial(carry)) is not None:
-            template = {k: work["carry"][k] for k in ("trainable", "optimizer")}
-            template["losses"] = np.zeros(totals[carry.position], np.float32)
-            restored = checkpoint.restore(_partial(carry), template)
-            work["losses"] = list(restored.tree.pop("losses")[: restored.step])
-            work["carry"].update(restored.tree)
-            carry = carry._replace(step=restored.step)
-            logging.info("%s: unit %s continues at step %d", name, unit.name, restored.step)
-        return carry
+        at, work["losses"], work["carry"] = resume_partial(
+            partial_folder(carry.store, carry.position), totals[carry.position], work["carry"]
+        )
+        if at:
+            logging.info("%s: unit %s continues at step %d", name, unit.name, at)
+        return carry._replace(step=at)
 
     def _trainables(quant: Mapping, unit: Unit) -> tuple[dict, tuple[dict, ...]]:
         trees = (
@@ -243,10 +244,13 @@ def reconstruct(
             on_progress(at, sum(totals), unit=unit.name, loss=f"{losses[-1]:.3g}")
         due = time.monotonic() - carry.saved > config.save_seconds
         if carry.store is not None and due and carry.step < totals[carry.position]:
-            kept = {k: work[k] for k in ("trainable", "optimizer")}
-            padded = np.zeros(totals[carry.position], np.float32)
-            padded[: carry.step] = unit_work["losses"]
-            checkpoint.save(_partial(carry), carry.step, {**kept, "losses": padded}, keep=2)
+            save_partial(
+                partial_folder(carry.store, carry.position),
+                carry.step,
+                totals[carry.position],
+                work,
+                unit_work["losses"],
+            )
             carry = carry._replace(saved=time.monotonic())
         return carry
 
@@ -267,8 +271,7 @@ def reconstruct(
                     )
                 result = unit_result(soft, trained, work["losses"], work["timed"], keep_alphas)
                 save_result(carry.store, carry.position, unit.name, result)
-                if carry.store is not None:
-                    shutil.rmtree(_partial(carry), ignore_errors=True)
+                discard_partial(partial_folder(carry.store, carry.position))
             state = state.replace(quant=apply_result(state.quant, unit, result))
             if keep_alphas:
                 alphas = {**state.aux.get("alphas", {}), **alphas_of(unit, result)}
@@ -302,9 +305,6 @@ def reconstruct(
             reports=(*carry.reports, report),
             saved=time.monotonic(),
         )
-
-    def _partial(carry: Carry) -> pathlib.Path:
-        return carry.store / f"unit_{carry.position:03d}.partial"
 
     return Stage(name, init, run, finish, done)
 

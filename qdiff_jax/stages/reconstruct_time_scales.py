@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,10 +24,15 @@ from qdiff_jax.models.program import Signature, Unit, apply_unit, check_order, s
 from qdiff_jax.observe.capture import Pool, Stream, advance, needed_after, plan_pool, start_stream
 from qdiff_jax.quant.time_mlp import Layers, TimeScale, qparams_at
 from qdiff_jax.quant.timed import select
-from qdiff_jax.runtime import checkpoint
 from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.objective import sum_of_outputs
+from qdiff_jax.stages.partial import (
+    discard_partial,
+    partial_folder,
+    resume_partial,
+    save_partial,
+)
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
 from qdiff_jax.stages.time_scales import LEFT, TimeScaleConfig, with_time_scales
 from qdiff_jax.stages.unit_results import load_result, save_result
@@ -121,15 +125,10 @@ def reconstruct_time_scales(
         if result is not None:
             return carry._replace(unit={**carry.unit, "result": result})
         work = _working_set(model, carry.state, carry.full, unit, held)
-        if carry.store is not None and checkpoint.latest_step(_partial(carry)) is not None:
-            template = {k: work[k] for k in ("trainable", "optimizer")}
-            template["losses"] = np.zeros(config.steps, np.float32)
-            restored = checkpoint.restore(_partial(carry), template)
-            losses = list(restored.tree.pop("losses")[: restored.step])
-            work.update(restored.tree)
-            unit_work = {"carry": work, "losses": losses, "result": None}
-            return carry._replace(step=restored.step, unit=unit_work)
-        return carry._replace(unit={**carry.unit, "carry": work})
+        at, losses, work = resume_partial(
+            partial_folder(carry.store, carry.position), config.steps, work
+        )
+        return carry._replace(step=at, unit={"carry": work, "losses": losses, "result": None})
 
     def _train(carry: Carry, unit: Unit, n: int) -> Carry:
         stop = carry.step + n
@@ -149,10 +148,9 @@ def reconstruct_time_scales(
             on_progress(at, config.steps * len(units), unit=unit.name, loss=f"{losses[-1]:.3g}")
         due = time.monotonic() - carry.saved > save_seconds
         if carry.store is not None and due and stop < config.steps:
-            padded = np.zeros(config.steps, np.float32)
-            padded[:stop] = kept
-            saved = {k: work[k] for k in ("trainable", "optimizer")}
-            checkpoint.save(_partial(carry), stop, {**saved, "losses": padded}, keep=2)
+            save_partial(
+                partial_folder(carry.store, carry.position), stop, config.steps, work, kept
+            )
             carry = carry._replace(saved=time.monotonic())
         return carry
 
@@ -162,8 +160,7 @@ def reconstruct_time_scales(
         if carry.unit["carry"] is not None:
             result = _result(carry.unit["carry"]["trainable"], carry.unit["losses"])
             save_result(carry.store, carry.position, unit.name, result)
-            if carry.store is not None:
-                shutil.rmtree(_partial(carry), ignore_errors=True)
+            discard_partial(partial_folder(carry.store, carry.position))
         if result is not None:
             held = _of_unit(state.aux["time_scales"], unit)
             trained = _layers_of(result["scales"])
@@ -184,9 +181,6 @@ def reconstruct_time_scales(
             reports=(*carry.reports, report),
             saved=time.monotonic(),
         )
-
-    def _partial(carry: Carry) -> pathlib.Path:
-        return carry.store / f"unit_{carry.position:03d}.partial"
 
     return Stage("reconstruct_time_scales", init, run, finish, done)
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
-import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +25,11 @@ from qdiff_jax.quant.lsq import gradient_factor, learned
 from qdiff_jax.quant.qparams import QParams, from_range
 from qdiff_jax.quant.quantizer import codes, fake_quant
 from qdiff_jax.quant.spec import QuantSpec, code_range
-from qdiff_jax.runtime import checkpoint
-from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 from qdiff_jax.stages.reconstruct_time_scales import insert_rows, step_inputs
 from qdiff_jax.stages.stage import Model, QuantState, Stage, kernel_at, replace_leaves
 from qdiff_jax.stages.time_scales import LEFT, with_time_scales
+from qdiff_jax.stages.whole_network import Carry, train_whole
 
 _WEIGHT = QuantSpec(symmetric=True, signed=True)
 
@@ -51,15 +48,6 @@ class TrainConfig:
     per_tensor: bool = True
     dropout: float = 0.2
     save_seconds: float = 60.0
-
-
-class Carry(NamedTuple):
-    state: QuantState
-    work: dict
-    step: int
-    losses: tuple[float, ...]
-    saved: float
-    store: pathlib.Path | None
 
 
 def noised_set(
@@ -99,55 +87,14 @@ def train_time_scales(
     """
     size = int(np.shape(data.t)[0])
 
-    def init(state: QuantState, store: pathlib.Path | None) -> Carry:
+    def begin(state: QuantState):
         trainable, frozen = _split(model, state, config)
-        rows = {k: getattr(data, k) for k in ("x", "t", "y", "eps_fp")}
-        work = {
-            "trainable": trainable,
-            "optimizer": optax.scale_by_adam().init(trainable),
-            "frozen": frozen,
-            "data": rows,
-        }
-        work = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), work)
-        step, losses = 0, ()
-        if store is not None and checkpoint.latest_step(store / "partial") is not None:
-            template = {k: work[k] for k in ("trainable", "optimizer")}
-            template["losses"] = np.zeros(config.steps, np.float32)
-            restored = checkpoint.restore(store / "partial", template)
-            step = restored.step
-            losses = tuple(restored.tree.pop("losses")[:step].tolist())
-            work.update(restored.tree)
-        return Carry(state, work, step, losses, time.monotonic(), store)
+        return trainable, frozen, {name: getattr(data, name) for name in ("x", "t", "y", "eps_fp")}
 
-    def run(carry: Carry, n: int) -> Carry:
-        stop = min(carry.step + n, config.steps)
-        if stop == carry.step:
-            return carry
-        rows, _, keys = step_inputs(config, carry.state.key, size, 0, carry.step, stop)
-        ramp = np.minimum((np.arange(carry.step, stop) + 1.0) / max(config.warmup, 1), 1.0)
-        step = _make_step(model.module, config.dropout, config.weight_decay)
-        xs = (rows, np.float32(config.lr * ramp), keys)
-        work, losses = run_steps(step, carry.work, xs, donate=True)
-        losses = np.asarray(losses)
-        if not np.isfinite(losses).all():
-            raise FloatingPointError(
-                f"train_time_scales: the loss is not finite between steps {carry.step} and {stop}; "
-                "lower the learning rate or check the data."
-            )
-        kept = (*carry.losses, *losses.astype(float).tolist())
-        carry = carry._replace(work=work, step=stop, losses=kept)
-        if on_progress is not None:
-            on_progress(stop, config.steps, loss=f"{losses[-1]:.3g}")
-        if carry.store is not None and time.monotonic() - carry.saved > config.save_seconds:
-            padded = np.zeros(config.steps, np.float32)
-            padded[:stop] = kept
-            saved = {k: work[k] for k in ("trainable", "optimizer")}
-            checkpoint.save(carry.store / "partial", stop, {**saved, "losses": padded}, keep=2)
-            carry = carry._replace(saved=time.monotonic())
-        return carry
-
-    def done(carry: Carry) -> bool:
-        return carry.step >= config.steps
+    def inputs(state: QuantState, first: int, stop: int):
+        rows, _, keys = step_inputs(config, state.key, size, 0, first, stop)
+        ramp = np.minimum((np.arange(first, stop) + 1.0) / max(config.warmup, 1), 1.0)
+        return rows, np.float32(config.lr * ramp), keys
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         window = max(1, config.steps // 20)
@@ -158,7 +105,16 @@ def train_time_scales(
         trained = jax.tree.map(jnp.asarray, jax.device_get(carry.work["trainable"]))
         return _decided(carry.state, trained, carry.work["frozen"]["grids"], timesteps), report
 
-    return Stage("train_time_scales", init, run, finish, done)
+    return train_whole(
+        "train_time_scales",
+        config.steps,
+        begin,
+        inputs,
+        _make_step(model.module, config.dropout, config.weight_decay),
+        finish,
+        save_seconds=config.save_seconds,
+        on_progress=on_progress,
+    )
 
 
 def _split(model: Model, state: QuantState, config: TrainConfig) -> tuple[dict, dict]:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
-import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +24,6 @@ from qdiff_jax.export.qtensor import codes as codes_of
 from qdiff_jax.observe.capture import batch_bounds, slice_rows
 from qdiff_jax.quant.quantizer import dequantize
 from qdiff_jax.quant.timed import StepContext, select
-from qdiff_jax.runtime import checkpoint
-from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.stage import (
     Model,
@@ -37,6 +33,7 @@ from qdiff_jax.stages.stage import (
     replace_leaves,
     tuned_params,
 )
+from qdiff_jax.stages.whole_network import Carry, train_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +54,6 @@ class TuneConfig:
             raise ValueError("TuneConfig trains nothing: set scales, biases or norms.")
 
 
-class Carry(NamedTuple):
-    """work: carry of the steps (trainable, optimizer, frozen), or None once finished."""
-
-    state: QuantState
-    work: dict
-    step: int
-    losses: tuple[float, ...]
-    saved: float
-    store: pathlib.Path | None
-
-
 def tune(
     model: Model, calibration: Any, config: TuneConfig = TuneConfig(), *, on_progress=None
 ) -> Stage:
@@ -80,56 +66,14 @@ def tune(
     """
     size = int(np.shape(calibration.t)[0])
     batch_size = min(config.batch_size, size)
-    step_function = _make_step(model.module)
 
-    def init(state: QuantState, store: pathlib.Path | None) -> Carry:
+    def begin(state: QuantState):
         trainable, frozen = _split(model, state, config)
-        data = {k: getattr(calibration, k) for k in ("x", "t", "index", "branch", "y", "eps_fp")}
-        work = {
-            "trainable": trainable,
-            "optimizer": optax.scale_by_adam().init(trainable),
-            "frozen": frozen,
-            "data": data,
-        }
-        work = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), work)
-        step, losses = 0, ()
-        if store is not None and checkpoint.latest_step(store / "partial") is not None:
-            template = {k: work[k] for k in ("trainable", "optimizer")}
-            template["losses"] = np.zeros(config.steps, np.float32)
-            restored = checkpoint.restore(store / "partial", template)
-            step = restored.step
-            losses = tuple(restored.tree.pop("losses")[:step].tolist())
-            work.update(restored.tree)
-        return Carry(state, work, step, losses, time.monotonic(), store)
+        names = ("x", "t", "index", "branch", "y", "eps_fp")
+        return trainable, frozen, {name: getattr(calibration, name) for name in names}
 
-    def run(carry: Carry, n: int) -> Carry:
-        stop = min(carry.step + n, config.steps)
-        if stop == carry.step:
-            return carry
-        xs = _step_inputs(config, carry.state.key, size, batch_size, carry.step, stop)
-        work, losses = run_steps(step_function, carry.work, xs, donate=True)
-        losses = np.asarray(losses)
-        if not np.isfinite(losses).all():
-            raise FloatingPointError(
-                f"tune: the loss became {losses[~np.isfinite(losses)][0]} between steps {carry.step} "
-                f"and {stop}; lower the learning rate or check the calibration set."
-            )
-        carry = carry._replace(
-            work=work, step=stop, losses=(*carry.losses, *losses.astype(float).tolist())
-        )
-        if on_progress is not None:
-            on_progress(stop, config.steps, loss=f"{losses[-1]:.3g}")
-        due = time.monotonic() - carry.saved > config.save_seconds
-        if carry.store is not None and due:
-            padded = np.zeros(config.steps, np.float32)
-            padded[:stop] = carry.losses
-            kept = {k: work[k] for k in ("trainable", "optimizer")}
-            checkpoint.save(carry.store / "partial", stop, {**kept, "losses": padded}, keep=2)
-            carry = carry._replace(saved=time.monotonic())
-        return carry
-
-    def done(carry: Carry) -> bool:
-        return carry.step >= config.steps
+    def inputs(state: QuantState, first: int, stop: int):
+        return _step_inputs(config, state.key, size, batch_size, first, stop)
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         tuned = _joined(carry.state, jax.device_get(carry.work["trainable"]))
@@ -145,7 +89,16 @@ def tune(
             return carry.state, report
         return tuned, report
 
-    return Stage("tune", init, run, finish, done)
+    return train_whole(
+        "tune",
+        config.steps,
+        begin,
+        inputs,
+        _make_step(model.module),
+        finish,
+        save_seconds=config.save_seconds,
+        on_progress=on_progress,
+    )
 
 
 def _split(model: Model, state: QuantState, config: TuneConfig) -> tuple[dict, dict]:

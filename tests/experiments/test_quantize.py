@@ -70,7 +70,7 @@ def test_stored_bytes_are_those_of_the_tensors(document, smoke_run):
 def test_every_bundle_holds_the_codes_of_its_plan(smoke_run):
     for name in VARIANTS:
         bundle = load_bundle(smoke_run / "variants" / name / "bundle")
-        assert bundle.manifest["extra"]["method"] == name.split("_")[0]
+        assert bundle.manifest["extra"]["method"] == name.rsplit("_", 1)[0]
         assert bundle.manifest["source"]["name"] == "random:miniature"
         held = {
             site: entry.rhs.bits

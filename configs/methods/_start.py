@@ -1,0 +1,37 @@
+"""What the configs of this folder share: their words for bits, model and size, and where they start from."""
+
+import ml_collections
+
+from configs import quickstart
+from qdiff_jax.config import parse_arg
+
+MODELS = {"unet": "unet_fashion", "dit": "dit_fashion"}
+MINIATURES = {"unet": "random:miniature", "dit": "random:dit"}
+
+
+def parse(arg, **own):
+    """The words behind the colon, with a method's own."""
+    return parse_arg(
+        arg,
+        bits=("w4a8", "w8a8", "w4a4", "w4a32"),
+        model=tuple(MODELS),
+        laptop=False,
+        smoke=False,
+        **own,
+    )
+
+
+def start(arg, **variants):
+    """The main job's config with the model, the size and the bits asked for.
+
+    variants: {name: method}; names get the bits behind them. Papers' sizes unless `laptop` or `smoke`.
+    """
+    words = "smoke" if arg.smoke else None if arg.laptop else "paper"
+    config = ml_collections.ConfigDict(quickstart.get_config(words))
+    config.model = (MINIATURES if arg.smoke else MODELS)[arg.model]
+    w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
+    config.variants = {
+        f"{name}_{arg.bits}": dict(method=method, w_bits=w_bits, a_bits=a_bits)
+        for name, method in variants.items()
+    }
+    return config

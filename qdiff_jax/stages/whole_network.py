@@ -1,0 +1,86 @@
+"""Training steps over the network as a whole, as a stage that survives a kill between any two chunks."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qdiff_jax.runtime.loop import run_steps
+from qdiff_jax.stages.partial import resume_partial, save_partial
+from qdiff_jax.stages.stage import QuantState, Stage
+
+
+class Carry(NamedTuple):
+    """work: {"trainable", "optimizer", "frozen", "data"}, the carry of the steps."""
+
+    state: QuantState
+    work: dict
+    step: int
+    losses: tuple[float, ...]
+    saved: float
+    store: pathlib.Path | None
+
+
+def train_whole(
+    name: str,
+    steps: int,
+    begin: Callable[[QuantState], tuple[dict, Any, Any]],
+    inputs: Callable[[QuantState, int, int], Any],
+    step: Callable,
+    finish: Callable[[Carry], tuple[QuantState, dict]],
+    *,
+    save_seconds: float,
+    on_progress=None,
+) -> Stage:
+    """A stage of `steps` steps.
+
+    begin(state) -> (trainable, frozen, data). inputs(state, first, stop): what steps first..stop-1 read,
+    functions of the state's key and the step's number alone, so that a resumed run sees the same.
+    step(work, input) -> (work, loss). The optimizer's state is Adam's. Raises FloatingPointError if a
+    loss is not finite.
+    """
+
+    def init(state: QuantState, store: pathlib.Path | None) -> Carry:
+        trainable, frozen, data = begin(state)
+        optimizer = optax.scale_by_adam().init(trainable)
+        work = {"trainable": trainable, "optimizer": optimizer, "frozen": frozen, "data": data}
+        # Copies: the working set is given up to the step, and must share no buffer with the model.
+        work = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), work)
+        at, losses, work = resume_partial(_partial(store), steps, work)
+        return Carry(state, work, at, tuple(losses), time.monotonic(), store)
+
+    def run(carry: Carry, n: int) -> Carry:
+        stop = min(carry.step + n, steps)
+        if stop == carry.step:
+            return carry
+        xs = inputs(carry.state, carry.step, stop)
+        work, losses = run_steps(step, carry.work, xs, donate=True)
+        losses = np.asarray(losses).astype(float)
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(
+                f"{name}: the loss became {losses[~np.isfinite(losses)][0]} between steps {carry.step} "
+                f"and {stop}; lower the learning rate or check the calibration set."
+            )
+        carry = carry._replace(work=work, step=stop, losses=(*carry.losses, *losses.tolist()))
+        if on_progress is not None:
+            on_progress(stop, steps, loss=f"{losses[-1]:.3g}")
+        if carry.store is not None and time.monotonic() - carry.saved > save_seconds:
+            save_partial(_partial(carry.store), stop, steps, work, carry.losses)
+            carry = carry._replace(saved=time.monotonic())
+        return carry
+
+    def done(carry: Carry) -> bool:
+        return carry.step >= steps
+
+    return Stage(name, init, run, finish, done)
+
+
+def _partial(store: pathlib.Path | None) -> pathlib.Path | None:
+    return None if store is None else store / "partial"
