@@ -15,7 +15,7 @@ from qdiff_jax.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, smoke=False, steps=24_000, bf16=False)
+    arg = parse_arg(arg, smoke=False, steps=20_000, bf16=False)
     model = dict(
         family="dit",
         width=128,
@@ -27,4 +27,4 @@ def get_config(arg=None):
     )
     if arg.smoke:
         model.update(width=16, depth=2, heads=2, patch=8)
-    return start(arg, model, cooldown=6_000, visit_every=4000)
+    return start(arg, model, cooldown=5_000, visit_every=4000)

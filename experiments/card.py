@@ -5,7 +5,8 @@
         --data="Fashion-MNIST (Xiao et al. 2017, MIT licence)" --hardware="one x86-64 core" \
         --command="python -m experiments.train --config=configs/train_unet_fashion.py --workdir=W"
 
-`--weights` is what the run exported (`--export`, `--export_bits=16`) and the evaluations judged. Writes
+`--training` names the workdirs of a run that was continued in others, the first to the last. `--weights` is
+what the run exported (`--export`, `--export_bits=16`) and the evaluations judged. Writes
 beside it `<name>.md`, `<name>_loss.png` and `<name>.png` (the grid of the last evaluation). Every number in
 the card is read from the files of the run and of the evaluations.
 """
@@ -94,9 +95,9 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     args = flags.FLAGS
-    training, weights = pathlib.Path(args.training), pathlib.Path(args.weights)
-    records = read_metrics(training)
-    config = json.loads((training / "config.json").read_text())["config"]
+    weights = pathlib.Path(args.weights)
+    records = [record for folder in args.training for record in read_metrics(pathlib.Path(folder))]
+    config = json.loads((pathlib.Path(args.training[-1]) / "config.json").read_text())["config"]
     params, _ = load_weights(weights)
     leaves = jax.tree.leaves(params)
     results = {path: read_result(path) for path in args.evaluations}
@@ -145,7 +146,9 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("training", None, "Workdir of experiments.train.")
+    flags.DEFINE_list(
+        "training", None, "Workdirs of experiments.train, in the order of their steps."
+    )
     flags.DEFINE_list(
         "evaluations", None, "Workdirs of experiments.evaluate; the last one's grid is shown."
     )

@@ -49,7 +49,7 @@ from qdiff_jax.runtime.progress import log_progress, progress
 
 class Subject(NamedTuple):
     """What is judged. variables: {"params", "quant"}; origin: JSON for the report. correction: of a bundle's
-    sampling, measured at guidance_scale."""
+    sampling, and sampler: the one that it was made for, with "tensors" if it quantizes them too."""
 
     module: Any
     variables: dict
@@ -57,7 +57,7 @@ class Subject(NamedTuple):
     schedule: dict
     origin: dict
     correction: Any = None
-    guidance_scale: float | None = None
+    sampler: dict | None = None
 
 
 def load_subject(config: EvaluateConfig) -> Subject:
@@ -73,7 +73,7 @@ def load_subject(config: EvaluateConfig) -> Subject:
             manifest["schedule"],
             origin,
             loaded.correction,
-            manifest["sampler"].get("guidance_scale"),
+            manifest["sampler"],
         )
     diffusion = registry.load(config.model)
     return Subject(
@@ -85,6 +85,34 @@ def load_subject(config: EvaluateConfig) -> Subject:
     )
 
 
+def _sampler_of(config: EvaluateConfig, subject: Subject) -> dict:
+    """The config's sampler, with the quantized tensors of the bundle's. Raises ValueError where a bundle's
+    measured tables belong to another one."""
+    asked, made_for = config.sampler.as_json(), subject.sampler or {}
+    tensors = made_for.get("tensors")
+    if config.sampler.tensor_bits and (tensors or {}).get("bits") != config.sampler.tensor_bits:
+        raise ValueError(
+            f"config.sampler.tensor_bits is {config.sampler.tensor_bits}, and what is judged holds no "
+            "ranges for that: they come with a bundle of experiments.quantize."
+        )
+    scale = made_for.get("guidance_scale")
+    if subject.correction is not None and scale != asked["guidance_scale"]:
+        raise ValueError(
+            f"the bundle corrects estimates at guidance {scale:g}, and the config samples at "
+            f"{asked['guidance_scale']:g}: set config.sampler.guidance_scale to the bundle's, or "
+            "calibrate one at the config's."
+        )
+    if tensors is None:
+        return asked
+    other = [name for name, value in asked.items() if made_for.get(name) != value]
+    if other:
+        raise ValueError(
+            f"the bundle quantizes the sampler's own tensors by ranges of another sampler "
+            f"({', '.join(f'{n}: {made_for.get(n)!r}' for n in other)}): evaluate it with that one."
+        )
+    return {**asked, "tensors": tensors}
+
+
 def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     """Run an evaluation to its end; returns what metrics.json holds.
 
@@ -93,13 +121,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     config = read_config(config)
     workdir = pathlib.Path(workdir)
     subject = load_subject(config)
-    plan = make_sampler(subject.schedule, config.sampler.as_json())
-    if subject.correction is not None and subject.guidance_scale != config.sampler.guidance_scale:
-        raise ValueError(
-            f"the bundle corrects estimates at guidance {subject.guidance_scale:g}, and the config "
-            f"samples at {config.sampler.guidance_scale:g}: set config.sampler.guidance_scale to the "
-            "bundle's, or calibrate one at the config's."
-        )
+    plan = make_sampler(subject.schedule, _sampler_of(config, subject))
     hooks_of(subject.correction, plan)
     reference = _real(config, config.data.reference, subject)
     floor = _real(config, config.data.floor, subject) if config.data.floor else None

@@ -120,7 +120,8 @@ class ActivationsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RoundingConfig:
-    """The fields of ClosedFormConfig that a config sets; batches and memory are those of `reconstruct`."""
+    """The fields of ClosedFormConfig that a config sets; batches and memory are those of `reconstruct`.
+    tune_steps: of end-to-end tuning afterwards, in the method closed_form (0: none)."""
 
     target: str = "block_fp_output"
     damping: float = 0.01
@@ -130,6 +131,7 @@ class RoundingConfig:
     kronecker_sweeps: int = 0
     rows: int = 24_576
     activations: bool = True
+    tune_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +222,8 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
     activation_steps, activation_lr = fields.pop("activation_steps"), fields.pop("activation_lr")
     # Several CPU devices share the same cores: they gain nothing, and the figures would depend on them.
     devices = 1 if jax.default_backend() == "cpu" else len(jax.devices())
+    rounding = dataclasses.asdict(config.closed_form)
+    tune_steps = rounding.pop("tune_steps")
     return MethodSettings(
         weights=ReconstructConfig(**fields, devices=devices),
         activations=ActivationConfig(**dataclasses.asdict(config.activations)),
@@ -228,11 +232,12 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         variant=config.tfmq_variant,
         rounding=config.rounding,
         closed_form=ClosedFormConfig(
-            **dataclasses.asdict(config.closed_form),
+            **rounding,
             walk_batch=config.reconstruct.walk_batch,
             memory_mib=config.reconstruct.memory_mib,
             devices=devices,
         ),
+        tune_steps=tune_steps,
         split=config.qdiffusion_split,
         ptqd=config.ptqd,
         tdq=config.tdq,

@@ -16,10 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qdiff_jax.eval.curves import _COLOURS, _LINES, _MARKERS, INK
+from qdiff_jax.eval.curves import COLOURS, INK, LINES, MARKERS
 from qdiff_jax.eval.files import write_atomic
 
-COLOURS = _COLOURS
 WIDTH_INCHES = 3.3
 _DPI = 300
 _LABEL, _TICK = 7.5, 6.5  # points: what a column's body text of 9 to 10 allows
@@ -56,9 +55,9 @@ def legend(axes: Axes, **options) -> None:
 def line_style(index: int) -> dict:
     """Colour, line and marker of the index-th curve, the same in every picture."""
     return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "linestyle": _LINES[index % len(_LINES)],
-        "marker": _MARKERS[index % len(_MARKERS)],
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
         "markersize": 3.0,
         "linewidth": 1.1,
     }

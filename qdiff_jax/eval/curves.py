@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colour-blind safe set, without its yellow, which is too faint on white. Markers
 # and line styles differ as well, so that no reading depends on colour alone.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LINES = ("-", "--", "-.", ":")
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
 INK = "#222222"
 
 
@@ -81,13 +81,13 @@ def lines_figure(
         if not shown.any():
             absent.append(f"{name}: " + ("zero" if (y == 0).all() else "not finite"))
             continue
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         axes.plot(
             x,
             np.where(shown, y, np.nan),
             color=colour,
-            linestyle=_LINES[index % len(_LINES)],
-            marker=_MARKERS[index % len(_MARKERS)],
+            linestyle=LINES[index % len(LINES)],
+            marker=MARKERS[index % len(MARKERS)],
             markevery=max(1, len(x) // 15),
             markersize=4.5,
             linewidth=1.6,

@@ -18,6 +18,7 @@ from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.closed_form import closed_form as closed_form_stage
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.stage import Method, Model, Stage
+from qdiff_jax.stages.tune import TuneConfig, tune
 from qdiff_jax.stages.weights import calibrate_weights
 
 ROUNDINGS = ("adaround", "closed_form")
@@ -33,9 +34,10 @@ def closed_form(
     rounding: ClosedFormConfig = ClosedFormConfig(),
     activations: ActivationConfig = ActivationConfig(),
     row_weights: np.ndarray | None = None,
+    tuning: TuneConfig | None = None,
     on_progress=None,
 ) -> Method:
-    """Activation ranges, weight ranges, then every block in closed form.
+    """Activation ranges, weight ranges, then every block in closed form, then (optionally) tuning end to end.
 
     row_weights: [N] of the weight calibration set, see `stages.row_weights`; None for equal weights.
     """
@@ -51,7 +53,11 @@ def closed_form(
         row_weights=row_weights,
         on_progress=on_progress,
     )
-    return Method("closed_form", stages, notes=f"target={rounding.target}")
+    notes = f"target={rounding.target}"
+    if tuning is not None:
+        stages = (*stages, tune(model, weight_calibration, tuning, on_progress=on_progress))
+        notes += f"; tuned {tuning.steps} steps"
+    return Method("closed_form", stages, notes=notes)
 
 
 def closed_form_stages(

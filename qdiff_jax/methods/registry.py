@@ -21,6 +21,7 @@ from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.tune import TuneConfig
 
 
 class CalibrationSets(NamedTuple):
@@ -43,7 +44,8 @@ class MethodSettings:
     weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it.
     variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code). rounding: how BRECQ and
     TFMQ-DM round weights, "adaround" (the papers, by `weights`) or "closed_form" (by `closed_form`).
-    split: which layers Q-Diffusion splits at a skip, "both", "shortcut" or "none".
+    tune_steps: of end-to-end tuning after the method closed_form. split: which layers Q-Diffusion splits
+    at a skip, "both", "shortcut" or "none".
     """
 
     weight_method: str = "mse"
@@ -54,6 +56,7 @@ class MethodSettings:
     variant: str = "fixed"
     rounding: str = "adaround"
     closed_form: ClosedFormConfig = ClosedFormConfig()
+    tune_steps: int = 0
     split: str = "both"
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
@@ -145,6 +148,7 @@ def _closed_form(model, sets, settings, **own):
         *_two_sets(sets),
         weight_method=settings.weight_method,
         rounding=settings.closed_form,
+        tuning=TuneConfig(steps=settings.tune_steps) if settings.tune_steps else None,
         activations=settings.activations,
         row_weights=sets.row_weights,
         **own,

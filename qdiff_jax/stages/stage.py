@@ -79,19 +79,20 @@ def run_stage(
 ) -> tuple[QuantState, dict]:
     """Run a stage to its end from wherever its store says it was.
 
-    Returns (state, report); the report gains `seconds` (wall, without compiling), `compile_seconds`
-    and `compiles`.
+    Returns (state, report); the report gains `seconds` (wall, without compiling), `cpu_seconds` (of all
+    threads, without compiling, which is one thread's work), `compile_seconds` and `compiles`.
     """
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     with compile_account() as account:
         carry = stage.init(state, store)
         while not stage.done(carry):
             carry = stage.run(carry, chunk)
         state, report = stage.finish(carry)
-    wall = time.monotonic() - began
+    wall, cpu = time.monotonic() - began, time.process_time() - cpu_began
     return state, {
         **report,
         "seconds": max(wall - account.seconds, 0.0),
+        "cpu_seconds": max(cpu - account.seconds, 0.0),
         "compile_seconds": min(account.seconds, wall),
         "compiles": account.backend_compiles,
         "cache_hits": account.cache_hits,
