@@ -153,6 +153,8 @@ class QuantizeConfig:
     rounding: str = "adaround"
     closed_form: RoundingConfig = RoundingConfig()
     tfmq_variant: str = "fixed"
+    tfmq_tiar: bool = True
+    tfmq_fsc: bool = True
     qdiffusion_split: str = "both"
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
@@ -230,6 +232,8 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         activation_steps=activation_steps,
         activation_lr=activation_lr,
         variant=config.tfmq_variant,
+        tiar=config.tfmq_tiar,
+        fsc=config.tfmq_fsc,
         rounding=config.rounding,
         closed_form=ClosedFormConfig(
             **rounding,

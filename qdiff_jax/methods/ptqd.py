@@ -26,14 +26,17 @@ from qdiff_jax.stages.step_bits import step_bits
 
 @dataclasses.dataclass(frozen=True)
 class PTQDConfig:
-    """base: the method underneath, by name. variant: "fixed" or "faithful" statistics.
-    calibrate_variance: lower the sampler's noise by the residual's. step_bits: candidate widths of
-    activations by step, () for one width. batch_size: of the paired evaluations.
+    """base: the method underneath, by name. variant: "fixed" or "faithful" statistics. slope, bias: False
+    leaves that term of the correction out. calibrate_variance: lower the sampler's noise by the residual's.
+    step_bits: candidate widths of activations by step, () for one width. batch_size: of the paired
+    evaluations.
 
     Raises ValueError for another variant, widths outside 2..8, or a batch size below 1."""
 
     base: str = "rtn"
     variant: str = "fixed"
+    slope: bool = True
+    bias: bool = True
     calibrate_variance: bool = True
     step_bits: tuple[int, ...] = ()
     batch_size: int = 64
@@ -75,6 +78,8 @@ def ptqd(
             model,
             source,
             variant=config.variant,
+            slope=config.slope,
+            bias=config.bias,
             calibrate_variance=config.calibrate_variance,
             batch_size=config.batch_size,
             on_progress=on_progress,
@@ -83,6 +88,7 @@ def ptqd(
     notes = [f"base={base.name}", f"variant={config.variant}", *filter(None, [base.notes])]
     if config.step_bits:
         notes.append(f"step_bits={','.join(map(str, config.step_bits))}")
+    notes += [f"without {word}" for word in ("slope", "bias") if not getattr(config, word)]
     if not config.calibrate_variance:
         notes.append("nominal noise")
     elif not (source.plan.rows["sigma"] > 0).any():

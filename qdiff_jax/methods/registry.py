@@ -42,8 +42,9 @@ class MethodSettings:
     """Every knob of the methods here; a method reads those it has.
 
     weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it.
-    variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code). rounding: how BRECQ and
-    TFMQ-DM round weights, "adaround" (the papers, by `weights`) or "closed_form" (by `closed_form`).
+    variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code); tiar, fsc: its parts.
+    rounding: how BRECQ and TFMQ-DM round weights, "adaround" (the papers, by `weights`) or "closed_form"
+    (by `closed_form`).
     tune_steps: of end-to-end tuning after the method closed_form. split: which layers Q-Diffusion splits
     at a skip, "both", "shortcut" or "none".
     """
@@ -54,6 +55,8 @@ class MethodSettings:
     activation_steps: int = 0
     activation_lr: float = 4e-4
     variant: str = "fixed"
+    tiar: bool = True
+    fsc: bool = True
     rounding: str = "adaround"
     closed_form: ClosedFormConfig = ClosedFormConfig()
     tune_steps: int = 0
@@ -135,6 +138,8 @@ def _tfmq(model, sets, settings, **own):
         model,
         *_two_sets(sets),
         variant=settings.variant,
+        tiar=settings.tiar,
+        fsc=settings.fsc,
         activations=settings.activations,
         closed_form=settings.closed_form,
         **_rounded(settings),

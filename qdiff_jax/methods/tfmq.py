@@ -15,7 +15,11 @@ import dataclasses
 from typing import Any
 
 from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages
-from qdiff_jax.models.program import temporal_nodes, units_with_time_block
+from qdiff_jax.models.program import (
+    temporal_nodes,
+    units_with_projections,
+    units_with_time_block,
+)
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
@@ -32,6 +36,8 @@ def tfmq(
     timesteps: Any,
     *,
     variant: str = "fixed",
+    tiar: bool = True,
+    fsc: bool = True,
     weight_method: str = "mse",
     weights: ReconstructConfig = ReconstructConfig(),
     activations: ActivationConfig = ActivationConfig(),
@@ -41,6 +47,8 @@ def tfmq(
 ) -> Method:
     """Ranges, TIAR and then block reconstruction with the temporal block frozen, step tables by FSC.
 
+    tiar, fsc: False for the ablations: without TIAR every block owns its projection of the time embedding, as
+    in BRECQ; without FSC the temporal sites have one range for all steps.
     activation_calibration must visit every step of `timesteps` (selector `every_step`).
     rounding: "adaround" (the paper), or "closed_form", which solves the same blocks by `closed_form`
     instead of `weights` and calibrates activations first. Raises ValueError for an unknown variant.
@@ -48,16 +56,20 @@ def tfmq(
     if variant not in VARIANTS:
         raise ValueError(f"tfmq variant {variant!r} is unknown; use one of {VARIANTS}.")
     temporal = tuple(f"{name}/*" for name in temporal_nodes(model.program))
-    activations = dataclasses.replace(
-        activations,
-        per_step=temporal if variant == "fixed" else ("*",),
-        exact=temporal,
-    )
+    if fsc:
+        activations = dataclasses.replace(
+            activations,
+            per_step=temporal if variant == "fixed" else ("*",),
+            exact=temporal,
+        )
+    units = (units_with_time_block if tiar else units_with_projections)(model.program)
+    parts = [word for word, used in (("no TIAR", not tiar), ("no FSC", not fsc)) if used]
+    notes = ", ".join([f"variant={variant}", *parts])
     check_rounding(rounding)
     if rounding == "closed_form":
         stages = closed_form_stages(
             model,
-            units_with_time_block(model.program),
+            units,
             weight_calibration,
             activation_calibration,
             timesteps,
@@ -67,16 +79,16 @@ def tfmq(
             name="tfmq_weights",
             on_progress=on_progress,
         )
-        return Method("tfmq", stages, notes=f"variant={variant}, rounding={rounding}")
+        return Method("tfmq", stages, notes=f"{notes}, rounding={rounding}")
     return Method(
         "tfmq",
         (
             calibrate_weights(model, method=weight_method),
-            # The "time" unit comes first and is hardened before any other: later units read its
+            # With TIAR the "time" unit comes first and is hardened before any other: later units read its
             # quantized temporal features and never change it.
             reconstruct(
                 model,
-                units_with_time_block(model.program),
+                units,
                 weight_calibration,
                 weights,
                 name="tfmq_weights",
@@ -86,5 +98,5 @@ def tfmq(
                 model, activation_calibration, timesteps, activations, on_progress=on_progress
             ),
         ),
-        notes=f"variant={variant}",
+        notes=notes,
     )

@@ -146,15 +146,20 @@ def step_noise(eps: np.ndarray, quantized: np.ndarray, variant: str = "fixed") -
 
 
 def ptqd_correction(
-    steps: list[StepNoise], timesteps: Any, *, calibrate_variance: bool = True
+    steps: list[StepNoise],
+    timesteps: Any,
+    *,
+    slope: bool = True,
+    bias: bool = True,
+    calibrate_variance: bool = True,
 ) -> TimeIndexed:
     """PTQD's correction: eps' = (eps_q - bias) / (1 + k), residual variance divided by (1 + k)^2.
 
-    steps, timesteps: [S] ascending. Without calibrate_variance the sampler keeps its nominal noise.
-    Source: He et al. 2023, section 3.2 and 3.3.
+    steps, timesteps: [S] ascending. slope, bias: False leaves that term out (k = 0, bias = 0). Without
+    calibrate_variance the sampler keeps its nominal noise. Source: He et al. 2023, section 3.2 and 3.3.
     """
-    gain = 1.0 / (1.0 + np.array([step.slope for step in steps]))
-    bias = np.stack([step.bias for step in steps])
-    scale = np.broadcast_to(gain[:, None], bias.shape)
+    gain = 1.0 / (1.0 + slope * np.array([step.slope for step in steps]))
+    shift = bias * np.stack([step.bias for step in steps])
+    scale = np.broadcast_to(gain[:, None], shift.shape)
     variance = np.array([step.variance for step in steps]) * np.square(gain)
-    return affine_table(scale, -bias * scale, variance * float(calibrate_variance), timesteps)
+    return affine_table(scale, -shift * scale, variance * float(calibrate_variance), timesteps)

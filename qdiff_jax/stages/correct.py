@@ -51,14 +51,17 @@ def correct_estimates(
     source: Paired,
     *,
     variant: str = "fixed",
+    slope: bool = True,
+    bias: bool = True,
     calibrate_variance: bool = True,
     batch_size: int = 64,
     on_progress: Callable | None = None,
 ) -> Stage:
     """PTQD's statistics, one step of the sampler per step of the stage, kept in `aux["correction"]`.
 
-    variant: see `observe.quantization_noise.step_noise`. calibrate_variance: whether the residual variance
-    is taken out of the sampler's noise; where the sampler has none, the report says so.
+    variant: see `observe.quantization_noise.step_noise`. slope, bias: whether that term is corrected.
+    calibrate_variance: whether the residual variance is taken out of the sampler's noise; where the sampler
+    has none, the report says so.
     """
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
@@ -89,7 +92,11 @@ def correct_estimates(
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         table = ptqd_correction(
-            list(carry.steps), source.plan.timesteps, calibrate_variance=calibrate_variance
+            list(carry.steps),
+            source.plan.timesteps,
+            slope=slope,
+            bias=bias,
+            calibrate_variance=calibrate_variance,
         )
         absorbed = absorbed_variance(source.plan, table.table.variance)
         state = carry.state.replace(aux={**carry.state.aux, CORRECTION: table})

@@ -56,6 +56,6 @@ def test_the_smoke_variant_shows_the_damage_of_rounding(tmp_path):
 
 
 def test_every_config_is_run_here():
-    # Their smokes are subjects of tests/experiments: test_evaluate.py, test_bench_rounding.py.
-    elsewhere = {"quickstart", "damage", "evaluate", "bench_rounding"}
+    # Their smokes are subjects of tests/experiments: test_evaluate.py and so on.
+    elsewhere = {"quickstart", "damage", "evaluate", "bench_rounding", "claims"}
     assert {path.stem for path in CONFIGS} == elsewhere | {path.stem for path in TRAINED}

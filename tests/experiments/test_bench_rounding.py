@@ -4,7 +4,14 @@ import csv
 
 import pytest
 
-from experiments.bench_rounding import cells, pareto, read_cells, run_cells, summaries, write_results
+from experiments.bench_rounding import (
+    cells,
+    pareto,
+    read_cells,
+    run_cells,
+    summaries,
+    write_results,
+)
 from qdiff_jax.config import load_config
 
 from ..main_job import ROOT, digests
@@ -31,7 +38,7 @@ def test_a_summary_is_a_mean_with_its_range_and_a_divergence_comes_last():
         {**row, "recipe": "sound", "seed": 1, "eps_rel_mse": 0.4},
     ]
     sound, broken = summaries(rows)
-    assert sound["recipe"] == "sound" and sound["seeds"] == 2
+    assert (sound["recipe"], sound["seeds"]) == ("sound", 2)
     assert sound["eps_rel_mse"] == pytest.approx(0.3)
     assert sound["eps_rel_mse_spread"] == pytest.approx(0.2)
     assert broken["eps_rel_mse"] is None

@@ -1,0 +1,26 @@
+"""TFMQ-DM: temporal features reconstructed as one block (TIB, TIAR) and calibrated step by step (FSC).
+
+    python -m experiments.quantize --config=configs/methods/tfmq.py:w4a8 --workdir=/tmp/tfmq
+
+Paper: TFMQ-DM (Huang et al. 2024, arXiv:2311.16503). Words behind the colon: bits `w4a8` (default), `w8a8`,
+`w4a4`, `w4a32`; `model=unet` (default), `model=dit`; `variant=fixed` (default: the paper, step tables on the
+temporal block alone) or `variant=faithful` (the official code, step tables at every site); `margin=1.0` for
+ranges as the code takes them (default 1.1); `no_tiar` and `no_fsc` for the ablations.
+20,000 steps a unit: hours on a CPU. `laptop` takes 150 (2,000 for the temporal block, which costs next to
+nothing); `smoke` runs in seconds (`tfmq.py:smoke`).
+
+Expected of `tfmq.py:w4a8,laptop`: the row of the README's first table.
+"""
+
+from configs.methods._start import parse, start
+from qdiff_jax.methods.tfmq import VARIANTS
+
+
+def get_config(arg=None):
+    arg = parse(arg, variant=VARIANTS, margin=1.1, no_tiar=False, no_fsc=False)
+    config = start(arg, tfmq="tfmq")
+    config.tfmq_variant = arg.variant
+    config.tfmq_tiar = not arg.no_tiar
+    config.tfmq_fsc = not arg.no_fsc
+    config.activations.margin = arg.margin
+    return config
