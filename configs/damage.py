@@ -1,14 +1,12 @@
 """What rounding to nearest does to a shipped model: W8A8, W4A8, W4A4 and W2A8, nothing learned.
 
     python -m experiments.quantize --config=configs/damage.py --workdir=/tmp/damage_unet
-    python -m experiments.quantize --config=configs/damage.py:dit --workdir=/tmp/damage_dit \
-        --config.model=dit.safetensors
+    python -m experiments.quantize --config=configs/damage.py:dit --workdir=/tmp/damage_dit
 
 The room that methods have: 20 DDIM steps on the quadratic grid, guidance 2, policy `common` (everything
 quantized, first and last layer and softmax at 8 bits), activation ranges by exponential moving average
-over full-precision trajectories. Expected: errors that grow in this order. No DiT is
-shipped yet: give weights of `experiments.train`. `damage.py:smoke` runs in
-seconds.
+over full-precision trajectories. Expected: errors that grow in this order, as the README's table has them.
+`damage.py:smoke` runs in seconds.
 """
 
 import ml_collections

@@ -5,7 +5,8 @@
     python -m experiments.evaluate --config=configs/evaluate.py:ddim50,model=dit_fashion --workdir=...
 
 Operating points: `dpm20` (20-step DPM-Solver++(2M), guided, 10,000 samples), `ddim50` and `ddim100`
-(guided, 2,000), `free50` and `free100` (the same without guidance). `--config.bundle=DIR` judges a
+(guided, 2,000), `free50` and `free100` (the same without guidance), `main20` (the main job's sampler, for its
+bundles: 20 steps on the quadratic grid without guidance). `--config.bundle=DIR` judges a
 quantized bundle instead of `model`, with its own model and step tables but the sampler given here, which
 must be the one it was calibrated for. Features: the shipped classifier's (`--config.network=...` for
 others); reference: the test set, floor: images of the training set. Expected figures: README and the
@@ -20,6 +21,7 @@ POINTS = {
     "dpm20": ("dpmpp_2m", "solver_linspace", 20, True, 10_000),
     "ddim50": ("ddim", "uniform", 50, True, 2_000),
     "ddim100": ("ddim", "uniform", 100, True, 2_000),
+    "main20": ("ddim", "quad", 20, False, 2_000),
     "free50": ("ddim", "uniform", 50, False, 2_000),
     "free100": ("ddim", "uniform", 100, False, 2_000),
 }

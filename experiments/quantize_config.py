@@ -130,6 +130,7 @@ class RoundingConfig:
     sweeps: int = 0
     kronecker_sweeps: int = 0
     rows: int = 24_576
+    hessian_mib: int = 2048
     activations: bool = True
     tune_steps: int = 0
 

@@ -15,7 +15,7 @@ class Loaded(NamedTuple):
 
 
 def load(name_or_path: str) -> Loaded:
-    """A shipped model by name ("unet_fashion"), or a file of experiments.train by path.
+    """A shipped model by name ("unet_fashion", "dit_fashion"), or a file of experiments.train by path.
 
     `models.registry.load` also returns its block program, config and origin. Raises ValueError for an
     unknown name, listing those there are.

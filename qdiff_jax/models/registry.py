@@ -31,7 +31,10 @@ from qdiff_jax.quant.timed import StepContext, select
 from qdiff_jax.runtime.weights import fit_weights, load_weights
 from qdiff_jax.stages.stage import Model
 
-_DIFFUSION = {"unet_fashion": "unet_fashion.safetensors"}
+_DIFFUSION = {
+    "unet_fashion": "unet_fashion.safetensors",
+    "dit_fashion": "dit_fashion.safetensors",
+}
 _CLASSIFIERS = {"classifier_fashion": "classifier_fashion.safetensors"}
 
 

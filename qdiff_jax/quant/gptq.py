@@ -147,17 +147,28 @@ def gptq(
 
 @functools.partial(jax.jit, static_argnames="block")
 def round_with_factor(kernel, order, upper, qparams: QParams, *, block: int = 128) -> jax.Array:
-    """The sweep of `gptq`, given `ordered_factor`: codes of the kernel's shape."""
+    """The sweep of `gptq`, given `ordered_factor`: codes of the kernel's shape.
+
+    order [K], upper [K, K]; or [parts, K / parts] and a stack of as many factors, for a block-diagonal H.
+    """
     shape = kernel.shape
-    weights = kernel.reshape(-1, shape[-1]).astype(upper.dtype)[order]
+    weights = kernel.reshape(-1, shape[-1]).astype(upper.dtype)
     rows = grid_rows(qparams, shape, upper.dtype)
+    if upper.ndim == 2:
+        codes = _round_rows(weights, rows, order, upper, block)
+    else:
+        parted = jax.tree.map(lambda v: v.reshape(*order.shape, -1), (weights, rows))
+        codes = lax.map(lambda part: _round_rows(*part, block), (*parted, order, upper))
+    return codes.astype(jnp.int32).reshape(shape)
+
+
+def _round_rows(weights, rows: _Rows, order, upper, block: int):
     size = weights.shape[0]
     block = min(block, size)
     pad = -size % block
     blocked = jax.tree.map(lambda row: _blocks(row[order], pad, block), rows)
-    codes = _sweep(weights, upper, block, lambda current, given: given, blocked)[0]
-    codes = jnp.zeros_like(codes).at[order].set(codes)
-    return codes.astype(jnp.int32).reshape(shape)
+    codes = _sweep(weights[order], upper, block, lambda current, given: given, blocked)[0]
+    return jnp.zeros_like(codes).at[order].set(codes)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

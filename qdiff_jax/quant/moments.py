@@ -9,6 +9,10 @@ the best weights before rounding are W + H^-1 C (a ridge towards W keeps them st
 rounded W_q the best bias is b + r_ + x_'(W - W_q), exactly. Sources: GPTQ's Hessian (Frantar et al.
 2023), asymmetric targets of GPTAQ (Li et al. 2025) and Qronos (2025); centring is bias correction
 (Nagel et al. 2019) made part of the same least squares.
+
+Where K is large H may be block-diagonal: K in `parts` equal runs, each with its own [K / parts, K / parts]
+matrix (for a convolution, parts = the number of taps leaves out what taps have in common). A stack of three
+axes in place of a matrix says so, here and in `gptq`.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ _EXACT = lax.Precision.HIGHEST
 @struct.dataclass
 class Moments:
     """weight (): sum of row weights. mean [K], target_mean [N]: weighted means of x and r.
-    spread [K, K], cross [K, N], energy [N]: weighted sums of centred xx', xr', r^2."""
+    spread [K, K] (or [parts, K / parts, K / parts]), cross [K, N], energy [N]: weighted sums of centred xx',
+    xr', r^2."""
 
     weight: jax.Array
     mean: jax.Array
@@ -95,19 +100,27 @@ def positions(size: int, count: int, samples: np.ndarray) -> np.ndarray:
     return ((start[:, None] + np.arange(count) * stride) % size).astype(np.int32)
 
 
-def chunk_moments(x: jax.Array, r: jax.Array, weights: jax.Array) -> Moments:
-    """Moments of rows x [n, K], r [n, N] with non-negative weights [n], about the chunk's own means."""
+def chunk_moments(x: jax.Array, r: jax.Array, weights: jax.Array, parts: int = 1) -> Moments:
+    """Moments of rows x [n, K], r [n, N] with non-negative weights [n], about the chunk's own means.
+
+    parts: divides K; more than 1 for a block-diagonal spread.
+    """
     total = jnp.sum(weights)
     safe = jnp.where(total > 0, total, jnp.ones_like(total))
     mean = jnp.matmul(weights, x, precision=_EXACT) / safe
     target_mean = jnp.matmul(weights, r, precision=_EXACT) / safe
     x, r = x - mean[None], r - target_mean[None]
     weighted = x * weights[:, None]
+    if parts == 1:
+        spread = jnp.matmul(weighted.T, x, precision=_EXACT)
+    else:
+        a, b = (v.reshape(len(v), parts, -1).swapaxes(0, 1) for v in (weighted, x))
+        spread = jnp.matmul(a.swapaxes(1, 2), b, precision=_EXACT)
     return Moments(
         total,
         mean,
         target_mean,
-        jnp.matmul(weighted.T, x, precision=_EXACT),
+        spread,
         jnp.matmul(weighted.T, r, precision=_EXACT),
         jnp.sum(r * r * weights[:, None], axis=0),
     )
@@ -124,7 +137,7 @@ def merge(a: Moments, b: Moments) -> Moments:
         total,
         a.mean + share * dx,
         a.target_mean + share * dr,
-        a.spread + b.spread + between * dx[:, None] * dx[None, :],
+        a.spread + b.spread + between * _square(dx, a.spread),
         a.cross + b.cross + between * dx[:, None] * dr[None, :],
         a.energy + b.energy + between * dr * dr,
     )
@@ -133,7 +146,18 @@ def merge(a: Moments, b: Moments) -> Moments:
 def hessian(moments: Moments, centred: bool = True) -> jax.Array:
     """H [K, K]: of centred rows, or of the rows as they are (for a layer without a bias)."""
     h = moments.spread / moments.weight
-    return h if centred else h + moments.mean[:, None] * moments.mean[None, :]
+    return h if centred else h + _square(moments.mean, h)
+
+
+def _square(v: jax.Array, like: jax.Array) -> jax.Array:
+    """vv' [K, K] of v [K], or its diagonal blocks where `like` is a stack of them."""
+    v = v.reshape(like.shape[:-1])
+    return v[..., :, None] * v[..., None, :]
+
+
+def in_parts(v: jax.Array, like: jax.Array) -> jax.Array:
+    """v [K, N] as the rows that a matrix [K, K], or each of a stack, multiplies."""
+    return v.reshape(*like.shape[:-1], v.shape[-1])
 
 
 def cross_moment(moments: Moments, centred: bool = True) -> jax.Array:
@@ -147,7 +171,10 @@ def aimed(kernel: jax.Array, moments: Moments, *, ridge=0.05, centred: bool = Tr
 
     With ridge 0 (and an H of full rank) this is the least-squares solution of X W + 1 b' = target.
     """
-    upper, _ = _factor(hessian(moments, centred), ridge)
+    h = hessian(moments, centred)
+    upper = (
+        jnp.stack([_factor(part, ridge)[0] for part in h]) if h.ndim == 3 else _factor(h, ridge)[0]
+    )
     return toward_target(kernel, upper, cross_moment(moments, centred))
 
 
@@ -157,7 +184,8 @@ _factor = jax.jit(inverse_factor)
 @jax.jit
 def toward_target(kernel: jax.Array, upper: jax.Array, c: jax.Array) -> jax.Array:
     """W + U'U C, with U'U the (damped) inverse of H."""
-    step = jnp.matmul(upper.T, jnp.matmul(upper, c, precision=_EXACT), precision=_EXACT)
+    inner = jnp.matmul(upper, in_parts(c, upper), precision=_EXACT)
+    step = jnp.matmul(jnp.swapaxes(upper, -1, -2), inner, precision=_EXACT)
     return kernel + step.reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -173,11 +201,13 @@ def refit_bias(bias, kernel, rounded, moments: Moments) -> jax.Array:
 def layer_loss(kernel, rounded, moments: Moments, *, centred: bool = True) -> jax.Array:
     """Mean over rows of |target - output|^2 with `rounded` in place of `kernel`, ().
 
-    With centred moments the bias is taken to be refitted.
+    With centred moments the bias is taken to be refitted. A block-diagonal H leaves out what parts have in
+    common.
     """
     change = (rounded - kernel).reshape(-1, kernel.shape[-1]).astype(moments.mean.dtype)
     h, c = hessian(moments, centred), cross_moment(moments, centred)
-    quadratic = jnp.sum(change * jnp.matmul(h, change, precision=_EXACT))
+    parted = in_parts(change, h)
+    quadratic = jnp.sum(parted * jnp.matmul(h, parted, precision=_EXACT))
     energy = jnp.sum(moments.energy) / moments.weight
     if not centred:
         energy = energy + jnp.sum(moments.target_mean**2)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qdiff_jax.quant.gptq import (
     coordinate_descent,
@@ -47,7 +48,8 @@ class ClosedFormConfig:
     pass over the set for all layers); 0 to do without.
     rows: at most so many rows of a layer's input matrix (0: all), taken from all samples.
     activations: the quantized stream carries the activation quantizers that the state holds.
-    check_samples: on how many samples a unit is compared with nearest rounding.
+    hessian_mib: of one layer's work on its Hessian; a layer that needs more gets a block-diagonal one
+        (`hessian_parts`). check_samples: on how many samples a unit is compared with nearest rounding.
     walk_batch: samples at once, and in a chunk of a sum; devices: over how many the chunks are dealt.
     """
 
@@ -62,6 +64,7 @@ class ClosedFormConfig:
     rows: int = 24_576
     activations: bool = True
     check_samples: int = 64
+    hessian_mib: int = 2048
     walk_batch: int = 64
     memory_mib: int = 2048
     devices: int = 1
@@ -104,6 +107,12 @@ def round_layer(
 
     output_factor: [N, N], for `kronecker_sweeps`. Solved in float64 where JAX has it enabled.
     """
+    if moments.spread.ndim == 3 and (config.sweeps or config.kronecker_sweeps):
+        raise ValueError(
+            f"coordinate descent needs the whole Hessian of a kernel {kernel.shape}, and "
+            f"hessian_mib={config.hessian_mib} has room for blocks of it only: raise it, or set sweeps and "
+            "kronecker_sweeps to 0."
+        )
     centred = config.refit_bias
     double = bool(jax.config.jax_enable_x64) and jax.default_backend() == "cpu"
     h, order, ridged, upper, used = _factors(
@@ -141,11 +150,19 @@ def _factors(spread, mean, weight, damping, ridge, *, act_order, asymmetric, cen
     """(H, order of rows, factor for the target or None, factor for the rounding, damping used)."""
     dtype = jnp.float64 if double else jnp.float32
     spread, mean, weight = (v.astype(dtype) for v in (spread, mean, weight))
-    h = spread / weight if centred else spread / weight + mean[:, None] * mean[None, :]
-    order = rounding_order(h, act_order)
-    upper, used = ordered_factor(h, order, damping)
-    ridged = inverse_factor(h, ridge)[0] if asymmetric else None
-    return h, order, ridged, upper, used
+
+    def one(part):
+        spread, mean = part
+        h = spread / weight if centred else spread / weight + mean[:, None] * mean[None, :]
+        order = rounding_order(h, act_order)
+        upper, used = ordered_factor(h, order, damping)
+        ridged = inverse_factor(h, ridge)[0] if asymmetric else None
+        return h, order, ridged, upper, used
+
+    if spread.ndim == 2:
+        return one((spread, mean))
+    *factors, used = lax.map(one, (spread, mean.reshape(spread.shape[:2])))
+    return *factors, jnp.max(used)  # NaN if one part has failed
 
 
 @functools.partial(

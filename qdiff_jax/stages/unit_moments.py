@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from qdiff_jax.models.program import Signature, apply_unit
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.operators import plain
+from qdiff_jax.quant.hessian_size import hessian_parts
 from qdiff_jax.quant.moments import Moments, chunk_moments, merge, positions, rows_of, take_rows
 from qdiff_jax.quant.timed import select
 from qdiff_jax.runtime.mesh import AXIS, replicate, shard_batch
@@ -101,14 +102,15 @@ def level_pass(
     sampling: Sampling,
     mesh: Mesh,
     target: str,
+    hessian_mib: int = 2048,
 ) -> list[Moments]:
     """Moments of the layers of one level, in the unit as it is quantized so far.
 
     params: folded where codes are decided, full precision elsewhere. quant: activation quantizers.
     inputs, full_inputs: the unit's inputs in either stream. full_outputs, targets: of `full_pass`.
-    target: what R reaches for, see `ClosedFormConfig`.
+    target: what R reaches for, hessian_mib: see `ClosedFormConfig`.
     """
-    run = _level_function(signature, plan, level, target, mesh)
+    run = _level_function(signature, plan, level, target, hessian_mib, mesh)
     members = [plan.layers[i] for i in plan.levels[level]]
     picks = [layer_picks(layer, sampling) for layer in members]
     params, quant = replicate((tuple(params), tuple(quant)), mesh)
@@ -179,7 +181,9 @@ def _full_function(signature: Signature, layers: tuple[Layer, ...], mesh: Mesh):
 
 
 @functools.lru_cache(maxsize=512)
-def _level_function(signature: Signature, plan: UnitPlan, level: int, target: str, mesh: Mesh):
+def _level_function(
+    signature: Signature, plan: UnitPlan, level: int, target: str, hessian_mib: int, mesh: Mesh
+):
     members = [plan.layers[i] for i in plan.levels[level]]
     summed = [plan.layers[j] for m in members for j in m.summands] if target == BLOCK else []
     wanted = tuple(dict.fromkeys([*members, *summed]))
@@ -205,7 +209,9 @@ def _level_function(signature: Signature, plan: UnitPlan, level: int, target: st
                 r = _layer_residual(layer, plan, params, batch, met, x, pick, target)
             else:
                 r = jnp.zeros((*x.shape[:2], layer.kernel[-1]), x.dtype)
-            part = chunk_moments(x.reshape(-1, x.shape[-1]), r.reshape(-1, r.shape[-1]), weights)
+            rows, lacks = (v.reshape(-1, v.shape[-1]) for v in (x, r))
+            parts = hessian_parts(layer.kernel, hessian_mib)
+            part = chunk_moments(rows, lacks, weights, parts)
             moments.append(jax.tree.map(lambda leaf: leaf[None], part))
         return moments
 

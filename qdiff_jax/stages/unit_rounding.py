@@ -122,6 +122,7 @@ def _layers(unit, plan, data, sampling, mesh, config, where) -> dict[str, LayerR
             sampling,
             mesh,
             config.target,
+            config.hessian_mib,
         )
         for i, moment in zip(members, moments, strict=True):
             layer = plan.layers[i]
