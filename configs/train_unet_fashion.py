@@ -5,8 +5,8 @@
 
 The topology of the CIFAR-10 DDPM (Ho et al. 2020), smaller: 32 channels, three resolutions, attention
 at 8x8. 12,000 steps of 16 images at 1e-3, the last 3,500 falling to 0: two hours and a half of one CPU
-core. Sample grids are in the workdir, one column a class. Expected: a loss near 0.030; the weights shipped
-now are of a shorter run, see qdiff_jax/models/assets/UNET_CARD.md.
+core. Sample grids are in the workdir, one column a class. Expected: a loss near 0.029, and the figures of
+the card, qdiff_jax/models/assets/unet_fashion.md.
 `--config=configs/train_unet_fashion.py:smoke` runs in seconds, on drawn shapes, without any file.
 """
 
