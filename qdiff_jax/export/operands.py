@@ -72,15 +72,15 @@ def split_operands(
     they are, at one boundary. Each pair is that of a product of its own (one group), so that the two
     parts are accumulated apart and no product is longer than its part.
     """
-    boundaries = {
-        q.spec.boundary for q in (lhs_qparams, weight.qparams) if q.spec.granularity == "split"
-    }
+    # A product of two activations has ranges on both sides, and no weight.
+    right = weight.qparams if isinstance(weight, QTensor) else weight
+    boundaries = {q.spec.boundary for q in (lhs_qparams, right) if q.spec.granularity == "split"}
     if operator.kind not in ("conv", "dense") or len(boundaries) != 1:
         raise ValueError(
             f"integer {operator.kind}: operands split at {sorted(boundaries)} cannot be multiplied "
             "part by part; split input and weight of a conv or dense layer at one boundary"
         )
-    if "group" in (lhs_qparams.spec.granularity, weight.qparams.spec.granularity):
+    if "group" in (lhs_qparams.spec.granularity, right.spec.granularity):
         raise ValueError(
             f"integer {operator.kind}: one operand is split in two and the other cut into groups, "
             "which is not executed; cut both alike, or simulate this site"

@@ -22,8 +22,6 @@ from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.export.encode import decode_tree, encode_tree
 from qdiff_jax.quant.timed import select, step_context
 
-pytestmark = pytest.mark.slow
-
 SCHEDULE = make_schedule("linear")
 GRID = make_timesteps("uniform", 1000, 5)
 PLANS = {

@@ -13,8 +13,6 @@ from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.observe.trajectory import record_trajectories
 
-pytestmark = pytest.mark.slow
-
 KEY = jax.random.key(0)
 SHAPE = (4, 4, 1)
 GRID = make_timesteps("uniform", 1000, 5)

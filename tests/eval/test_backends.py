@@ -26,8 +26,6 @@ from qdiff_jax.models import registry
 
 from ..parity.networks import seeded
 
-pytestmark = pytest.mark.slow
-
 PARITY = pathlib.Path(__file__).parents[1] / "parity"
 TOKENS = json.loads((PARITY / "networks" / "clip_tokenizer.json").read_text())
 TINY = ClipConfig(TowerConfig(32, 2, 4), TowerConfig(24, 2, 3), 20, 8, 24, 50, 12)

@@ -20,8 +20,6 @@ from qdiff_jax.quant.quantizer import codes
 from qdiff_jax.quant.ranges import weight_qparams
 from qdiff_jax.quant.spec import QuantSpec
 
-pytestmark = pytest.mark.slow
-
 AT, K, N = 5, 8, 6
 INPUT = QuantSpec(granularity="split", axis=-1, boundary=AT)
 WEIGHT = QuantSpec(granularity="split", axis=-2, boundary=AT)

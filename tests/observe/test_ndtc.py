@@ -10,8 +10,6 @@ from qdiff_jax.observe.selectors import ndtc, ndtc_positions, one_step, random_s
 
 from .test_selectors import KEY, numbered
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
     ("mean", "std", "first", "last"), [(0.4, 0.4, 0.159, 0.067), (0.4, 0.5, 0.212, 0.115)]

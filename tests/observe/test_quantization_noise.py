@@ -20,8 +20,6 @@ from qdiff_jax.observe.quantization_noise import (
 from qdiff_jax.observe.trajectory import record_trajectories
 from qdiff_jax.quant.timed import select, step_context
 
-pytestmark = pytest.mark.slow
-
 SCHEDULE = make_schedule("linear")
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 

@@ -21,8 +21,6 @@ from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.quantizer import codes, dequantize
 from qdiff_jax.quant.spec import QuantSpec
 
-pytestmark = pytest.mark.slow
-
 CHANNEL = QuantSpec(granularity="channel")
 GROUP = QuantSpec(granularity="group", axis=-2, group=8)
 SYMMETRIC = {"symmetric": True, "signed": True}

@@ -14,8 +14,6 @@ from qdiff_jax.quant.rounding import hard_codes, soft_rounding, soft_weight
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import from_ranges, select, step_context
 
-pytestmark = pytest.mark.slow
-
 PLAIN = QuantSpec()
 CHANNEL = QuantSpec(granularity="channel")
 

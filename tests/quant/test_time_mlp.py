@@ -22,8 +22,6 @@ from qdiff_jax.quant.time_mlp import (
 )
 from qdiff_jax.quant.timed import select, step_context
 
-pytestmark = pytest.mark.slow
-
 T = jnp.arange(0.0, 1000.0, 7.0)
 GRID = np.float32([20.0, 180.0, 540.0, 930.0])
 

@@ -12,8 +12,6 @@ from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.stages.batch_ranges import BatchRangeConfig, calibrate_by_batch, search
 from qdiff_jax.stages.stage import initial_state
 
-pytestmark = pytest.mark.slow
-
 
 def searched(x, bits, symmetric=False):
     lo, hi = np.float32(min(x.min(), 0)), np.float32(max(x.max(), 0))

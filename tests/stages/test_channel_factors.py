@@ -19,8 +19,6 @@ from qdiff_jax.stages.stage import Model, initial_state, run_stage, tuned_params
 
 from .. import tiny_unet
 
-pytestmark = pytest.mark.slow
-
 NET = tiny_unet.network(tiny_unet.SMALL)
 MODEL = Model(NET.module, NET.program, NET.params)
 ATTENTION = tuple(f"mid_attn_1/{op}" for op in ("q", "k", "v"))

@@ -18,8 +18,6 @@ from qdiff_jax.stages.unit_steps import ReconstructConfig, step_inputs
 
 from . import chain
 
-pytestmark = pytest.mark.slow
-
 CONFIG = ReconstructConfig(steps=6, batch_size=8, lr=5e-2, schedule="cosine", walk_batch=16)
 
 

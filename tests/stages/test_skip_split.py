@@ -13,8 +13,6 @@ from qdiff_jax.stages.stage import Model, initial_state, run_stage
 
 from .. import tiny_unet
 
-pytestmark = pytest.mark.slow
-
 # Unequal widths: what is concatenated must not be halved.
 UNEQUAL = UNetConfig(
     channels=4, multipliers=(1, 3), res_blocks=1, attention_resolutions=(), resolution=4, groups=2

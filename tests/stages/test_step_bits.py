@@ -16,8 +16,6 @@ from qdiff_jax.stages.step_bits import (
     with_step_bits,
 )
 
-pytestmark = pytest.mark.slow
-
 STEPS = np.float32([0.0, 300.0, 900.0])
 
 

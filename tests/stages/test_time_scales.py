@@ -137,8 +137,8 @@ def test_without_planned_activations_there_is_nothing_to_train():
 class TestTraining:
     config = TrainConfig(steps=12, batch_size=8, lr=1e-2, warmup=2, dropout=0.0, save_seconds=0.0)
 
-    @functools.cache
     @staticmethod
+    @functools.cache
     def state():
         stage = calibrate_time_scales(chain.model(), data(), chain.TIMESTEPS, CONFIG, batch_size=16)
         return run_stage(stage, chain.state(4, 4))[0]

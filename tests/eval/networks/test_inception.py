@@ -18,8 +18,6 @@ from qdiff_jax.eval.networks.inception import (
 
 from ...parity.networks import seeded
 
-pytestmark = pytest.mark.slow
-
 CASE = pathlib.Path(__file__).parents[2] / "parity" / "networks" / "inception.npz"
 
 
