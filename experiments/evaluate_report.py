@@ -119,15 +119,28 @@ def write_comparison(results: Mapping[str, Mapping], out: pathlib.Path) -> str:
                 ),
             ]
         )
+    reference = next(iter(results.values()))
+    real = [
+        next((shown(entry[key]) for key in ("floor", "real") if key in entry), ABSENT)
+        for entry in (reference["metrics"][name] for name in names)
+    ]
+    rows.append(["real images", *real])
     lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    measured = reference["protocol"]
+    sampler = measured["sampler"]
+    scale = sampler["guidance_scale"]
+    text = (
+        f"{measured['samples']:,} samples each, {sampler['name']} with {sampler['steps']} steps "
+        f"({sampler['spacing']}), {'no guidance' if scale < 0 else f'guidance {scale:g}'}, features of "
+        f"{measured['network']}; [95 % interval].\n\n"
+    )
+    text += "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     write_atomic(out / "comparison.md", text)
     columns = [
         _column("Evaluation", "Its workdir."),
         *(_column(name, MEANINGS[name]) for name in names),
     ]
-    one = next(iter(results.values()))["protocol"]
-    provenance = {key: str(value) for key, value in one.items()}
+    provenance = {key: str(value) for key, value in measured.items()}
     html = page.page(
         "Evaluations side by side",
         "All measured by one protocol; intervals cover 95 %.",

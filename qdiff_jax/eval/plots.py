@@ -82,7 +82,8 @@ def samples_figure(images: Mapping[str, np.ndarray], columns: int = 2) -> Figure
     size = (block_width * len(arrays) + 0.9, cell * rows + 1.0)
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
-    figure.suptitle("Samples from the same noise", fontsize=11, color=INK)
+    if len(arrays) > 1:  # of one variant there is nothing to set beside
+        figure.suptitle("Samples from the same noise", fontsize=11, color=INK)
     grid = figure.subplots(1, len(arrays), squeeze=False)[0]
     gap = max(1, shape[2] // 16)
     for axes, (name, value) in zip(grid, arrays.items()):

@@ -92,7 +92,7 @@ def test_only_like_protocols_compare(finished, tmp_path):
     other.mkdir()
     (other / "metrics.json").write_text(json.dumps(result))
     text = compare([str(workdir), str(other)], tmp_path / "out")
-    assert text.count("\n") == 4
+    assert text.count("\n| ") == 5  # header, rule, two evaluations, real images
     assert (tmp_path / "out" / "comparison.html").exists()
     unlike = json.loads(json.dumps(result))
     unlike["protocol"]["sampler"]["steps"] = 50
