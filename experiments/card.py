@@ -14,6 +14,7 @@ the card is read from the files of the run and of the evaluations.
 from __future__ import annotations
 
 import json
+import logging as python_logging
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     args = flags.FLAGS
+    python_logging.getLogger("fontTools").setLevel(python_logging.WARNING)  # every glyph of a PDF
     weights = pathlib.Path(args.weights)
     records = [record for folder in args.training for record in read_metrics(pathlib.Path(folder))]
     config = json.loads((pathlib.Path(args.training[-1]) / "config.json").read_text())["config"]
