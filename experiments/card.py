@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments.evaluate_config import read_result
-from qdiff_jax.analysis.column import column, dress, save
+from qdiff_jax.analysis.column import column, dress, plain_log, save
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.tables import significant
 from qdiff_jax.export.bundle import file_sha256
@@ -88,7 +88,8 @@ def draw_loss(records: Sequence[Mapping], stem: pathlib.Path) -> None:
     figure, (axes,) = column((2.0,))
     axes.plot(losses[:, 0], losses[:, 1], color="#0072B2", linewidth=0.9)
     axes.set_yscale("log")
-    dress(axes, "training step", "loss (mean squared error of eps)")
+    dress(axes, "training step", "loss (MSE of eps)")
+    plain_log(axes)
     save(figure, stem)
 
 
