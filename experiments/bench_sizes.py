@@ -171,7 +171,10 @@ def main(argv) -> None:
     config = ClosedFormConfig(hessian_mib=args.hessian_mib)
     found = measure(kernels, args.rows, args.chunk, config, args.most_seconds)
     given = f"--kernels={args.kernels}" if args.kernels else f"--model={args.model}"
-    command = f"python -m experiments.bench_sizes {given} --rows={args.rows}"
+    command = (
+        f"python -m experiments.bench_sizes {given} --rows={args.rows} "
+        f"--hessian_mib={args.hessian_mib} --most_seconds={args.most_seconds:g}"
+    )
     print(write_results(name, found, args.rows, command, pathlib.Path(args.out)))
 
 
