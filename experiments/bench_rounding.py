@@ -26,8 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments.compare import Run, is_finished, share
-from experiments.quantize import quantize
+from experiments.compare import Run, run_once
 from experiments.quantize_config import read_config
 from qdiff_jax.analysis.column import column, dress, legend, line_style, plain_log, save
 from qdiff_jax.analysis.subject import parse_bits
@@ -74,14 +73,10 @@ def cells(config: ConfigDict) -> list[Cell]:
 def run_cells(given: Sequence[Cell], out: pathlib.Path) -> None:
     """Run what is not finished yet."""
     for position, cell in enumerate(given):
-        workdir = out / "runs" / cell.name
         run = Run(cell.name, "configs/bench_rounding.py", cell.config, read_config(cell.config))
-        if is_finished(run, workdir):
-            continue
         logging.info("cell %d of %d: %s", position + 1, len(given), cell.name)
-        share(out, run, workdir)
-        quantize(cell.config, workdir, "python -m experiments.bench_rounding")
-        share(out, run, workdir)
+        workdir = run_once(run, out, "python -m experiments.bench_rounding")
+        # Also of a run that a kill left finished but unnamed.
         write_atomic(workdir / CELL, json.dumps(cell.row))
 
 

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.compare import Run, is_finished, make_run, share
-from experiments.quantize import quantize
+from experiments.compare import Run, make_run, run_once
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.report import read_report
 from qdiff_jax.eval.samples import Samples
@@ -59,17 +58,6 @@ def runs_of(claim: Claim, config: ConfigDict) -> list[tuple[Run, Run]]:
     return pairs
 
 
-def run_once(run: Run, out: pathlib.Path) -> pathlib.Path:
-    """The workdir of a run, finished."""
-    workdir = out / "runs" / run.name
-    if not is_finished(run, workdir):
-        logging.info("run %s", run.name)
-        share(out, run, workdir)
-        quantize(run.config, workdir, f"python -m experiments.claims ({run.given})")
-        share(out, run, workdir)
-    return workdir
-
-
 def errors(workdir: pathlib.Path, name: str) -> np.ndarray:
     """[N] mean squared error of each final image from full precision's."""
     ours, full = (
@@ -79,15 +67,18 @@ def errors(workdir: pathlib.Path, name: str) -> np.ndarray:
     return np.square(ours - full).reshape(len(ours), -1).mean(axis=1)
 
 
-def measure(claim: Claim, config: ConfigDict, out: pathlib.Path) -> dict[str, Any]:
-    """Run what is missing for a claim; returns its row of the ledger."""
+def measure(
+    claim: Claim, pairs: list[tuple[Run, Run]], config: ConfigDict, out: pathlib.Path
+) -> dict[str, Any]:
+    """Run what is missing for a claim, whose `runs_of` are `pairs`; returns its row of the ledger."""
     effects: list[Effect] = []
     ratios: dict[str, list[float]] = {key: [] for key in OTHER_ERRORS}
-    for pair in runs_of(claim, config):
+    for pair in pairs:
         seen, found = [], []
         for run in pair:
             # In the order of the report: a config's method comes after round-to-nearest beside it.
-            workdir, name = run_once(run, out), list(run.parsed.variants)[-1]
+            name = list(run.parsed.variants)[-1]
+            workdir = run_once(run, out, f"python -m experiments.claims ({run.given})")
             seen.append(errors(workdir, name))
             records = read_report(workdir / "report.json")["variants"]
             found.append(next(record for record in records if record["name"] == name))
@@ -143,18 +134,16 @@ def ledger(
     config: ConfigDict, out: pathlib.Path, command: str = "experiments.claims"
 ) -> pathlib.Path:
     """Measure every claim of a config and write the ledger, again after each claim."""
-    claims = [Claim(*values) for values in config.claims]
-    for claim in claims:
-        runs_of(claim, config)  # a wrong config is found before the first run
+    # All configs first: a wrong one is found before the first run.
+    todo = [(claim, runs_of(claim, config)) for claim in (Claim(*v) for v in config.claims)]
     path, rows = out / "claims.json", {}
-    written = path
     if path.exists():
         held = json.loads(path.read_text("utf-8"))
         rows = {(row["model"], row["name"]): row for row in held}
-    for claim in claims:
-        rows[claim.model, claim.name] = measure(claim, config, out)
-        written = write_ledger(list(rows.values()), out, command)
-    return written
+    for claim, pairs in todo:
+        rows[claim.model, claim.name] = measure(claim, pairs, config, out)
+        write_ledger(list(rows.values()), out, command)
+    return out / "claims.md"
 
 
 def main(argv) -> None:

@@ -133,6 +133,16 @@ def is_finished(run: Run, workdir: pathlib.Path) -> bool:
     return made["config_fingerprint"] == fingerprint(run.parsed)
 
 
+def run_once(run: Run, out: pathlib.Path, command: str) -> pathlib.Path:
+    """The workdir of a run, finished: nothing is done again, and full precision is made once for all."""
+    workdir = out / "runs" / run.name
+    share(out, run, workdir)
+    if not is_finished(run, workdir):
+        quantize(run.config, workdir, f"{command} --workdir={workdir}")
+        share(out, run, workdir)
+    return workdir
+
+
 def compare(
     methods: Sequence[str],
     bits: Sequence[str],
@@ -155,14 +165,10 @@ def compare(
     check_alike(runs)
     finished = []
     for position, run in enumerate(runs):
-        workdir = out / "runs" / run.name
         logging.info("run %d of %d: %s", position + 1, len(runs), run.name)
-        share(out, run, workdir)
-        if not is_finished(run, workdir):
-            again = shlex.join(["python", "-m", "experiments.quantize", f"--config={run.given}"])
-            again += "".join(f" --config.{k}={v}" for k, v in (overrides or {}).items())
-            quantize(run.config, workdir, f"{again} --workdir={workdir}")
-            share(out, run, workdir)
+        again = shlex.join(["python", "-m", "experiments.quantize", f"--config={run.given}"])
+        again += "".join(f" --config.{k}={v}" for k, v in (overrides or {}).items())
+        workdir = run_once(run, out, again)
         finished.append(Finished(run.name, run.parsed, workdir))
     return write_leaderboard(out, collect(finished), command)
 
