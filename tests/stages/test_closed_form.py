@@ -24,8 +24,6 @@ from qdiff_jax.stages.unit_structure import plan_unit, unit_layers
 
 from . import chain
 
-pytestmark = pytest.mark.slow
-
 CALIBRATION = chain.calibration(per_step=16)
 HELD_OUT = chain.calibration(per_step=16, seed=9)
 CONFIG = ClosedFormConfig(walk_batch=16, rows=600)

@@ -21,8 +21,6 @@ from qdiff_jax.stages.weights import round_to_nearest
 
 from . import chain
 
-pytestmark = pytest.mark.slow
-
 CONFIG = TimeScaleConfig(encoding=8, hidden=8, steps=12, batch_size=16, lr=5e-3, dropout=0.0)
 
 

@@ -11,8 +11,6 @@ from qdiff_jax.stages.tune import TuneConfig, tune
 
 from . import chain
 
-pytestmark = pytest.mark.slow
-
 CONFIG = TuneConfig(steps=12, batch_size=16, lr=5e-3, save_seconds=0.0)
 
 
