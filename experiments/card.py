@@ -82,13 +82,15 @@ def figures_table(results: Mapping[str, Mapping]) -> list[str]:
     return lines
 
 
-def draw_loss(records: Sequence[Mapping], stem: pathlib.Path) -> None:
+def draw_loss(
+    records: Sequence[Mapping], stem: pathlib.Path, label: str = "loss (MSE of eps)"
+) -> None:
     """The loss over steps, logged means as they are; PNG and PDF beside the weights."""
     losses = np.array([(r["step"], r["loss"]) for r in records if "loss" in r])
     figure, (axes,) = column((2.0,))
     axes.plot(losses[:, 0], losses[:, 1], color="#0072B2", linewidth=0.9)
     axes.set_yscale("log")
-    dress(axes, "training step", "loss (MSE of eps)")
+    dress(axes, "training step", label)
     plain_log(axes)
     save(figure, stem)
 
