@@ -13,7 +13,7 @@ steps change almost nothing; the time embedding, a few dense layers, gets 2,000 
 BRECQ: hours on a CPU. `quickstart.py:smoke` runs in seconds. `--config.policy=official:tfmq` (or
 `official:brecq`, ...) chooses who stays in full precision.
 
-Expected on two CPU cores: 13 CPU minutes with a cold compile cache, and 3 GiB; figures in the README.
+Expected on two CPU cores: ten minutes with a cold compile cache, and 3 GiB; figures in the README.
 """
 
 import ml_collections
