@@ -138,8 +138,9 @@ class RoundingConfig:
 @dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
     """model, classifier: shipped names or .safetensors paths (classifier "" for none). variants:
-    {name: VariantConfig}, in the order of the report. rounding: how BRECQ and TFMQ-DM round weights,
-    "adaround" or "closed_form", by the settings of that name, which the method closed_form has too."""
+    {name: VariantConfig}, in the order of the report. rounding: how methods that reconstruct
+    weights round them, "adaround" or "closed_form", the latter by the settings of that name, which the method
+    closed_form has too."""
 
     model: str
     classifier: str

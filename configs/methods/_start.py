@@ -6,6 +6,8 @@ from configs import quickstart
 from qdiff_jax.config import parse_arg
 
 MODELS = {"unet": "unet_fashion", "dit": "dit_fashion"}
+# For the configs of methods that reconstruct weights: the papers' way, or solved without steps.
+ROUNDING = {"rounding": ("adaround", "closed_form")}
 MINIATURES = {"unet": "random:miniature", "dit": "random:dit"}
 
 
@@ -28,6 +30,7 @@ def start(arg, **variants):
     """
     words = "smoke" if arg.smoke else None if arg.laptop else "paper"
     config = ml_collections.ConfigDict(quickstart.get_config(words))
+    config.rounding = getattr(arg, "rounding", "adaround")
     config.model = (MINIATURES if arg.smoke else MODELS)[arg.model]
     w_bits, a_bits = (int(part) for part in arg.bits[1:].split("a"))
     config.variants = {
@@ -35,3 +38,12 @@ def start(arg, **variants):
         for name, method in variants.items()
     }
     return config
+
+
+def check_rounds(method, rounding):
+    """Raise ValueError for a way of rounding asked of a method that decides no weights by it."""
+    if rounding != "adaround" and method not in ("brecq", "tfmq"):
+        raise ValueError(
+            f"rounding={rounding} has no meaning for {method}, which reconstructs no weights: leave it out, "
+            "or take brecq or tfmq."
+        )

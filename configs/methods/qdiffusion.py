@@ -6,7 +6,8 @@ Paper: Q-Diffusion (Li et al. 2023, arXiv:2302.04304); site table of its code (`
 and last layer at the target bits too, attention products quantized, softmax at 8 bits). Words behind the
 colon: bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit` (no skips: the
 split is left out, which the log says); `split=both` (default: first convolution and shortcut of every up
-block), `split=shortcut` (the official code), `split=none` (the ablation).
+block), `split=shortcut` (the official code), `split=none` (the ablation); `rounding=closed_form`
+solves the same blocks instead of AdaRound's steps.
 The paper's sizes: 20 steps x 256 trajectories, 20,000 steps a unit at 1e-3, 5,000 steps of activation
 scales at 4e-4: hours on a CPU. `laptop` takes 16 trajectories and 150 steps a unit; `smoke` runs in seconds
 (`qdiffusion.py:smoke`).
@@ -15,11 +16,11 @@ Expected of `qdiffusion.py:w4a8,laptop` on two CPU cores: less than 10 minutes, 
 round-to-nearest under the same policy.
 """
 
-from configs.methods._start import parse, start
+from configs.methods._start import ROUNDING, parse, start
 
 
 def get_config(arg=None):
-    arg = parse(arg, split=("both", "shortcut", "none"))
+    arg = parse(arg, split=("both", "shortcut", "none"), **ROUNDING)
     config = start(arg, qdiffusion="qdiffusion")
     config.policy = "official:qdiffusion"
     config.qdiffusion_split = arg.split

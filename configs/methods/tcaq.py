@@ -5,7 +5,7 @@
 Paper: TCAQ-DM (Huang et al. 2024, arXiv:2412.16700), parts of it reconstructed, see `methods/tcaq.py`. Words
 behind the colon: bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit`;
 `rounds=2` (0 for none), `no_tcr` and `no_daq` for ablations; `exponent=paper` for factors with exponent 1 in
-every layer.
+every layer; `rounding=closed_form` solves the weights anew in every round, before its activation steps.
 20,000 steps a unit and 5,000 more in each round: hours on a CPU. Round-to-nearest stands beside it.
 `laptop` takes 100 steps a unit and 25 in each round; `smoke` runs in seconds.
 
@@ -13,11 +13,11 @@ Expected of `tcaq.py:w4a8,laptop` on two CPU cores: less than 10 minutes; teache
 below those of round-to-nearest. The paper's gain is largest at 4-bit activations.
 """
 
-from configs.methods._start import parse, start
+from configs.methods._start import ROUNDING, parse, start
 
 
 def get_config(arg=None):
-    arg = parse(arg, exponent=("search", "paper"), rounds=2, no_tcr=False, no_daq=False)
+    arg = parse(arg, exponent=("search", "paper"), rounds=2, no_tcr=False, no_daq=False, **ROUNDING)
     config = start(arg, rtn="rtn", tcaq="tcaq")
     if arg.smoke:
         config.reconstruct.steps = 8

@@ -5,7 +5,8 @@
 Paper: Temporal Dynamic Quantization (So et al. 2023, arXiv:2306.02316). Words behind the colon: bits `w4a8`
 (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit`; `mode=ptq` (default: weights by block
 reconstruction, 20,000 steps a unit, then the networks) or `mode=qat` (everything together, 200,000 steps at
-batch 128; without images, on the full-precision prediction). Round-to-nearest stands beside it.
+batch 128; without images, on the full-precision prediction); `rounding=closed_form` solves the
+weights of `ptq`. Round-to-nearest stands beside it.
 `laptop` takes 150 steps a unit for the weights and 100 for the networks, or 300 steps of training; `smoke`
 runs in seconds.
 
@@ -13,11 +14,11 @@ Expected of `tdq.py:w4a8,laptop` on two CPU cores: less than 10 minutes, and a t
 that of round-to-nearest. The networks matter at few activation bits (`w4a4`); at 8 bits ranges hardly do.
 """
 
-from configs.methods._start import parse, start
+from configs.methods._start import ROUNDING, parse, start
 
 
 def get_config(arg=None):
-    arg = parse(arg, mode=("ptq", "qat"))
+    arg = parse(arg, mode=("ptq", "qat"), **ROUNDING)
     config = start(arg, rtn="rtn", tdq="tdq")
     scales = dict(encoding=128, hidden=64, exact_shift=False, steps=5_000, batch_size=32, lr=2e-4)
     train = dict(steps=200_000, batch_size=128, lr=2e-4, warmup=5_000, per_tensor=True)

@@ -5,19 +5,20 @@
 Paper: TFMQ-DM (Huang et al. 2024, arXiv:2311.16503). Words behind the colon: bits `w4a8` (default), `w8a8`,
 `w4a4`, `w4a32`; `model=unet` (default), `model=dit`; `variant=fixed` (default: the paper, step tables on the
 temporal block alone) or `variant=faithful` (the official code, step tables at every site); `margin=1.0` for
-ranges as the code takes them (default 1.1); `no_tiar` and `no_fsc` for the ablations.
+ranges as the code takes them (default 1.1); `no_tiar` and `no_fsc` for the ablations; `rounding=closed_form`
+solves the same blocks instead of AdaRound's steps.
 20,000 steps a unit: hours on a CPU. `laptop` takes 150 (2,000 for the temporal block, which costs next to
 nothing); `smoke` runs in seconds (`tfmq.py:smoke`).
 
 Expected of `tfmq.py:w4a8,laptop`: the row of the README's first table.
 """
 
-from configs.methods._start import parse, start
+from configs.methods._start import ROUNDING, parse, start
 from qdiff_jax.methods.tfmq import VARIANTS
 
 
 def get_config(arg=None):
-    arg = parse(arg, variant=VARIANTS, margin=1.1, no_tiar=False, no_fsc=False)
+    arg = parse(arg, variant=VARIANTS, margin=1.1, no_tiar=False, no_fsc=False, **ROUNDING)
     config = start(arg, tfmq="tfmq")
     config.tfmq_variant = arg.variant
     config.tfmq_tiar = not arg.no_tiar

@@ -21,6 +21,7 @@ from typing import Any
 
 from qdiff_jax.methods.brecq import brecq, paper_activation_steps
 from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.skip_split import split_skips
 from qdiff_jax.stages.stage import Method, Model
@@ -39,20 +40,18 @@ def qdiffusion(
     activations: ActivationConfig = ActivationConfig(observer="ema", momentum=0.95),
     activation_steps: ReconstructConfig | None = _PAPER_STEPS,
     rounding: str = "adaround",
+    closed_form: ClosedFormConfig = ClosedFormConfig(),
     on_progress=None,
 ) -> Method:
     """Split, ranges, block reconstruction, running-mean activation ranges, learned activation steps.
 
     calibration: one set for weights and activations, from the selector `uniform` (20 steps x 256).
     timesteps: [S], the sampler's schedule by step index. split: "both", "shortcut" or "none".
-    activation_steps: None skips the last phase. rounding: "adaround", the paper's.
+    activation_steps: None skips the last phase. rounding, closed_form: as in `brecq`; the two parts of a
+    split weight keep their own scales in closed form too.
 
-    Raises ValueError for another rounding or split.
+    Raises ValueError for an unknown rounding or split.
     """
-    if rounding != "adaround":
-        raise ValueError(
-            f"qdiffusion rounds by 'adaround', not {rounding!r}; method 'brecq' has closed-form rounding."
-        )
     base = brecq(
         model,
         calibration,
@@ -62,7 +61,10 @@ def qdiffusion(
         weights=weights,
         activations=activations,
         activation_steps=activation_steps,
+        rounding=rounding,
+        closed_form=closed_form,
         on_progress=on_progress,
     )
     stages = (split_skips(model, split), *base.stages)
-    return Method("qdiffusion", stages, notes=f"split={split}")
+    notes = ", ".join(filter(None, [f"split={split}", base.notes]))
+    return Method("qdiffusion", stages, notes=notes)

@@ -43,8 +43,8 @@ class MethodSettings:
 
     weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it.
     variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code); tiar, fsc: its parts.
-    rounding: how BRECQ and TFMQ-DM round weights, "adaround" (the papers, by `weights`) or "closed_form"
-    (by `closed_form`).
+    rounding: how methods that reconstruct weights round them, "adaround" (the papers, by `weights`) or
+    "closed_form" (by `closed_form`).
     tune_steps: of end-to-end tuning after the method closed_form. split: which layers Q-Diffusion splits
     at a skip, "both", "shortcut" or "none".
     """
@@ -76,6 +76,7 @@ def _rounded(settings):
         weight_method=settings.weight_method,
         weights=settings.weights,
         rounding=settings.rounding,
+        closed_form=settings.closed_form,
     )
 
 
@@ -127,7 +128,6 @@ def _brecq(model, sets, settings, **own):
         *_two_sets(sets),
         activations=settings.activations,
         activation_steps=_second_phase(settings),
-        closed_form=settings.closed_form,
         **_rounded(settings),
         **own,
     )
@@ -141,7 +141,6 @@ def _tfmq(model, sets, settings, **own):
         tiar=settings.tiar,
         fsc=settings.fsc,
         activations=settings.activations,
-        closed_form=settings.closed_form,
         **_rounded(settings),
         **own,
     )

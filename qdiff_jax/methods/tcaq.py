@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.program import temporal_nodes, units_with_projections
 from qdiff_jax.models.registry import predictor
@@ -29,8 +30,10 @@ from qdiff_jax.observe.quantization_noise import Paired
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.channel_factors import FactorConfig, move_channel_factors
+from qdiff_jax.stages.closed_form import closed_form as closed_form_stage
 from qdiff_jax.stages.deferred import deferred
-from qdiff_jax.stages.progressive import reopened, resample, round_configs
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.progressive import reopened, resample, round_configs, unrounded
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.softmax_grids import SoftmaxGridConfig, choose_softmax_grids
 from qdiff_jax.stages.stage import Method, Model, QuantState, tuned_params
@@ -71,21 +74,24 @@ def tcaq(
     activations: ActivationConfig = ActivationConfig(),
     config: TcaqConfig = TcaqConfig(),
     rounding: str = "adaround",
+    closed_form: ClosedFormConfig = ClosedFormConfig(),
     on_progress=None,
 ) -> Method:
     """TCR, ranges, DAQ, reconstruction of rounding and activation steps, and its rounds on new states.
 
     source: full-precision trajectories and the sampler, needed for rounds. activation_calibration visits
-    every step of `timesteps`. Raises ValueError for rounds without a source, or another rounding.
+    every step of `timesteps`. rounding: "adaround" (the paper's: rounding and activation steps learned
+    together), or "closed_form", which decides the weights anew in every round and then learns the activation
+    steps for them. Raises ValueError for rounds without a source, or an unknown rounding.
     """
-    if rounding != "adaround":
-        raise ValueError(f"tcaq rounds weights by 'adaround', not {rounding!r}.")
+    check_rounding(rounding)
     if config.rounds and source is None:
         raise ValueError(
             "tcaq samples the quantized network between rounds: give `source` (CalibrationSets.paired), or "
             "rounds=0."
         )
-    weights = dataclasses.replace(weights, trains="both")
+    solved = rounding == "closed_form"
+    weights = dataclasses.replace(weights, trains="scales" if solved else "both")
     configs = round_configs(weights, config.rounds, config.round_share)
     batch_size, units = activations.batch_size, units_with_projections(model.program)
     steps = np.unique(weight_calibration.index)
@@ -113,21 +119,41 @@ def tcaq(
         )
         return stage, state
 
+    def states_of(state, i: int):
+        return state.aux["calibration"] if i else weight_calibration
+
+    def solution(i: int):
+        def build(state):
+            stage = closed_form_stage(
+                tuned(state),
+                units,
+                states_of(state, i),
+                closed_form,
+                name=f"tcaq_weights_{i}",
+                on_progress=on_progress,
+            )
+            return stage, unrounded(state) if i else state
+
+        return deferred(f"tcaq_weights_{i}", build)
+
     def reconstruction(i: int):
         def build(state):
             own = tuned(state)
             stage = reconstruct(
                 own,
                 units,
-                state.aux["calibration"] if i else weight_calibration,
+                states_of(state, i),
                 configs[i],
                 name=f"tcaq_round_{i}",
-                keep_alphas=config.rounds > 0,
+                keep_alphas=config.rounds > 0 and not solved,
                 on_progress=on_progress,
             )
-            return stage, reopened(state, own.params) if i else state
+            return stage, reopened(state, own.params) if i and not solved else state
 
         return deferred(f"tcaq_round_{i}", build)
+
+    def one_round(i: int):
+        return (solution(i), reconstruction(i)) if solved else (reconstruction(i),)
 
     stages = []
     if config.tcr:
@@ -150,7 +176,7 @@ def tcaq(
     ]
     if config.daq:
         stages.append(deferred("calibrate_softmax_grids", grids))
-    stages.append(reconstruction(0))
+    stages += one_round(0)
     for i in range(1, config.rounds + 1):
         drawn = resample(
             model,
@@ -161,6 +187,7 @@ def tcaq(
             batch_size=batch_size,
             on_progress=on_progress,
         )
-        stages += [drawn, reconstruction(i)]
+        stages += [drawn, *one_round(i)]
     parts = [word for word, used in (("tcr", config.tcr), ("daq", config.daq)) if used]
-    return Method("tcaq", tuple(stages), notes=", ".join([*parts, f"rounds={config.rounds}"]))
+    notes = ", ".join([*parts, f"rounds={config.rounds}", f"rounding={rounding}"])
+    return Method("tcaq", tuple(stages), notes=notes)

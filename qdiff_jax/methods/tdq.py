@@ -20,7 +20,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.models.program import units_with_projections
+from qdiff_jax.stages.closed_form import closed_form as closed_form_stage
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.reconstruct_time_scales import reconstruct_time_scales
 from qdiff_jax.stages.stage import Method, Model
@@ -55,15 +58,21 @@ def tdq(
     config: TdqConfig = TdqConfig(),
     batch_size: int = 64,
     rounding: str = "adaround",
+    closed_form: ClosedFormConfig = ClosedFormConfig(),
     on_progress=None,
 ) -> Method:
     """Post-training: ranges, block reconstruction, starts, networks. Aware: ranges, starts, training.
 
     activation_calibration visits every step of `timesteps`, in batches of `batch_size`. rounding:
-    "adaround" only. Raises ValueError for another.
+    "adaround" (the paper's), or "closed_form", which starts the networks first, so that weights make up for
+    the activations as they are then. Raises ValueError for another, or for "closed_form" with training,
+    which decides the weights itself.
     """
-    if rounding != "adaround":
-        raise ValueError(f"tdq rounds weights by 'adaround', not {rounding!r}.")
+    check_rounding(rounding)
+    if rounding != "adaround" and config.mode == "qat":
+        raise ValueError(
+            f"tdq with mode='qat' trains its weights: rounding={rounding!r} has no meaning there."
+        )
     start = calibrate_time_scales(
         model,
         activation_calibration,
@@ -79,30 +88,26 @@ def tdq(
         )
         return Method("tdq", (ranges, start, train), notes="mode=qat")
     units = units_with_projections(model.program)
-    return Method(
-        "tdq",
-        (
-            ranges,
-            reconstruct(
-                model,
-                units,
-                weight_calibration,
-                weights,
-                name="tdq_weights",
-                on_progress=on_progress,
-            ),
-            start,
-            reconstruct_time_scales(
-                model,
-                units,
-                weight_calibration,
-                timesteps,
-                config.scales,
-                walk_batch=weights.walk_batch,
-                memory_mib=weights.memory_mib,
-                save_seconds=weights.save_seconds,
-                on_progress=on_progress,
-            ),
-        ),
-        notes="mode=ptq",
+    networks = reconstruct_time_scales(
+        model,
+        units,
+        weight_calibration,
+        timesteps,
+        config.scales,
+        walk_batch=weights.walk_batch,
+        memory_mib=weights.memory_mib,
+        save_seconds=weights.save_seconds,
+        on_progress=on_progress,
     )
+    own = dict(name="tdq_weights", on_progress=on_progress)
+    if rounding == "closed_form":
+        solve = closed_form_stage(model, units, weight_calibration, closed_form, **own)
+        stages = (start, ranges, solve, networks)
+    else:
+        stages = (
+            ranges,
+            reconstruct(model, units, weight_calibration, weights, **own),
+            start,
+            networks,
+        )
+    return Method("tdq", stages, notes=f"mode=ptq, rounding={rounding}")

@@ -93,6 +93,17 @@ def reopened(state: QuantState, params: Any) -> QuantState:
     return state.replace(quant=nest_sites(flat))
 
 
+def unrounded(state: QuantState) -> QuantState:
+    """A state whose decided weights are to be decided again: ranges in place of codes, no refitted bias."""
+    flat = {
+        name: site.replace(rhs=site.rhs.qparams, bias=None)
+        if isinstance(site.rhs, QTensor)
+        else site
+        for name, site in flatten_sites(state.quant).items()
+    }
+    return state.replace(quant=nest_sites(flat))
+
+
 class Carry(NamedTuple):
     state: QuantState
     trajectory: Trajectory | None

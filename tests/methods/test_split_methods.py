@@ -19,6 +19,7 @@ from qdiff_jax.quant.timed import select, step_context
 from qdiff_jax.sites import flatten_sites, list_sites, nest_sites
 from qdiff_jax.stages.batch_ranges import BatchRangeConfig
 from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import fold_weights, initial_state, kernel_at
 
@@ -39,7 +40,7 @@ def plan():
     return make_plan(sites, policy("official:qdiffusion", sites, 4, 8))
 
 
-def method(name, steps=4, on_progress=None):
+def method(name, steps=4, on_progress=None, **own):
     if name == "ptq4dm":
         ranges = BatchRangeConfig(batch_size=6, values=32, candidates=10)
         return ptq4dm(model(), calibration(), activations=ranges, on_progress=on_progress)
@@ -57,6 +58,7 @@ def method(name, steps=4, on_progress=None):
         activations=ActivationConfig(batch_size=6),
         activation_steps=scales if steps else None,
         on_progress=on_progress,
+        **own,
     )
 
 
@@ -98,6 +100,27 @@ def test_two_ranges_where_maps_meet_and_one_elsewhere():
             assert held.lhs.scale.shape == ()
     assert set(outcome_.reports["split_skips"]["split"]) == SPLIT
     assert not flatten_sites(outcome("ptq4dm").state.quant)["up_0_block_0/conv1"].lhs.scale.shape
+
+
+def test_split_weights_are_rounded_in_closed_form_too():
+    own = dict(rounding="closed_form", closed_form=ClosedFormConfig(walk_batch=12))
+    made = finish(method("qdiffusion", **own), begin())
+    flat = flatten_sites(made.state.quant)
+    layers = {
+        name: layer
+        for unit in made.reports["brecq_weights"]["units"]
+        for name, layer in unit.get("layers", {}).items()
+    }
+    moved = 0
+    for entry in made.state.plan.quantized("weight"):
+        tensor = jax.device_get(flat[entry.site].rhs)
+        kernel = kernel_at(model().params, entry.site)
+        nearest = nearest_codes(weight_qparams(kernel, entry.spec, entry.bits), kernel)
+        assert tensor.qparams.spec == entry.spec
+        assert tensor.qparams.spec.granularity == ("split" if entry.site in SPLIT else "channel")
+        assert layers[entry.site]["loss"] <= 1.001 * layers[entry.site]["nearest_loss"]
+        moved += entry.site in SPLIT and bool((codes(tensor) != nearest).any())
+    assert moved
 
 
 def test_zero_steps_of_reconstruction_are_nearest_rounding():
@@ -170,7 +193,7 @@ def test_ranges_averaged_over_batches_follow_their_momentum():
 
 
 def test_other_roundings_are_refused():
-    with pytest.raises(ValueError, match="qdiffusion rounds by 'adaround', not 'closed_form'"):
-        qdiffusion(model(), calibration(), TIMESTEPS, rounding="closed_form")
+    with pytest.raises(ValueError, match="rounding 'nearest' is unknown"):
+        qdiffusion(model(), calibration(), TIMESTEPS, rounding="nearest")
     with pytest.raises(ValueError, match="ptq4dm rounds to the nearest code, not by 'adaround'"):
         ptq4dm(model(), calibration(), rounding="adaround")

@@ -48,6 +48,12 @@ def test_tdq_has_a_post_training_and_an_aware_form():
         "calibrate_time_scales",
         "reconstruct_time_scales",
     ]
+    assert names(made("tdq", rounding="closed_form")) == [
+        "calibrate_time_scales",
+        "calibrate_weights",
+        "tdq_weights",
+        "reconstruct_time_scales",
+    ]
     assert names(made("tdq", tdq=TdqConfig(mode="qat"))) == [
         "calibrate_weights",
         "calibrate_time_scales",
@@ -69,6 +75,16 @@ def test_tcaq_is_made_of_parts_that_can_be_left_out():
         "resample_2",
         "tcaq_round_2",
     ]
+    solved = names(
+        tcaq(*sets, source=object(), rounding="closed_form", config=TcaqConfig(rounds=1))
+    )
+    assert solved[4:] == [
+        "tcaq_weights_0",
+        "tcaq_round_0",
+        "resample_1",
+        "tcaq_weights_1",
+        "tcaq_round_1",
+    ]
     bare = tcaq(*sets, source=None, config=TcaqConfig(tcr=False, daq=False, rounds=0))
     assert names(bare) == ["calibrate_weights", "calibrate_activations", "tcaq_round_0"]
 
@@ -78,8 +94,10 @@ def test_what_they_cannot_do_is_refused():
     with pytest.raises(ValueError, match="rounds=0"):
         tcaq(*sets, source=None)
     for method in (lambda **k: tcaq(*sets, None, **k), lambda **k: tdq(*sets, **k)):
-        with pytest.raises(ValueError, match="'adaround', not 'closed_form'"):
-            method(rounding="closed_form")
+        with pytest.raises(ValueError, match="rounding 'nearest' is unknown"):
+            method(rounding="nearest")
+    with pytest.raises(ValueError, match="mode='qat' trains its weights"):
+        tdq(*sets, rounding="closed_form", config=TdqConfig(mode="qat"))
     with pytest.raises(ValueError, match="one of .*ptq.*qat"):
         TdqConfig(mode="qad")
 
@@ -96,9 +114,10 @@ def test_every_word_of_the_config_is_read(name, words):
         assert settings.tcaq == TcaqConfig()
 
 
+@pytest.mark.parametrize("rounding", ["adaround", "closed_form"])
 @pytest.mark.parametrize("name", ["tdq", "tcaq"])
-def test_the_whole_method_runs_to_a_bundle_and_a_report(name, tmp_path):
-    config = load_config(f"{CONFIGS}/{name}.py:w4a8,smoke")
+def test_the_whole_method_runs_to_a_bundle_and_a_report(name, rounding, tmp_path):
+    config = load_config(f"{CONFIGS}/{name}.py:w4a8,rounding={rounding},smoke")
     with config.unlocked():
         del config.variants["rtn_w4a8"]
     quantize(config, tmp_path)
