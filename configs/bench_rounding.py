@@ -42,6 +42,10 @@ RECIPES = {
     "gptq + bias": _closed_form("layer_quantized_input"),
     "asym1 + bias": _closed_form("layer_fp_output"),
     "asym2 + bias": _closed_form("block_fp_output"),
+    "asym2 + bias, steps by c^2": _closed_form("block_fp_output", step_weights="eps_coefficient"),
+    "asym2 + bias, steps by sensitivity": _closed_form(
+        "block_fp_output", step_weights="sensitivity"
+    ),
     "asym2 + bias + kronecker": _closed_form("block_fp_output", kronecker_sweeps=2),
     "asym2 + bias + tuning": _closed_form("block_fp_output", tune_steps=50),
 }
@@ -61,9 +65,6 @@ def get_config(arg=None):
     config.quantize = quickstart.get_config("smoke" if arg.smoke else None)
     # Every unit takes the steps of its recipe, that of the time embedding too.
     config.quantize.reconstruct.temporal_steps = 0
-    config.quantize.closed_form = dict(
-        target="block_fp_output", refit_bias=True, kronecker_sweeps=0, tune_steps=0
-    )
     config.models = MODELS if arg.model == "both" else (arg.model,)
     config.bits = BITS if arg.bits == "all" else (arg.bits,)
     config.seeds = tuple(range(arg.seeds))

@@ -51,6 +51,20 @@ def get_config(arg=None):
         activation_steps=0,
         activation_lr=4e-4,
     )
+    config.rounding = "adaround"
+    config.closed_form = dict(
+        target="block_fp_output",
+        damping=0.01,
+        ridge=0.05,
+        refit_bias=True,
+        sweeps=0,
+        kronecker_sweeps=0,
+        rows=24_576,
+        hessian_mib=2048,
+        activations=True,
+        tune_steps=0,
+        step_weights="uniform",
+    )
     config.activations = dict(observer="ema", margin=1.1, batch_size=64)
     config.tfmq_variant = "fixed"
     if arg.paper:

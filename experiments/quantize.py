@@ -38,7 +38,7 @@ from qdiff_jax.eval.samples import guidance_of, labels, noise_key
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
 from qdiff_jax.methods.run import make_sampler, run_method
 from qdiff_jax.models import registry
-from qdiff_jax.observe.archive import load_arrays, save_arrays
+from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
 from qdiff_jax.observe.quantization_noise import Paired, paired
 from qdiff_jax.observe.selectors import every_step, select_calibration
 from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
@@ -47,6 +47,7 @@ from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
 from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.sites import Site, list_sites
+from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
 
 
 class Job(NamedTuple):
@@ -72,7 +73,9 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     with phases(phase_weights(config, workdir)) as enter, compile_account() as account:
         enter("trajectories")
         calibration, held_out = trajectories(job, workdir)
-        sets = calibration_sets(config, calibration)._replace(paired=pairs_of(job, calibration))
+        sets = calibration_sets(config, calibration)._replace(
+            paired=pairs_of(job, calibration), step_weights=step_weights(job, workdir)
+        )
         enter("fp32")
         records = [reference(config, diffusion, workdir)]
         for name, v in config.variants.items():
@@ -165,6 +168,31 @@ def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> Calibra
         activations=every_step(jax.random.fold_in(key, 1), calibration),
         timesteps=calibration.t,
     )
+
+
+def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
+    """[S], by the config's rule; None for equal weights. Rollouts are made once for a workdir."""
+    config, diffusion = job.config, job.diffusion
+    if config.closed_form.step_weights == "uniform":
+        return None
+    if config.closed_form.step_weights == "eps_coefficient":
+        return eps_importance(job.sampler)
+    path = workdir / "trajectories" / "sensitivity.json"
+    if not path.exists():
+        indices = list(range(config.calibration.samples))
+        importance = rollout_sensitivity(
+            registry.predictor(diffusion.model.module),
+            {"params": diffusion.model.params, "quant": {}},
+            job.sampler,
+            noise_key(config.seed),
+            indices,
+            shape=diffusion.image_shape,
+            y=labels(diffusion.null_class, indices),
+            guidance=guidance_of(config.sampler.guidance_scale, diffusion.null_class),
+            batch_size=min(config.evaluation.batch, len(indices)),
+        )
+        save_record(path, {"importance": importance.tolist()})
+    return np.asarray(load_record(path)["importance"])
 
 
 def pairs_of(job: Job, calibration: Trajectory) -> Paired:

@@ -25,6 +25,7 @@ from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
+from qdiff_jax.stages.row_weights import RULES
 from qdiff_jax.stages.skip_split import SPLITS
 
 # Selectors that draw one step for each item.
@@ -121,7 +122,8 @@ class ActivationsConfig:
 @dataclasses.dataclass(frozen=True)
 class RoundingConfig:
     """The fields of ClosedFormConfig that a config sets; batches and memory are those of `reconstruct`.
-    tune_steps: of end-to-end tuning afterwards, in the method closed_form (0: none)."""
+    tune_steps: of end-to-end tuning afterwards, in the method closed_form (0: none). step_weights: how much the
+    samples of each step count, "uniform", "eps_coefficient" or "sensitivity" (`stages.row_weights`)."""
 
     target: str = "block_fp_output"
     damping: float = 0.01
@@ -133,6 +135,7 @@ class RoundingConfig:
     hessian_mib: int = 2048
     activations: bool = True
     tune_steps: int = 0
+    step_weights: str = "uniform"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +216,7 @@ def read_config(config: Any) -> QuantizeConfig:
         "calibration.selector": (config.calibration.selector, ("uniform", *DRAWING)),
         "sampler.tensor_bits": (config.sampler.tensor_bits, (0, *range(2, 9))),
         "qdiffusion_split": (config.qdiffusion_split, SPLITS),
+        "closed_form.step_weights": (config.closed_form.step_weights, RULES),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
@@ -227,7 +231,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
     # Several CPU devices share the same cores: they gain nothing, and the figures would depend on them.
     devices = 1 if jax.default_backend() == "cpu" else len(jax.devices())
     rounding = dataclasses.asdict(config.closed_form)
-    tune_steps = rounding.pop("tune_steps")
+    tune_steps, _ = rounding.pop("tune_steps"), rounding.pop("step_weights")
     return MethodSettings(
         weights=ReconstructConfig(**fields, devices=devices),
         activations=ActivationConfig(**dataclasses.asdict(config.activations)),

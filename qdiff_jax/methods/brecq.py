@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages
 from qdiff_jax.models.program import units_with_projections
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
@@ -34,12 +36,13 @@ def brecq(
     activation_steps: ReconstructConfig | None = None,
     rounding: str = "adaround",
     closed_form: ClosedFormConfig = ClosedFormConfig(),
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Method:
     """Ranges, block reconstruction of weights, activation ranges, (optional) learned activation steps.
 
     rounding: "adaround" (the paper), or "closed_form", which solves the same blocks by `closed_form`
-    instead of `weights` and calibrates activations first.
+    instead of `weights` and calibrates activations first, with the steps weighted by `step_weights`.
 
     weights: defaults are the papers' (20,000 steps at 1e-3, batch 32, lambda 0.01).
     activation_steps: None skips the phase; the papers' is `paper_activation_steps()`.
@@ -58,6 +61,7 @@ def brecq(
                 rounding=closed_form,
                 activations=activations,
                 name="brecq_weights",
+                step_weights=step_weights,
                 on_progress=on_progress,
             )
         ]

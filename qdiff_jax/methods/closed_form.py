@@ -17,6 +17,7 @@ from qdiff_jax.models.program import Unit, units_with_projections
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.closed_form import closed_form as closed_form_stage
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.row_weights import by_step
 from qdiff_jax.stages.stage import Method, Model, Stage
 from qdiff_jax.stages.tune import TuneConfig, tune
 from qdiff_jax.stages.weights import calibrate_weights
@@ -33,13 +34,13 @@ def closed_form(
     weight_method: str = "mse",
     rounding: ClosedFormConfig = ClosedFormConfig(),
     activations: ActivationConfig = ActivationConfig(),
-    row_weights: np.ndarray | None = None,
+    step_weights: np.ndarray | None = None,
     tuning: TuneConfig | None = None,
     on_progress=None,
 ) -> Method:
     """Activation ranges, weight ranges, then every block in closed form, then (optionally) tuning end to end.
 
-    row_weights: [N] of the weight calibration set, see `stages.row_weights`; None for equal weights.
+    step_weights: [S], how much the samples of each step count, see `stages.row_weights`; None for equally.
     """
     stages = closed_form_stages(
         model,
@@ -50,7 +51,7 @@ def closed_form(
         weight_method=weight_method,
         rounding=rounding,
         activations=activations,
-        row_weights=row_weights,
+        step_weights=step_weights,
         on_progress=on_progress,
     )
     notes = f"target={rounding.target}"
@@ -71,7 +72,7 @@ def closed_form_stages(
     rounding: ClosedFormConfig,
     activations: ActivationConfig,
     name: str = "closed_form_weights",
-    row_weights: np.ndarray | None = None,
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> tuple[Stage, ...]:
     """The three stages with which a method rounds in closed form, over units of its own grouping."""
@@ -80,15 +81,32 @@ def closed_form_stages(
             model, activation_calibration, timesteps, activations, on_progress=on_progress
         ),
         calibrate_weights(model, method=weight_method),
-        closed_form_stage(
+        round_units(
             model,
             units,
             weight_calibration,
             rounding,
             name=name,
-            row_weights=row_weights,
+            step_weights=step_weights,
             on_progress=on_progress,
         ),
+    )
+
+
+def round_units(
+    model: Model,
+    units: Sequence[Unit],
+    calibration: Any,
+    rounding: ClosedFormConfig,
+    *,
+    name: str,
+    step_weights: np.ndarray | None = None,
+    on_progress=None,
+) -> Stage:
+    """`stages.closed_form` with the weights of steps looked up for the rows of its calibration set."""
+    rows = None if step_weights is None else by_step(step_weights, calibration.index)
+    return closed_form_stage(
+        model, units, calibration, rounding, name=name, row_weights=rows, on_progress=on_progress
     )
 
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from qdiff_jax.methods.brecq import brecq, paper_activation_steps
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
@@ -41,14 +43,15 @@ def qdiffusion(
     activation_steps: ReconstructConfig | None = _PAPER_STEPS,
     rounding: str = "adaround",
     closed_form: ClosedFormConfig = ClosedFormConfig(),
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Method:
     """Split, ranges, block reconstruction, running-mean activation ranges, learned activation steps.
 
-    calibration: one set for weights and activations, from the selector `uniform` (20 steps x 256).
-    timesteps: [S], the sampler's schedule by step index. split: "both", "shortcut" or "none".
-    activation_steps: None skips the last phase. rounding, closed_form: as in `brecq`; the two parts of a
-    split weight keep their own scales in closed form too.
+    calibration: one set for weights and activations, from the selector `uniform` (20 steps x 256). timesteps:
+    [S], the sampler's schedule by step index. split: "both", "shortcut" or "none". activation_steps: None
+    skips the last phase. rounding, closed_form, step_weights: as in `brecq`; the two parts of a split weight
+    keep their own scales in closed form too.
 
     Raises ValueError for an unknown rounding or split.
     """
@@ -63,6 +66,7 @@ def qdiffusion(
         activation_steps=activation_steps,
         rounding=rounding,
         closed_form=closed_form,
+        step_weights=step_weights,
         on_progress=on_progress,
     )
     stages = (split_skips(model, split), *base.stages)

@@ -26,14 +26,14 @@ from qdiff_jax.stages.tune import TuneConfig
 
 class CalibrationSets(NamedTuple):
     """What methods calibrate on. weights: for reconstruction; activations: visits every step;
-    timesteps: [S], the sampler's schedule by step index. row_weights: how much each sample of `weights`
-    counts in closed-form rounding (`stages.row_weights`), None for equally. paired: an
+    timesteps: [S], the sampler's schedule by step index. step_weights: [S], how much the samples
+    of each step count in closed-form rounding (`stages.row_weights`), None for equally. paired: an
     `observe.quantization_noise.Paired`, for methods that correct the sampling."""
 
     weights: Any
     activations: Any
     timesteps: Any
-    row_weights: Any = None
+    step_weights: Any = None
     paired: Any = None
 
 
@@ -70,13 +70,14 @@ def _two_sets(sets):
     return sets.weights, sets.activations, sets.timesteps
 
 
-def _rounded(settings):
+def _rounded(sets, settings):
     """What every method takes that reconstructs its weights."""
     return dict(
         weight_method=settings.weight_method,
         weights=settings.weights,
         rounding=settings.rounding,
         closed_form=settings.closed_form,
+        step_weights=sets.step_weights,
     )
 
 
@@ -112,7 +113,7 @@ def _qdiffusion(model, sets, settings, **own):
         split=settings.split,
         activations=settings.activations,
         activation_steps=_second_phase(settings),
-        **_rounded(settings),
+        **_rounded(sets, settings),
         **own,
     )
 
@@ -128,7 +129,7 @@ def _brecq(model, sets, settings, **own):
         *_two_sets(sets),
         activations=settings.activations,
         activation_steps=_second_phase(settings),
-        **_rounded(settings),
+        **_rounded(sets, settings),
         **own,
     )
 
@@ -141,7 +142,7 @@ def _tfmq(model, sets, settings, **own):
         tiar=settings.tiar,
         fsc=settings.fsc,
         activations=settings.activations,
-        **_rounded(settings),
+        **_rounded(sets, settings),
         **own,
     )
 
@@ -154,7 +155,7 @@ def _closed_form(model, sets, settings, **own):
         rounding=settings.closed_form,
         tuning=TuneConfig(steps=settings.tune_steps) if settings.tune_steps else None,
         activations=settings.activations,
-        row_weights=sets.row_weights,
+        step_weights=sets.step_weights,
         **own,
     )
 
@@ -173,7 +174,7 @@ def _tdq(model, sets, settings, **own):
         *_two_sets(sets),
         config=settings.tdq,
         batch_size=size,
-        **_rounded(settings),
+        **_rounded(sets, settings),
         **own,
     )
 
@@ -185,7 +186,7 @@ def _tcaq(model, sets, settings, **own):
         sets.paired,
         activations=settings.activations,
         config=settings.tcaq,
-        **_rounded(settings),
+        **_rounded(sets, settings),
         **own,
     )
 

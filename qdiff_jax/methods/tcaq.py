@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qdiff_jax.methods.closed_form import check_rounding
+from qdiff_jax.methods.closed_form import check_rounding, round_units
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.program import temporal_nodes, units_with_projections
 from qdiff_jax.models.registry import predictor
@@ -30,7 +30,6 @@ from qdiff_jax.observe.quantization_noise import Paired
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.channel_factors import FactorConfig, move_channel_factors
-from qdiff_jax.stages.closed_form import closed_form as closed_form_stage
 from qdiff_jax.stages.deferred import deferred
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.progressive import reopened, resample, round_configs, unrounded
@@ -75,14 +74,16 @@ def tcaq(
     config: TcaqConfig = TcaqConfig(),
     rounding: str = "adaround",
     closed_form: ClosedFormConfig = ClosedFormConfig(),
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Method:
     """TCR, ranges, DAQ, reconstruction of rounding and activation steps, and its rounds on new states.
 
     source: full-precision trajectories and the sampler, needed for rounds. activation_calibration visits
     every step of `timesteps`. rounding: "adaround" (the paper's: rounding and activation steps learned
-    together), or "closed_form", which decides the weights anew in every round and then learns the activation
-    steps for them. Raises ValueError for rounds without a source, or an unknown rounding.
+    together), or "closed_form", which decides the weights anew in every round (steps weighted by
+    `step_weights` [S]) and then learns the activation steps for them. Raises ValueError for rounds without a
+    source, or an unknown rounding.
     """
     check_rounding(rounding)
     if config.rounds and source is None:
@@ -124,12 +125,13 @@ def tcaq(
 
     def solution(i: int):
         def build(state):
-            stage = closed_form_stage(
+            stage = round_units(
                 tuned(state),
                 units,
                 states_of(state, i),
                 closed_form,
                 name=f"tcaq_weights_{i}",
+                step_weights=step_weights,
                 on_progress=on_progress,
             )
             return stage, unrounded(state) if i else state

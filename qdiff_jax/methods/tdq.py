@@ -20,9 +20,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qdiff_jax.methods.closed_form import check_rounding
+import numpy as np
+
+from qdiff_jax.methods.closed_form import check_rounding, round_units
 from qdiff_jax.models.program import units_with_projections
-from qdiff_jax.stages.closed_form import closed_form as closed_form_stage
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.reconstruct_time_scales import reconstruct_time_scales
@@ -59,14 +60,15 @@ def tdq(
     batch_size: int = 64,
     rounding: str = "adaround",
     closed_form: ClosedFormConfig = ClosedFormConfig(),
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Method:
     """Post-training: ranges, block reconstruction, starts, networks. Aware: ranges, starts, training.
 
-    activation_calibration visits every step of `timesteps`, in batches of `batch_size`. rounding:
-    "adaround" (the paper's), or "closed_form", which starts the networks first, so that weights make up for
-    the activations as they are then. Raises ValueError for another, or for "closed_form" with training,
-    which decides the weights itself.
+    activation_calibration visits every step of `timesteps`, in batches of `batch_size`. rounding: "adaround"
+    (the paper's), or "closed_form", which starts the networks first, so that weights make up for the
+    activations as they are then, with the steps weighted by `step_weights` [S]. Raises ValueError for
+    another, or for "closed_form" with training, which decides the weights itself.
     """
     check_rounding(rounding)
     if rounding != "adaround" and config.mode == "qat":
@@ -101,7 +103,9 @@ def tdq(
     )
     own = dict(name="tdq_weights", on_progress=on_progress)
     if rounding == "closed_form":
-        solve = closed_form_stage(model, units, weight_calibration, closed_form, **own)
+        solve = round_units(
+            model, units, weight_calibration, closed_form, step_weights=step_weights, **own
+        )
         stages = (start, ranges, solve, networks)
     else:
         stages = (

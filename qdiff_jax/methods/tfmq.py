@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages
 from qdiff_jax.models.program import (
     temporal_nodes,
@@ -43,15 +45,16 @@ def tfmq(
     activations: ActivationConfig = ActivationConfig(),
     rounding: str = "adaround",
     closed_form: ClosedFormConfig = ClosedFormConfig(),
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Method:
     """Ranges, TIAR and then block reconstruction with the temporal block frozen, step tables by FSC.
 
     tiar, fsc: False for the ablations: without TIAR every block owns its projection of the time embedding, as
-    in BRECQ; without FSC the temporal sites have one range for all steps.
-    activation_calibration must visit every step of `timesteps` (selector `every_step`).
-    rounding: "adaround" (the paper), or "closed_form", which solves the same blocks by `closed_form`
-    instead of `weights` and calibrates activations first. Raises ValueError for an unknown variant.
+    in BRECQ; without FSC the temporal sites have one range for all steps. activation_calibration must visit
+    every step of `timesteps` (selector `every_step`). rounding: "adaround" (the paper), or "closed_form",
+    which solves the same blocks by `closed_form` instead of `weights` and calibrates activations first, with
+    the steps weighted by `step_weights`. Raises ValueError for an unknown variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"tfmq variant {variant!r} is unknown; use one of {VARIANTS}.")
@@ -77,6 +80,7 @@ def tfmq(
             rounding=closed_form,
             activations=activations,
             name="tfmq_weights",
+            step_weights=step_weights,
             on_progress=on_progress,
         )
         return Method("tfmq", stages, notes=f"{notes}, rounding={rounding}")

@@ -30,9 +30,14 @@ def uniform(index: np.ndarray) -> np.ndarray:
     return np.ones(len(index), np.float32)
 
 
+def eps_importance(plan: SamplerPlan) -> np.ndarray:
+    """[S] float64: c_j^2 of every step."""
+    return np.asarray(plan.rows["eps_coefficient"], np.float64) ** 2
+
+
 def by_eps_coefficient(plan: SamplerPlan, index: np.ndarray) -> np.ndarray:
     """[N] float32: c_j^2 of each sample's step index j. Raises ValueError for an unknown index."""
-    return by_step(np.asarray(plan.rows["eps_coefficient"], np.float64) ** 2, index)
+    return by_step(eps_importance(plan), index)
 
 
 def by_step(importance: np.ndarray, index: np.ndarray) -> np.ndarray:
