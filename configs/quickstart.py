@@ -9,9 +9,10 @@ everything quantized, first and last layer and softmax at 8 bits).
 
 `quickstart.py` uses 150 steps a unit at 1e-2 with cosine decay, because at the papers' 1e-3 so few
 steps change almost nothing; the time embedding, a few dense layers, gets 2,000 at hardly any cost.
-`quickstart.py:paper` is the papers' setting, 20,000 steps at 1e-3 and a 5,000-step activation phase for
-BRECQ: hours on a CPU. `quickstart.py:smoke` runs in seconds. `--config.policy=official:tfmq` (or
-`official:brecq`, ...) chooses who stays in full precision.
+`quickstart.py:full` adds Q-Diffusion, TCAQ-DM and PTQD (over BRECQ) and takes every method to W4A4 too, all
+with activation ranges by MSE search. `quickstart.py:paper` is the papers' setting, 20,000 steps at 1e-3 and
+a 5,000-step activation phase for BRECQ: hours on a CPU. `quickstart.py:smoke` runs in seconds.
+`--config.policy=official:tfmq` (or `official:brecq`, ...) chooses who stays in full precision.
 
 Expected on two CPU cores: ten minutes with a cold compile cache, and 3 GiB; figures in the README.
 """
@@ -20,9 +21,11 @@ import ml_collections
 
 from qdiff_jax.config import parse_arg
 
+FULL = ("rtn", "brecq", "tfmq", "closed_form", "qdiffusion", "tcaq", "ptqd")
+
 
 def get_config(arg=None):
-    arg = parse_arg(arg, paper=False, smoke=False)
+    arg = parse_arg(arg, full=False, paper=False, smoke=False)
     config = ml_collections.ConfigDict()
     config.model = "unet_fashion"
     config.classifier = "classifier_fashion"
@@ -67,6 +70,14 @@ def get_config(arg=None):
     )
     config.activations = dict(observer="ema", margin=1.1, batch_size=64)
     config.tfmq_variant = "fixed"
+    if arg.full:
+        config.activations.observer = "mse"
+        config.variants = dict(rtn_w8a8=dict(method="rtn", w_bits=8, a_bits=8))
+        for method in FULL:
+            for a_bits in (8, 4):
+                variant = dict(method=method, w_bits=4, a_bits=a_bits)
+                config.variants[f"{method}_w4a{a_bits}"] = variant
+        config.ptqd = dict(base="brecq")
     if arg.paper:
         config.reconstruct.steps = 20_000
         config.reconstruct.temporal_steps = 0

@@ -10,6 +10,9 @@ on where it was, and more methods or bits join those there are. Full-precision t
 made once for all runs that measure alike (OUT/shared). Runs on one model must measure alike (sampler,
 seed, calibration and evaluation sizes): what differs is named before anything runs, and
 `--set=calibration.samples=32` sets a key in every config. Writes leaderboard.md, leaderboard.csv and pictures.
+
+With `--judge=configs/evaluate.py:main20 --judge_set=data.source=idx:DIR`, variants of `--judge_bits` (and full
+precision) are also judged by many samples, for their Frechet distance from real images.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
+from experiments.compare_images import Judging, check_judging, judge_variants
 from experiments.compare_report import Finished, collect, write_leaderboard
 from experiments.quantize import quantize
 from experiments.quantize_config import QuantizeConfig, read_config
@@ -150,11 +154,13 @@ def compare(
     out: pathlib.Path,
     *,
     overrides: Mapping[str, Any] | None = None,
+    judging: Judging | None = None,
     command: str = "",
 ) -> dict[str, pathlib.Path]:
     """Run what is missing and write the leaderboard; returns its files by kind.
 
     methods: run at each of bits (such as "w4a8"); configs: run as they are. overrides: keys set in all.
+    judging: which variants are compared with real images, by many samples; None for none.
     Raises ValueError, before anything runs, for a config that is wrong or runs that cannot be compared.
     """
     out = pathlib.Path(out)
@@ -163,6 +169,8 @@ def compare(
         raise ValueError("nothing to compare: give methods with bits, or configs.")
     runs = [make_run(path, overrides or {}) for path in given]
     check_alike(runs)
+    if judging is not None:
+        check_judging(runs, judging)
     finished = []
     for position, run in enumerate(runs):
         logging.info("run %d of %d: %s", position + 1, len(runs), run.name)
@@ -170,6 +178,8 @@ def compare(
         again += "".join(f" --config.{k}={v}" for k, v in (overrides or {}).items())
         workdir = run_once(run, out, again)
         finished.append(Finished(run.name, run.parsed, workdir))
+    if judging is not None:
+        finished = judge_variants(finished, judging)
     return write_leaderboard(out, collect(finished), command)
 
 
@@ -198,6 +208,13 @@ def main(argv) -> None:
         flags.FLAGS.config,
         pathlib.Path(flags.FLAGS.out),
         overrides=parse_overrides(flags.FLAGS.set),
+        judging=Judging(
+            flags.FLAGS.judge,
+            tuple(flags.FLAGS.judge_bits),
+            parse_overrides(flags.FLAGS.judge_set),
+        )
+        if flags.FLAGS.judge
+        else None,
         command=shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]]),
     )
     print(paths["md"].read_text("utf-8"))
@@ -208,6 +225,9 @@ if __name__ == "__main__":
     flags.DEFINE_list("bits", ["w8a8", "w4a8"], "Bits of the methods.")
     flags.DEFINE_multi_string("config", [], "Config file, path:arg, run as it is.")
     flags.DEFINE_multi_string("set", [], "key=value, set in every config.")
+    flags.DEFINE_string("judge", "", "Config file of experiments.evaluate, path:arg.")
+    flags.DEFINE_list("judge_bits", ["w4a8"], "Bits of the variants that are judged by it.")
+    flags.DEFINE_multi_string("judge_set", [], "key=value, set in that config.")
     flags.DEFINE_string("out", None, "Runs and leaderboard go here; the same again resumes.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["out"])

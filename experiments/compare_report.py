@@ -10,7 +10,8 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,8 @@ class Finished(NamedTuple):
     name: str
     config: QuantizeConfig
     workdir: pathlib.Path
+    # {variant: metrics of its evaluation by many samples}, of those that have one.
+    judged: Mapping[str, Mapping] = MappingProxyType({})
 
 
 def collect(runs: Sequence[Finished]) -> list[Row]:
@@ -74,6 +77,8 @@ def _measured(run: Finished, name: str) -> Row:
     quant = {} if name == "fp32" else load_bundle(folder / "bundle").quant
     cost: Cost = network_cost(_sites(run.config.model), quant)
     found: Row = {"macs": cost.macs, "bitops": cost.bitops, "accuracy": None, "agreement": None}
+    frechet = run.judged.get(name, {}).get("frechet", {})
+    found |= {f"frechet_{key}": frechet.get(key) for key in ("value", "low", "high", "floor")}
     if run.config.classifier:
         mine, theirs = (
             _classes(run.config.classifier, run.workdir / "variants" / which / "samples.npz")
@@ -109,6 +114,13 @@ def _optional(key: str, write) -> Any:
         return tables.ABSENT if row[key] is None else write(row[key])
 
     return cell
+
+
+def _with_interval(row: Row) -> str:
+    if row["frechet_value"] is None:
+        return tables.ABSENT
+    value, low, high = (tables.significant(row[f"frechet_{k}"]) for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _times_fewer(row: Row, reference: Row) -> str:
@@ -154,6 +166,12 @@ COLUMNS = (
         _optional("agreement", lambda v: f"{100 * v:.1f}"),
     ),
     Column(
+        "Fréchet",
+        "distance",
+        "From real images, in the features of a network, of thousands of samples; 95 % interval.",
+        lambda r, _: _with_interval(r),
+    ),
+    Column(
         "Stored",
         "",
         "Size of the model as stored, scales, zero points and corrections included.",
@@ -191,6 +209,10 @@ CSV_KEYS = (
     "feature_distance",
     "accuracy",
     "agreement",
+    "frechet_value",
+    "frechet_low",
+    "frechet_high",
+    "frechet_floor",
     "temporal_cosine",
     "temporal_mismatch",
     "stored_bytes",
@@ -260,6 +282,9 @@ def write_leaderboard(
         full = next(row for row in mine if row["name"] == "fp32")
         cells = tables.rows(COLUMNS, mine, full)
         parts.append(f"## {model}\n\n{tables.markdown(COLUMNS, cells)}")
+        if full["frechet_floor"] is not None:
+            floor = tables.significant(full["frechet_floor"])
+            parts.append(f"Floor of the Fréchet distance (as many real images): {floor}.")
     for caption, path in pictures.items():
         parts.append(f"![{caption}](<{os.path.relpath(path, out)}>)\n\n*{caption}*")
     made = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}"
