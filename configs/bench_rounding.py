@@ -46,6 +46,9 @@ RECIPES = {
     "asym2 + bias, steps by sensitivity": _closed_form(
         "block_fp_output", step_weights="sensitivity"
     ),
+    # Parts of the Hessian: taps of a convolution, groups of a dense layer's inputs (quant.hessian_size).
+    "asym2 + bias, Hessian in 5 MiB": _closed_form("block_fp_output", hessian_mib=5),
+    "asym2 + bias, Hessian in 1 MiB": _closed_form("block_fp_output", hessian_mib=1),
     "asym2 + bias + kronecker": _closed_form("block_fp_output", kronecker_sweeps=2),
     "asym2 + bias + tuning": _closed_form("block_fp_output", tune_steps=50),
 }
