@@ -139,9 +139,9 @@ def ledger(
     path, rows = out / "claims.json", {}
     if path.exists():
         held = json.loads(path.read_text("utf-8"))
-        rows = {(row["model"], row["name"]): row for row in held}
+        rows = {(row["model"], row["name"], row["bits"]): row for row in held}
     for claim, pairs in todo:
-        rows[claim.model, claim.name] = measure(claim, pairs, config, out)
+        rows[claim.model, claim.name, claim.bits] = measure(claim, pairs, config, out)
         write_ledger(list(rows.values()), out, command)
     return out / "claims.md"
 

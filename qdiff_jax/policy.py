@@ -166,19 +166,30 @@ def _softmax(a_bits: int | None, bits: int = 8) -> Rule:
     )
 
 
+def _ends(sites: Sequence[Site], w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
+    """The first and the last layer at 8 bits. The time embedding runs before it, but the first layer of the
+    field's tables is the input's."""
+    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    rules = []
+    for which, site in (("first", first), ("last", last_weight_site(sites))):
+        if w_bits:
+            rules.append(Rule(f"{which} layer at 8 bits", site.name, ("weight",), 8, WEIGHT))
+        if a_bits:
+            rules.append(Rule(f"{which} layer at 8 bits", site.name, ("input",), 8, ACTIVATION))
+    return tuple(rules)
+
+
+_NO_PRODUCTS = Rule(
+    "attention products in full precision", "*", ("q", "k", "v", "softmax"), None, None
+)
+
+
 def common(sites: Sequence[Site], w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
     """Our default: everything quantized, first and last layer at 8 bits, softmax 8 bits always-zero.
 
     w_bits or a_bits None leaves weights or activations in full precision.
     """
-    # The time embedding runs before it, but the first layer of the field's tables is the input's.
-    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
-    ends = []
-    for which, site in (("first", first), ("last", last_weight_site(sites))):
-        if w_bits:
-            ends.append(Rule(f"{which} layer at 8 bits", site.name, ("weight",), 8, WEIGHT))
-        if a_bits:
-            ends.append(Rule(f"{which} layer at 8 bits", site.name, ("input",), 8, ACTIVATION))
+    ends = _ends(sites, w_bits, a_bits)
     return _present(sites, (*ends, _softmax(a_bits), *_targets(w_bits, a_bits)))
 
 
@@ -208,7 +219,7 @@ def official_tfmq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
         Rule("upsampling in full precision", "*_upsample/*", fp, None, None),
         Rule("second layer's activation in full precision", second, ("input",), None, None),
         Rule("third layer's activation in full precision", third, ("input",), None, None),
-        Rule("attention products in full precision", "*", ("q", "k", "v", "softmax"), None, None),
+        _NO_PRODUCTS,
         *_targets(w_bits, a_bits),
     )
     return _present(sites, rules)
@@ -231,12 +242,36 @@ def official_ptqd(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     return _present(sites, (*rules, _softmax(a_bits), *_targets(w_bits, a_bits)))
 
 
+def official_ptq4dm(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """PTQ4DM's code: first and last layer at 8 bits, every other layer at target bits, attention products in
+    full precision."""
+    ends = _ends(sites, w_bits, a_bits)
+    return _present(sites, (*ends, _NO_PRODUCTS, *_targets(w_bits, a_bits)))
+
+
+def official_tdq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """TDQ's re-hosted code: convolutions and dense layers, those of attention included, at target bits, first
+    and last at 8, the time embedding and attention products in full precision."""
+    embedding = Rule("time embedding in full precision", "temb/*", ("input", "weight"), None, None)
+    ends = _ends(sites, w_bits, a_bits)
+    return _present(sites, (embedding, *ends, _NO_PRODUCTS, *_targets(w_bits, a_bits)))
+
+
+def official_tcaq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """TCAQ-DM's tables: everything at target bits, softmax too, whose grid the method itself chooses."""
+    softmax = (_softmax(a_bits, a_bits),) if a_bits else (_softmax(None),)
+    return _present(sites, (*softmax, *_targets(w_bits, a_bits)))
+
+
 POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "common": common,
     "official:qdiffusion": official_qdiffusion,
     "official:brecq": official_qdiffusion,
     "official:tfmq": official_tfmq,
     "official:ptqd": official_ptqd,
+    "official:ptq4dm": official_ptq4dm,
+    "official:tdq": official_tdq,
+    "official:tcaq": official_tcaq,
 }
 
 

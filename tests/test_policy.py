@@ -26,6 +26,10 @@ ATTENTION = {
     "q 6, k 6": ["mid_attn_1/qk"],
     "softmax 8z, v 6": ["mid_attn_1/pv"],
 }
+PRODUCTS_KEPT = {
+    "q fp, k fp": ["mid_attn_1/qk"],
+    "softmax fp, v fp": ["mid_attn_1/pv"],
+}
 EVERYTHING = {"input 6, weight 4c": "*", **ATTENTION}
 SNAPSHOT = {
     "common": {
@@ -50,8 +54,23 @@ SNAPSHOT = {
             "up_0_block_1/nin_shortcut",
             "out/conv_out",
         ],
-        "q fp, k fp": ["mid_attn_1/qk"],
-        "softmax fp, v fp": ["mid_attn_1/pv"],
+        **PRODUCTS_KEPT,
+    },
+    "official:ptq4dm": {
+        "input 6, weight 4c": "*",
+        "input 8, weight 8c": ["conv_in/conv", "out/conv_out"],
+        **PRODUCTS_KEPT,
+    },
+    "official:tdq": {
+        "input 6, weight 4c": "*",
+        "input fp, weight fp": ["temb/dense_0", "temb/dense_1"],
+        "input 8, weight 8c": ["conv_in/conv", "out/conv_out"],
+        **PRODUCTS_KEPT,
+    },
+    "official:tcaq": {
+        "input 6, weight 4c": "*",
+        "q 6, k 6": ["mid_attn_1/qk"],
+        "softmax 6z, v 6": ["mid_attn_1/pv"],
     },
     "official:ptqd": {
         "input 6, weight 4c": "*",

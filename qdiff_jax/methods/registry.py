@@ -163,6 +163,11 @@ def _closed_form(model, sets, settings, **own):
 def _ptqd(model, sets, settings, **own):
     if sets.paired is None:
         raise ValueError("PTQD needs paired estimates: give CalibrationSets.paired.")
+    if settings.ptqd.base not in set(METHODS) - {"ptqd"}:
+        raise ValueError(
+            f"PTQD goes on top of another method, not of {settings.ptqd.base!r}; there are "
+            f"{sorted(set(METHODS) - {'ptqd'})}."
+        )
     base = METHODS[settings.ptqd.base](model, sets, settings, **own)
     return ptqd(model, base, sets.paired, settings.ptqd, **own)
 
@@ -180,6 +185,9 @@ def _tdq(model, sets, settings, **own):
 
 
 def _tcaq(model, sets, settings, **own):
+    # It learns activation steps beside the rounding, at their own rate.
+    weights = dataclasses.replace(settings.weights, scale_lr=settings.activation_lr)
+    settings = dataclasses.replace(settings, weights=weights)
     return tcaq(
         model,
         *_two_sets(sets),

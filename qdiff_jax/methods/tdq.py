@@ -27,6 +27,7 @@ from qdiff_jax.models.program import units_with_projections
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.reconstruct_time_scales import reconstruct_time_scales
+from qdiff_jax.stages.replan import per_tensor_weights, replan
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.time_scales import TimeScaleConfig, calibrate_time_scales
 from qdiff_jax.stages.train_time_scales import TrainConfig, train_time_scales
@@ -88,7 +89,11 @@ def tdq(
         train = train_time_scales(
             model, weight_calibration, timesteps, config.train, on_progress=on_progress
         )
-        return Method("tdq", (ranges, start, train), notes="mode=qat")
+        stages = (ranges, start, train)
+        if config.train.per_tensor:
+            one_grid = replan("per_tensor_weights", lambda plan: (per_tensor_weights(plan), {}))
+            stages = (one_grid, *stages)
+        return Method("tdq", stages, notes="mode=qat")
     units = units_with_projections(model.program)
     networks = reconstruct_time_scales(
         model,

@@ -58,6 +58,10 @@ def tfmq(
     """
     if variant not in VARIANTS:
         raise ValueError(f"tfmq variant {variant!r} is unknown; use one of {VARIANTS}.")
+    if variant == "faithful" and not fsc:
+        raise ValueError(
+            "tfmq variant='faithful' is step tables at every site, which fsc=False switches off: choose one."
+        )
     temporal = tuple(f"{name}/*" for name in temporal_nodes(model.program))
     if fsc:
         activations = dataclasses.replace(

@@ -100,12 +100,14 @@ def pairs(
 class StepNoise(NamedTuple):
     """The error e = eps_q - eps of one step: slope k >= 0 of its correlated part, bias [C] to subtract from
     eps_q, variance of the residual e - k eps - bias, and the signal-to-noise ratio |eps|^2 / |e|^2
-    (inf without any error)."""
+    (inf without any error). raw_bias [C], raw_variance: of e itself, as if k were 0."""
 
     slope: float
     bias: np.ndarray
     variance: float
     snr: float
+    raw_bias: np.ndarray
+    raw_variance: float
 
 
 def step_noise(eps: np.ndarray, quantized: np.ndarray, variant: str = "fixed") -> StepNoise:
@@ -134,15 +136,19 @@ def step_noise(eps: np.ndarray, quantized: np.ndarray, variant: str = "fixed") -
     slope = max(regress(eps, error).slope, 0.0)
     axes = tuple(range(eps.ndim - 1))
     left = error - slope * eps
-    bias = (error if variant == "faithful" else left).mean(axis=axes)
-    residual = left - bias
-    if variant == "faithful":
-        variance = residual.reshape(len(residual), -1).std(axis=1).mean() ** 2
-    else:
-        variance = residual.var()
+    raw_bias = error.mean(axis=axes)
+    bias = raw_bias if variant == "faithful" else left.mean(axis=axes)
+
+    def spread(residual):
+        if variant == "faithful":
+            return float(residual.reshape(len(residual), -1).std(axis=1).mean() ** 2)
+        return float(residual.var())
+
     power = np.square(error).sum()
     snr = np.square(eps).sum() / power if power else np.inf
-    return StepNoise(slope, bias, float(variance), float(snr))
+    return StepNoise(
+        slope, bias, spread(left - bias), float(snr), raw_bias, spread(error - raw_bias)
+    )
 
 
 def ptqd_correction(
@@ -155,11 +161,13 @@ def ptqd_correction(
 ) -> TimeIndexed:
     """PTQD's correction: eps' = (eps_q - bias) / (1 + k), residual variance divided by (1 + k)^2.
 
-    steps, timesteps: [S] ascending. slope, bias: False leaves that term out (k = 0, bias = 0). Without
-    calibrate_variance the sampler keeps its nominal noise. Source: He et al. 2023, section 3.2 and 3.3.
+    steps, timesteps: [S] ascending. slope, bias: False leaves that term out (k = 0, bias = 0), and the others
+    are then those of the whole error. Without calibrate_variance the sampler keeps its nominal noise.
+    Source: He et al. 2023, section 3.2 and 3.3.
     """
     gain = 1.0 / (1.0 + slope * np.array([step.slope for step in steps]))
-    shift = bias * np.stack([step.bias for step in steps])
+    shift = bias * np.stack([step.bias if slope else step.raw_bias for step in steps])
     scale = np.broadcast_to(gain[:, None], shift.shape)
-    variance = np.array([step.variance for step in steps]) * np.square(gain)
+    left = np.array([step.variance if slope else step.raw_variance for step in steps])
+    variance = left * np.square(gain)
     return affine_table(scale, -shift * scale, variance * float(calibrate_variance), timesteps)

@@ -152,10 +152,11 @@ def calibrate_activations(
                     observers["step"][part] = minmax().init(len(steps))
                 else:
                     observers["shared"][part] = shared_observer.init(1)
-        planned = [f"{entry.site}:{entry.operand}" for entry in static(state)]
-        unmatched = [p for p in config.per_step if not any(matches(n, (p,)) for n in planned)]
+        # What a policy keeps in full precision needs no table; a misspelt pattern matches nothing at all.
+        known = [f"{entry.site}:{entry.operand}" for entry in state.plan.entries]
+        unmatched = [p for p in config.per_step if not any(matches(n, (p,)) for n in known)]
         if unmatched:
-            raise ValueError(f"per_step patterns {unmatched} match no quantized activation.")
+            raise ValueError(f"per_step patterns {unmatched} match no operand of the plan.")
         carry = Carry(state, observers, 0, store)
         if store is not None and checkpoint.latest_step(store / "observers") is not None:
             restored = checkpoint.restore(store / "observers", observers)

@@ -31,12 +31,14 @@ CORRECTION = "correction"  # its place in QuantState.aux
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """The statistics of the first S' steps. slope, variance, snr: [S'], bias: [S', C], float64."""
+    """`StepNoise` of the first S' steps. raw_bias, bias: [S', C]; the others: [S']; float64."""
 
     slope: np.ndarray
     bias: np.ndarray
     variance: np.ndarray
     snr: np.ndarray
+    raw_bias: np.ndarray
+    raw_variance: np.ndarray
 
 
 class Carry(NamedTuple):
@@ -70,8 +72,8 @@ def correct_estimates(
         steps: tuple[StepNoise, ...] = ()
         if path is not None and path.exists():
             held = load_arrays(path, _Measured)
-            rows = zip(held.slope, held.bias, held.variance, held.snr, strict=True)
-            steps = tuple(StepNoise(float(k), b, float(v), float(r)) for k, b, v, r in rows)
+            columns = (getattr(held, name) for name in StepNoise._fields)
+            steps = tuple(StepNoise(*row) for row in zip(*columns, strict=True))
         return Carry(state, {"params": params, "quant": quant}, steps, path)
 
     def run(carry: Carry, n: int) -> Carry:
@@ -101,9 +103,9 @@ def correct_estimates(
         absorbed = absorbed_variance(source.plan, table.table.variance)
         state = carry.state.replace(aux={**carry.state.aux, CORRECTION: table})
         return state, {
-            "slope": [step.slope for step in carry.steps],
+            "slope": [float(step.slope) for step in carry.steps],
             "bias": [step.bias.tolist() for step in carry.steps],
-            "residual_variance": [step.variance for step in carry.steps],
+            "residual_variance": [float(step.variance) for step in carry.steps],
             "absorbed_variance": absorbed.tolist(),
             "variance": variance_says(source, table.table.variance, calibrate_variance),
         }

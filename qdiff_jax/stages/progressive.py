@@ -51,7 +51,7 @@ def round_configs(
         raise ValueError(f"rounds={rounds} must not be negative and share={share} in (0, 1].")
     if rounds == 0:
         return (config,)
-    later = max(1, round(config.steps * share))
+    later = max(1, round(config.steps * share)) if config.steps else 0
     lengths = [config.steps] + [later] * rounds
     total = sum(lengths)
     start, end = config.beta_range
@@ -71,7 +71,7 @@ def round_configs(
                 config,
                 steps=steps,
                 temporal_steps=temporal,
-                warmup=min(max(warm - first, 0.0), steps) / steps,
+                warmup=min(max(warm - first, 0.0), steps) / max(steps, 1),
                 beta_range=(beta(first), beta(first + steps)),
             )
         )

@@ -287,7 +287,10 @@ def _result(trainable: Mapping[str, Layers], losses: Sequence[float]) -> dict:
         for i, layer in enumerate(layers)
         for j, leaf in enumerate(layer)
     }
-    first, last = (float(np.mean(part)) for part in (losses[:window], losses[-window:]))
+    first, last = (
+        float(np.mean(part)) if len(losses) else None
+        for part in (losses[:window], losses[-window:])
+    )
     return {"codes": {}, "scales": arrays, "report": {"first_loss": first, "last_loss": last}}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from qdiff_jax.policy import SitePlan
+from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.stages.stage import QuantState, Stage
 
 
@@ -48,5 +49,16 @@ def symmetric_weights(plan: SitePlan) -> SitePlan:
             return entry
         spec = dataclasses.replace(entry.spec, symmetric=True, signed=True)
         return dataclasses.replace(entry, spec=spec)
+
+    return SitePlan(tuple(changed(entry) for entry in plan.entries))
+
+
+def per_tensor_weights(plan: SitePlan) -> SitePlan:
+    """The plan with every quantized weight on one signed grid for the whole tensor, zero point 0."""
+
+    def changed(entry):
+        if entry.operand != "weight" or entry.bits is None:
+            return entry
+        return dataclasses.replace(entry, spec=QuantSpec(symmetric=True, signed=True))
 
     return SitePlan(tuple(changed(entry) for entry in plan.entries))

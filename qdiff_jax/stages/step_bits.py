@@ -24,7 +24,8 @@ from qdiff_jax.quant.timed import TimeIndexed, from_ranges
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights, tuned_params
 
-TARGET_RULE = "activations at target bits"  # of the policies; ends and softmax keep their own width
+# Of the policies, whatever a stage added behind it; ends and softmax keep their own width.
+TARGET_RULE = "activations at target bits"
 
 
 class Carry(NamedTuple):
@@ -65,24 +66,30 @@ def with_step_bits(
 ) -> TimeIndexed:
     """The same range on another number of codes at every step: a table with rule "step".
 
-    quantizer: an affine activation quantizer with one range, or a table over these timesteps. bits: [S].
+    quantizer: an affine activation quantizer with one range or one for each part of a split tensor, or a table
+    of such over these timesteps. bits: [S].
     Raises ValueError for ranges measured at run time, other grids, or another table.
     """
     timed = isinstance(quantizer, TimeIndexed)
     held = quantizer.table if timed else quantizer
-    if held.spec.dynamic or held.spec.grid != "affine" or held.spec.granularity != "tensor":
+    whole = held.spec.granularity in ("tensor", "split")
+    if held.spec.dynamic or held.spec.grid != "affine" or not whole:
         raise ValueError(
             f"{where} has the spec {held.spec}; bits by step need an affine quantizer with one "
-            "calibrated range per tensor."
+            "calibrated range per tensor, or one for each part of a split one."
         )
     steps = np.asarray(timesteps, np.float32)
     if timed and (quantizer.branched or not np.array_equal(quantizer.timesteps, steps)):
         raise ValueError(
             f"{where} has a table over other steps than the sampler's; calibrate again."
         )
-    scale, zero, qmin, qmax = (
-        np.broadcast_to(np.asarray(leaf, np.float32), steps.shape)
-        for leaf in (held.scale, held.zero_point, held.qmin, held.qmax)
+    scale, zero = (np.asarray(leaf, np.float32) for leaf in (held.scale, held.zero_point))
+    if not timed:
+        scale, zero = (np.broadcast_to(leaf, steps.shape + leaf.shape) for leaf in (scale, zero))
+    column = steps.shape + (1,) * (scale.ndim - 1)
+    qmin, qmax = (
+        np.broadcast_to(np.asarray(leaf, np.float32), steps.shape).reshape(column)
+        for leaf in (held.qmin, held.qmax)
     )
     codes = np.array([code_range(held.spec, int(b)) for b in bits], np.float32)
     lo, hi = (qmin - zero) * scale, (qmax - zero) * scale
@@ -92,7 +99,7 @@ def with_step_bits(
 def target_entries(plan: SitePlan) -> tuple[Entry, ...]:
     """The activations whose width is the target's. Raises ValueError if there are none."""
     roles = ("input", "q", "k", "softmax", "v")
-    entries = tuple(e for e in plan.quantized(*roles) if e.rule == TARGET_RULE)
+    entries = tuple(e for e in plan.quantized(*roles) if e.rule.startswith(TARGET_RULE))
     if not entries:
         raise ValueError(
             f"bits by step need activations that are quantized by the rule {TARGET_RULE!r}, and this "

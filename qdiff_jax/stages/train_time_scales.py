@@ -98,9 +98,10 @@ def train_time_scales(
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         window = max(1, config.steps // 20)
+        parts = {"first_loss": carry.losses[:window], "last_loss": carry.losses[-window:]}
         report = {
-            "first_loss": float(np.mean(carry.losses[:window])),
-            "last_loss": float(np.mean(carry.losses[-window:])),
+            name: float(np.mean(part)) if len(carry.losses) else None
+            for name, part in parts.items()
         }
         trained = jax.tree.map(jnp.asarray, jax.device_get(carry.work["trainable"]))
         return _decided(carry.state, trained, carry.work["frozen"]["grids"], timesteps), report

@@ -11,6 +11,7 @@ import pytest
 from qdiff_jax.export.bundle import load_bundle, save_bundle
 from qdiff_jax.export.qtensor import QTensor, codes
 from qdiff_jax.methods.brecq import brecq, paper_activation_steps
+from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
 from qdiff_jax.methods.tfmq import tfmq
 from qdiff_jax.models.unet_ddpm import UNetConfig
@@ -357,3 +358,8 @@ def test_unknown_names_are_refused():
         tfmq(model(), *sets, variant="code")
     with pytest.raises(ValueError, match="'breqc' is unknown.*Did you mean 'brecq'"):
         build("breqc", model(), CalibrationSets(*sets), MethodSettings())
+    with pytest.raises(ValueError, match="step tables at every site, which fsc=False switches off"):
+        tfmq(model(), *sets, variant="faithful", fsc=False)
+    with pytest.raises(ValueError, match="PTQD goes on top of another method, not of 'ptqd'"):
+        settings = MethodSettings(ptqd=PTQDConfig(base="ptqd"))
+        build("ptqd", model(), CalibrationSets(*sets, paired=object()), settings)

@@ -89,6 +89,20 @@ def test_fixed_is_unbiased_by_channel_where_the_estimate_has_a_mean():
         assert (left < 1e-3) == (variant == "fixed")
 
 
+def test_a_term_left_out_leaves_the_others_those_of_the_whole_error():
+    """With a mean in the estimate, slope and bias explain parts of the same error."""
+    eps, quantized = gaussian(0.3, 0.1, np.array([0.0, 0.1, -0.2, 0.4]), mean=0.5)
+    error = quantized - eps
+    found, row = corrected(eps, quantized, "fixed", slope=False)
+    np.testing.assert_allclose((found - eps).mean(axis=(0, 1, 2)), 0.0, atol=1e-6)
+    np.testing.assert_array_equal(row.scale, 1.0)
+    residual = error - error.mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(row.variance, residual.var(), rtol=1e-5)
+    _, row = corrected(eps, quantized, "fixed", bias=False)
+    np.testing.assert_array_equal(row.shift, 0.0)
+    np.testing.assert_allclose(row.scale, 1 / 1.3, rtol=1e-3)
+
+
 def test_the_sampler_keeps_its_noise_when_the_variance_is_not_calibrated():
     _, row = corrected(*gaussian(0.1, 0.3, 0.0), "fixed", calibrate_variance=False)
     assert row.variance == 0

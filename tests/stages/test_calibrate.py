@@ -181,6 +181,17 @@ class TestStepTables:
         with pytest.raises(ValueError, match=r"per_step patterns \['tmeb/\*'\] match no"):
             run_stage(stage(per_step=("proj/*", "tmeb/*")), rounded)
 
+    def test_pattern_of_sites_that_the_policy_keeps(self, rounded):
+        kept = tuple(
+            dataclasses.replace(e, bits=None, spec=None) if e.site.startswith("temb/") else e
+            for e in rounded.plan.entries
+        )
+        state = rounded.replace(plan=SitePlan(kept))
+        made, _ = run_stage(stage(per_step=chain.TEMPORAL), state)
+        flat = flatten_sites(made.quant)
+        assert flat["temb/dense_0"].lhs is None
+        assert any(isinstance(site.lhs, TimeIndexed) for site in flat.values())
+
     def test_ranges_by_step_needs_no_quantized_network(self):
         full = chain.site_values(chain.model().params, CALIBRATION)
         plan = chain.plan(w_bits=None)

@@ -40,6 +40,11 @@ def test_no_rounds_is_the_config_itself():
     assert round_configs(CONFIG, 0) == (CONFIG,)
 
 
+def test_rounds_of_nothing_train_nothing():
+    none = dataclasses.replace(CONFIG, steps=0)
+    assert [c.steps for c in round_configs(none, 2)] == [0, 0, 0]
+
+
 def test_the_papers_sizes_and_those_of_temporal_units():
     first, *later = round_configs(ReconstructConfig(temporal_steps=400), 2)
     assert (first.steps, first.temporal_steps) == (20_000, 400)

@@ -62,6 +62,22 @@ def test_the_range_stays_and_the_codes_change_with_the_step(spec, tabled):
         np.testing.assert_allclose(fake_quant(row, x), fake_quant(wanted, x), atol=1e-5)
 
 
+@pytest.mark.parametrize("tabled", [False, True])
+def test_both_parts_of_a_split_tensor_keep_their_ranges(tabled):
+    spec = QuantSpec(granularity="split", axis=-1, boundary=2)
+    lo, hi = np.float32([-1.0, -8.0]), np.float32([3.0, 8.0])
+    held = from_range(spec, lo, hi, 0, 255)
+    if tabled:
+        rows = np.ones((3, 1), np.float32)
+        held = from_ranges(spec, lo * rows, hi * rows, 0, 255, STEPS, rule="step")
+    table = with_step_bits(held, [8, 6, 4], STEPS)
+    x = np.random.default_rng(0).uniform(-8, 8, (50, 5)).astype(np.float32)
+    for j, bits in enumerate([8, 6, 4]):
+        row = select(table, step_context(STEPS[j], j))
+        wanted = from_range(spec, lo, hi, *code_range(spec, bits))
+        np.testing.assert_allclose(fake_quant(row, x), fake_quant(wanted, x), atol=1e-4)
+
+
 def test_what_has_no_calibrated_range_is_refused():
     dynamic = dynamic_qparams(QuantSpec(dynamic=True), 0, 255)
     with pytest.raises(ValueError, match="block/op:input .* one calibrated"):
@@ -74,3 +90,5 @@ def test_what_has_no_calibrated_range_is_refused():
         target_entries(ends)
     both = SitePlan((*ends.entries, Entry("mid", "input", 4, ACTIVATION, TARGET_RULE)))
     assert [e.site for e in target_entries(both)] == ["mid"]
+    split = SitePlan((*ends.entries, Entry("up", "input", 4, ACTIVATION, f"{TARGET_RULE}, split")))
+    assert [e.site for e in target_entries(split)] == ["up"]
