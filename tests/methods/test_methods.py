@@ -360,6 +360,6 @@ def test_unknown_names_are_refused():
         build("breqc", model(), CalibrationSets(*sets), MethodSettings())
     with pytest.raises(ValueError, match="step tables at every site, which fsc=False switches off"):
         tfmq(model(), *sets, variant="faithful", fsc=False)
+    settings = MethodSettings(ptqd=PTQDConfig(base="ptqd"))
     with pytest.raises(ValueError, match="PTQD goes on top of another method, not of 'ptqd'"):
-        settings = MethodSettings(ptqd=PTQDConfig(base="ptqd"))
         build("ptqd", model(), CalibrationSets(*sets, paired=object()), settings)
