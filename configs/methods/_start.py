@@ -15,7 +15,7 @@ def parse(arg, **own):
     """The words behind the colon, with a method's own."""
     return parse_arg(
         arg,
-        bits=("w4a8", "w8a8", "w4a4", "w4a32"),
+        bits=("w4a8", "w8a8", "w4a4", "w4a32", "w6a6", "w8a4"),
         model=tuple(MODELS),
         laptop=False,
         smoke=False,

@@ -6,7 +6,8 @@ Paper: Temporal Dynamic Quantization (So et al. 2023, arXiv:2306.02316). Words b
 (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit`; `mode=ptq` (default: weights by block
 reconstruction, 20,000 steps a unit, then the networks) or `mode=qat` (everything together, 200,000 steps at
 batch 128; without images, on the full-precision prediction); `rounding=closed_form` solves the
-weights of `ptq`. Round-to-nearest stands beside it.
+weights of `ptq`; `shared` learns one step size for all timesteps (the ablation). Round-to-nearest stands
+beside it.
 `laptop` takes 150 steps a unit for the weights and 100 for the networks, or 300 steps of training; `smoke`
 runs in seconds.
 
@@ -18,9 +19,17 @@ from configs.methods._start import ROUNDING, parse, start
 
 
 def get_config(arg=None):
-    arg = parse(arg, mode=("ptq", "qat"), **ROUNDING)
+    arg = parse(arg, mode=("ptq", "qat"), shared=False, **ROUNDING)
     config = start(arg, rtn="rtn", tdq="tdq")
-    scales = dict(encoding=128, hidden=64, exact_shift=False, steps=5_000, batch_size=32, lr=2e-4)
+    scales = dict(
+        encoding=128,
+        hidden=64,
+        exact_shift=False,
+        shared=arg.shared,
+        steps=5_000,
+        batch_size=32,
+        lr=2e-4,
+    )
     train = dict(steps=200_000, batch_size=128, lr=2e-4, warmup=5_000, per_tensor=True)
     if arg.laptop:
         # So few steps need a faster rate; a network on a laptop's budget has no time to overfit.

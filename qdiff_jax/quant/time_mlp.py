@@ -36,7 +36,8 @@ class TimeScale:
     layers: (kernel [in, out], bias [out]) of the MLP, the last with one output. offset: (), how far
     below zero the lowest code reaches (0.2785 for SiLU outputs, 0 for what is never negative); not read
     when `centred`. qmin, qmax: (), the codes. spec: static; of the rows it folds to. centred: static;
-    the codes lie symmetrically about zero.
+    the codes lie symmetrically about zero. shared: static; the network is asked for t = 0 whatever t is, so
+    that one step size is learned for all of them (the ablation).
     """
 
     layers: Layers
@@ -45,6 +46,7 @@ class TimeScale:
     qmax: jax.Array
     spec: QuantSpec = struct.field(pytree_node=False)
     centred: bool = struct.field(pytree_node=False)
+    shared: bool = struct.field(pytree_node=False, default=False)
 
 
 def frequency_encoding(t: jax.Array, dim: int) -> jax.Array:
@@ -105,7 +107,8 @@ def qparams_at(
     on the grid "shifted", where it is the real number offset / s.
     """
     t = jnp.asarray(t, jnp.float32)
-    step = predict_step(layers or scale.layers, t, dropout_key, dropout)
+    asked = jnp.zeros_like(t) if scale.shared else t
+    step = predict_step(layers or scale.layers, asked, dropout_key, dropout)
     step = jnp.maximum(step, SCALE_FLOOR)
     qmin, qmax = (jnp.broadcast_to(v, t.shape) for v in (scale.qmin, scale.qmax))
     if scale.centred:
@@ -153,13 +156,14 @@ def time_scale(
     dim: int = 128,
     hidden: int = HIDDEN,
     exact: bool = False,
+    shared: bool = False,
 ) -> TimeScale:
     """The start of one activation's s(t), from what was seen of it.
 
     An activation that never falls below SiLU's floor is taken for a SiLU (or GELU) output if it is ever
     negative, and for one without negative values otherwise; every other gets codes symmetric about
     zero, one fewer than there are (+-(2^(bits-1) - 1)). exact: the paper's real shift of SiLU outputs,
-    on the grid "shifted", which has no code for zero and no integer execution.
+    on the grid "shifted", which has no code for zero and no integer execution. shared: see `TimeScale`.
 
     Raises ValueError for a spec that is not affine, per tensor and static.
     """
@@ -180,4 +184,4 @@ def time_scale(
     if exact and offset:
         spec = QuantSpec(grid="shifted")
     values = (jnp.asarray(v, jnp.float32) for v in (offset, 0.0, qmax))
-    return TimeScale(initial_layers(key, start, dim, hidden), *values, spec, centred)
+    return TimeScale(initial_layers(key, start, dim, hidden), *values, spec, centred, shared)

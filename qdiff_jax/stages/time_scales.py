@@ -32,12 +32,14 @@ LEFT = ("input", "q", "softmax")  # operands that a SiteQuant holds in `lhs`
 class TimeScaleConfig:
     """encoding: width of the frequency encoding (the paper's: the model's channels, 128 on CIFAR-10).
     hidden: of the MLP. exact_shift: SiLU outputs by the paper's real shift, without integer execution.
+    shared: the ablation, one learned step size for all timesteps.
     Training, one unit after the other: steps, batch_size, lr (Adam, cosine to 0), weight_decay,
     dropout, p of the loss."""
 
     encoding: int = 128
     hidden: int = HIDDEN
     exact_shift: bool = False
+    shared: bool = False
     steps: int = 5_000
     batch_size: int = 32
     lr: float = 2e-4
@@ -133,6 +135,7 @@ def calibrate_time_scales(
                 dim=config.encoding,
                 hidden=config.hidden,
                 exact=config.exact_shift,
+                shared=config.shared,
             )
         passes = 1.0 if scales else 0.0
         state = with_time_scales(carry.state, scales, timesteps)
