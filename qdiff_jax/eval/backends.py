@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.data.images import to_unit_range
+from qdiff_jax.eval.hub import on_disk
 from qdiff_jax.eval.networks import clip_images, efficientnet, inception
 from qdiff_jax.eval.networks.clip import VIT_B32, VIT_L14, TextTower, VisionTower
 from qdiff_jax.eval.networks.clip_tokenizer import load_tokenizer, tokenize
 from qdiff_jax.eval.networks.clip_weights import clip_params
-from qdiff_jax.eval.networks.state_dict import fingerprint, read_tensors
+from qdiff_jax.eval.networks.state_dict import FOLDER_FILES, fingerprint, read_tensors
 from qdiff_jax.eval.resize import resize
 from qdiff_jax.eval.tools import find_tool, preprocess
 from qdiff_jax.models import registry
@@ -77,11 +78,12 @@ def feature_network(name: str, weights=None) -> FeatureNetwork:
 
     Args:
       name: one of the above.
-      weights: path of the weights file (.safetensors, .pth, .bin; for Hugging Face also the folder).
+      weights: path of the weights file (.safetensors, .pth, .bin; for Hugging Face also the folder), or
+        `hub:OWNER/REPO/FILE` (see `eval.hub`).
 
     Raises:
       ValueError: an unknown name (listing those there are); weights that are missing (saying where they
-        come from), damaged, or of another network.
+        come from), damaged, of another network, or that the hub does not give.
     """
     if name not in _NETWORKS:
         near = difflib.get_close_matches(name, _NETWORKS, n=1)
@@ -96,7 +98,8 @@ def caption_network(name: str, weights, vocabulary) -> CaptionNetwork:
     Args:
       name: "clip-vit-b32" or "clip-vit-l14".
       weights: as for `feature_network`.
-      vocabulary: folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz.
+      vocabulary: folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz; also
+        `hub:OWNER/REPO` of the former.
 
     Raises:
       ValueError: as `feature_network` does, or for the vocabulary.
@@ -105,7 +108,7 @@ def caption_network(name: str, weights, vocabulary) -> CaptionNetwork:
         raise ValueError(f"No caption network is called {name!r}; there are {[*CLIP_CONFIGS]}.")
     config = CLIP_CONFIGS[name]
     source = _given(name, weights)
-    tokenizer = load_tokenizer(vocabulary)
+    tokenizer = load_tokenizer(on_disk(vocabulary, all_of=("vocab.json", "merges.txt")))
     if len(tokenizer.ids) != config.vocabulary:
         raise ValueError(
             f"the vocabulary {vocabulary} has {len(tokenizer.ids)} symbols and {name} was trained with "
@@ -188,7 +191,7 @@ def _check(images: jax.Array, name: str, shape: tuple[int, int, int]) -> None:
 def _given(name: str, weights) -> pathlib.Path:
     if weights is None:
         raise ValueError(f"{name} needs the path of its weights: {_SOURCES[name]}.")
-    return pathlib.Path(weights)
+    return on_disk(weights, any_of=FOLDER_FILES)
 
 
 def _inception(name: str, weights) -> FeatureNetwork:
@@ -204,7 +207,7 @@ def _clip(name: str, weights) -> FeatureNetwork:
 
 
 def _efficientnet(name: str, weights) -> FeatureNetwork:
-    source = efficientnet.installed_weights() if weights is None else pathlib.Path(weights)
+    source = efficientnet.installed_weights() if weights is None else on_disk(weights)
     params = efficientnet.efficientnet_params(read_tensors(source), source)
     return _network(name, efficientnet.EfficientNetLite0(), params, efficientnet.SIZE)
 
@@ -213,7 +216,7 @@ def _classifier(name: str, weights) -> FeatureNetwork:
     shipped = (
         importlib.resources.files("qdiff_jax.models") / "assets" / f"{_CLASSIFIER}.safetensors"
     )
-    path = str(shipped if weights is None else weights)
+    path = str(shipped if weights is None else on_disk(weights))
     classify = registry.classifier(path)
     params, header = load_weights(path)
     side, channels = header["model"]["resolution"], header["model"]["in_channels"]
