@@ -28,7 +28,7 @@ from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.frechet import distance_to
 from qdiff_jax.eval.kid import mmd2
 from qdiff_jax.eval.moments import moments_of
-from qdiff_jax.eval.paired import mse, ssim
+from qdiff_jax.eval.paired import WINDOW, mse, ssim
 from qdiff_jax.eval.precision_recall import precision_recall
 from qdiff_jax.eval.shards import read_shards
 from qdiff_jax.observe.archive import save_record
@@ -56,12 +56,13 @@ def metrics_of(
     """The metrics by name; sets and images: full precision first, then the variants."""
     pairs = {
         "pixel MSE": ([_each(mse, images[0], other) for other in images[1:]], True),
-        "SSIM": ([_each(ssim, images[0], other) for other in images[1:]], False),
         "feature distance": (
             [np.square(s.features - sets[0].features).sum(axis=1) for s in sets[1:]],
             True,
         ),
     }
+    if min(images[0].shape[1:3]) >= WINDOW:
+        pairs["SSIM"] = ([_each(ssim, images[0], other) for other in images[1:]], False)
     found = {
         name: Metric(_mean_of(values), rising, True) for name, (values, rising) in pairs.items()
     }
