@@ -13,6 +13,7 @@ from experiments.evaluate_real import Judge, judge_by
 from qdiff_jax.eval import backends
 from qdiff_jax.eval.clip_score import cosines
 from qdiff_jax.eval.distribution import Described
+from qdiff_jax.eval.hub import PREFIX
 from qdiff_jax.eval.intervals import mean_interval
 
 
@@ -49,7 +50,7 @@ def load_captions(
         )
     image = backends.feature_network(config.network, config.weights)
     text = backends.caption_network(
-        config.network, config.weights, config.vocabulary or config.weights
+        config.network, config.weights, config.vocabulary or _folder(config.weights)
     )
     embed = image._replace(
         name=f"{image.name} embedding", apply=lambda x: {"pool": image.apply(x)["embedding"]}
@@ -65,6 +66,14 @@ def load_captions(
             "captions_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         },
     )
+
+
+def _folder(weights: str) -> str:
+    """Where the vocabulary of these weights lies: their folder or repository."""
+    if weights.startswith(PREFIX):
+        return "/".join(weights.split("/")[:2])
+    path = pathlib.Path(weights)
+    return str(path.parent if path.is_file() else path)
 
 
 def _lines(path: pathlib.Path) -> list[str]:

@@ -1,5 +1,6 @@
 """What evaluations are judged by: real images as they were prepared, published moments, captions, partners."""
 
+import dataclasses
 import json
 import shutil
 
@@ -207,7 +208,14 @@ def test_clip_score_of_captions_by_class(stub, monkeypatch, tmp_path, workdir):
     with monkeypatch.context() as inner:
         inner.setattr(backends, "feature_network", embedding)
         loaded = load_captions(settings, 10, (8, 8, 1), "drawn")
-    assert asked == [("stub-clip", "weights", "weights")]
+        (tmp_path / "model.bin").write_text("")
+        for weights in (str(tmp_path / "model.bin"), "hub:owner/repo@v1/model.bin"):
+            load_captions(dataclasses.replace(settings, weights=weights), 10, (8, 8, 1), "drawn")
+    assert [vocabulary for *_, vocabulary in asked] == [
+        "weights",
+        str(tmp_path),
+        "hub:owner/repo@v1",
+    ]
     seen, labels = features(stub, workdir), np.arange(40) % 10
     entry = measure_captions(loaded, Described({"pool": seen}, labels), None)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (seen, texts[labels])]
