@@ -62,6 +62,7 @@ from qdiff_jax.eval.shards import claim_shards, read_shards, sample_shards, shar
 from qdiff_jax.eval.tools import find_tool
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.observe.archive import save_record
+from qdiff_jax.quant.timed import check_schedule
 from qdiff_jax.runtime.cache import enable_compile_cache
 from qdiff_jax.runtime.mesh import data_mesh
 from qdiff_jax.runtime.progress import log_progress, progress
@@ -78,6 +79,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     subject = load_subject(config)
     plan = make_sampler(subject.schedule, sampler_of(config, subject))
     hooks_of(subject.correction, plan)
+    check_schedule(subject.variables["quant"], plan.timesteps)
     partner = load_partner(config, subject.schedule, subject.classes)
     perceptual = load_perceptual(config.lpips, subject.shape)
     judge = load_judge(config, subject.shape)

@@ -4,15 +4,18 @@ import json
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import evaluate as evaluation
 from experiments.evaluate import evaluate
 from experiments.evaluate_config import read_config
 from experiments.evaluate_subject import Subject, load_subject, sampler_of, subject_digest
 from qdiff_jax.eval.samples import draw_samples
 from qdiff_jax.eval.shards import FIRST_INDEX, read_shards, shard_paths
 from qdiff_jax.methods.run import load_for_sampling
+from qdiff_jax.quant.timed import TimeIndexed
 
 from .judging import config, install
 
@@ -55,7 +58,13 @@ def test_a_bundle_is_sampled_as_it_samples_by_itself(bundle, tmp_path, monkeypat
     whole = evaluate(config(**full), tmp_path / "full")
     paired = evaluate(of_bundle(bundle, paired=str(tmp_path / "full")), tmp_path / "w")
     assert paired["protocol"]["paired_sha256"] == whole["subject"]["sha256"]
-    assert 0 < paired["metrics"]["mse"]["value"] < 0.05
+    theirs, ours = (
+        np.concatenate([s.images for s in read_shards(sorted((w / "shards").glob("*.npz")))])
+        for w in (tmp_path / "full", tmp_path / "w")
+    )
+    apart = np.square((theirs.astype(np.float64) - ours) / 127.5).mean()
+    assert paired["metrics"]["mse"]["value"] == pytest.approx(apart, rel=1e-4)
+    assert apart > 0
     assert len(subject_digest(paired["subject"])) == 64
 
 
@@ -70,14 +79,19 @@ def test_a_bundle_remade_at_the_same_path_does_not_continue(bundle, tmp_path, mo
         evaluate(of_bundle(place), tmp_path / "w")
 
 
-def test_step_tables_of_other_steps_are_refused_before_drawing(smoke_run, tmp_path, monkeypatch):
+def test_step_tables_of_other_steps_are_refused_before_drawing(tmp_path, monkeypatch):
     install(monkeypatch)
-    with pytest.raises(ValueError, match="timestep"):
-        evaluate(
-            of_bundle(smoke_run / "variants" / "tfmq_w4a8" / "bundle", sampler__steps=3),
-            tmp_path / "w",
-        )
-    assert not list(tmp_path.glob("w/shards/*.npz"))
+    whole = evaluation.load_subject
+
+    def with_tables(config):
+        found, steps = whole(config), jnp.array([999.0, 500.0])
+        quant = {"block": TimeIndexed(jnp.zeros((2, 1)), steps, "step")}
+        return found._replace(variables={**found.variables, "quant": quant})
+
+    monkeypatch.setattr(evaluation, "load_subject", with_tables)
+    with pytest.raises(ValueError, match="calibrated"):
+        evaluate(config(sampler__steps=3), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def subject(correction=None, **sampler):
