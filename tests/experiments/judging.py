@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.config import load_config
+from qdiff_jax.data.images import to_unit_range
 from qdiff_jax.eval import backends
 from qdiff_jax.eval.backends import FeatureNetwork
 
@@ -53,4 +54,5 @@ class Stub:
 def install(monkeypatch, classes=10) -> Stub:
     stub = Stub(classes)
     monkeypatch.setattr(backends, "feature_network", stub.network)
+    monkeypatch.setattr(backends, "preparation", lambda network, tool="": to_unit_range)
     return stub

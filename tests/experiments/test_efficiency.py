@@ -67,7 +67,7 @@ def run(monkeypatch, workdirs, out, **overrides):
         reference=workdirs[0],
         variants=workdirs[1:],
         out=str(out),
-        draws=10,
+        draws=6,
         compile_cache=str(out / "cache"),
     )
     monkeypatch.setattr(efficiency.flags, "FLAGS", args)

@@ -1,6 +1,7 @@
 """Evaluations: resumed shard by shard, judged by one protocol, and refused where protocols differ."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -10,6 +11,7 @@ import pytest
 from experiments.card import figures_table, training_facts
 from experiments.evaluate import compare, evaluate
 from qdiff_jax.config import load_config
+from qdiff_jax.data.images import load_images
 from qdiff_jax.eval.shards import Shard, read_shards, shard_paths
 from qdiff_jax.observe.archive import load_arrays, save_arrays
 
@@ -38,6 +40,9 @@ def test_the_smoke_evaluation_measures_everything(finished):
     # Two steps from noise are further from drawn shapes than other drawn shapes are.
     assert result["metrics"]["frechet"]["value"] > result["metrics"]["frechet"]["floor"]
     assert json.loads((workdir / "metrics.json").read_text()) == result
+    # Of the pixels in their order, as earlier versions took it of the whole array.
+    images = load_images("synthetic:64", "test", pad_to=32).images
+    assert result["protocol"]["reference_sha256"] == hashlib.sha256(images.tobytes()).hexdigest()
     assert result["metrics"]["frechet"]["name"] == "Frechet distance (classifier_fashion)"
     assert "FID" not in (workdir / "metrics.json").read_text()
     html = (workdir / "report.html").read_text()

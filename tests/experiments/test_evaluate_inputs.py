@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import evaluate as evaluation
 from experiments.evaluate import evaluate
 from experiments.evaluate_captions import load_captions, measure_captions
 from experiments.evaluate_config import ClipConfig, LpipsConfig, read_config
@@ -97,6 +99,32 @@ def test_published_statistics_take_the_place_of_the_reference(stub, workdir, tmp
     overrides["data__published"] = str(tmp_path / "wide.npz")
     with pytest.raises(ValueError, match=r"has 9 features \(pool\) and classifier_fashion gives 6"):
         evaluate(config(**overrides, data__published_count=500), workdir)
+
+
+def test_the_command_prints_distances_by_their_network(
+    stub, workdir, tmp_path, monkeypatch, capsys
+):
+    def run(**given):
+        args = {"compare": None, "statistics": False, "compile_cache": None, "config": config()}
+        given = types.SimpleNamespace(**{**args, **given})
+        monkeypatch.setattr(evaluation.flags, "FLAGS", given)
+        evaluation.main(["evaluate"])
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(evaluation, "log_progress", lambda: None)
+    monkeypatch.setattr(evaluation, "enable_compile_cache", lambda directory: None)
+    printed = run(workdir=str(workdir))
+    assert "Frechet distance (classifier_fashion)" in printed
+    assert "  floor " in printed
+    assert "FID" not in printed
+    inception = run(workdir=str(workdir), config=config(network="inception-fid", tool="adm"))
+    assert inception.startswith("FID ")
+    assert "Inception" in (workdir / "report.html").read_text()
+    assert "64 images of synthetic:64 test" in run(workdir=str(tmp_path / "s"), statistics=True)
+    assert (tmp_path / "s" / "statistics.npz").exists()
+    shutil.copytree(workdir, tmp_path / "other")
+    both = f"{workdir},{tmp_path / 'other'}".split(",")
+    assert "| evaluation | FID | sFID |" in run(workdir=str(tmp_path / "out"), compare=both)
 
 
 def test_the_floor_may_be_between_halves(stub, workdir):
