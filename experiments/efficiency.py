@@ -22,7 +22,7 @@ from experiments.evaluate_config import check_alike, read_config, read_result
 from qdiff_jax.analysis.column import column, dress, legend, line_style, save
 from qdiff_jax.data.images import load_images, to_unit_range
 from qdiff_jax.eval import backends
-from qdiff_jax.eval.distribution import Described, describe
+from qdiff_jax.eval.described import Described, describe
 from qdiff_jax.eval.efficiency import Efficiency, samples_needed
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.frechet import distance_to
@@ -66,10 +66,8 @@ def metrics_of(
         name: Metric(_mean_of(values), rising, True) for name, (values, rising) in pairs.items()
     }
     variants = sets[1:]
-    if "logits" in real.layers:
-        right = [
-            (np.argmax(s.layers["logits"], axis=1) == s.labels).astype(float) for s in variants
-        ]
+    if real.predicted is not None:
+        right = [(s.predicted == s.labels).astype(float) for s in variants]
         found["class agreement"] = Metric(_mean_of(right), False, False)
     inside = [
         precision_recall(s.features, real.features).generated_inside.astype(float) for s in variants

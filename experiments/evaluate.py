@@ -36,7 +36,8 @@ from qdiff_jax.data.images import Images, load_images, to_unit_range
 from qdiff_jax.diffusion.corrections import hooks_of
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import backends
-from qdiff_jax.eval.distribution import Described, describe, measure
+from qdiff_jax.eval.described import Described, describe
+from qdiff_jax.eval.distribution import check_protocol, measure
 from qdiff_jax.eval.paired import paired_metrics
 from qdiff_jax.eval.shards import read_shards, sample_shards, shard_paths
 from qdiff_jax.methods.run import load_for_sampling, make_sampler
@@ -129,17 +130,18 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
         # As many real images as are generated: a distance is biased by their number.
         floor = Images(*(x[: config.samples] for x in floor[:2]), floor.num_classes)
     network = backends.feature_network(config.network, config.network_weights or None)
+    check_protocol(config.tool, config.neighbours, config.samples, len(reference.images))
     claim_workdir(workdir, config, FREE_TO_CHANGE)
     paths = _draw(config, subject, plan, workdir)
 
-    def described(pairs) -> Described:
-        return describe(network.apply, backends.preparation(network, config.tool), pairs)
+    def described(pairs, **options) -> Described:
+        return describe(network.apply, backends.preparation(network, config.tool), pairs, **options)
 
     def shards():
         return ((shard.images, shard.labels) for shard in read_shards(paths))
 
     began = time.monotonic()
-    generated = described(shards())
+    generated = described(shards(), tool=config.tool, count=config.samples)
     seen = [described([(images.images, images.labels)]) for images in (reference, floor) if images]
     metrics = measure(
         generated,

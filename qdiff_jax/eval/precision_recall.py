@@ -27,8 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from qdiff_jax.eval.intervals import Interval, group_jackknife, mean_interval
 from qdiff_jax.runtime.mesh import replicate, shard_batch
 
+# Neighbours beyond the k-th that are remembered, so that radii without a group need no second search.
+_SPARE = 8
 DTYPES = ("float16", "float32", "float64")
 
 
@@ -62,6 +65,66 @@ def precision_recall(
     Raises ValueError when shapes differ, a set has no more than k vectors, a feature is not finite or
     the dtype is unknown.
     """
+    alone = [np.zeros((len(x),), np.int32) for x in (generated, real)]
+    inside = _flags(generated, real, alone, 0, k, dtype, block, mesh)
+    return _result([flags[:, 0] for flags in inside])
+
+
+def precision_recall_intervals(
+    generated,
+    real,
+    *,
+    k: int = 3,
+    dtype: str = "float32",
+    block: int = 4096,
+    mesh: Mesh | None = None,
+    groups: int = 20,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[PrecisionRecall, Interval, Interval]:
+    """`precision_recall` with an interval for each, over the samples of both sets.
+
+    The vectors that are counted give the error of a mean. The vectors that make the manifold give the
+    grouped jackknife's: every radius and every ball anew without each group, from one pass over the
+    distances. Both sets were drawn independently, so the squares add up.
+
+    Args:
+      generated, real, k, dtype, block, mesh: as in `precision_recall`.
+      groups: of the jackknife, in each set, at random.
+      level: the coverage aimed at. seed: of the groups.
+
+    Returns (values, interval of the precision, interval of the recall). Raises ValueError as
+    `precision_recall` does, and when a set without one group has no more than k vectors.
+    """
+    smallest = min(len(generated), len(real))
+    if groups < 2 or smallest - -(-smallest // groups) <= k:
+        raise ValueError(
+            f"intervals of precision and recall with k={k} from {groups} groups: sets of "
+            f"{len(generated)} and {len(real)} vectors are too small; use more samples."
+        )
+    owners = [
+        (np.random.default_rng((seed, place)).permutation(len(x)) % groups).astype(np.int32)
+        for place, x in enumerate((generated, real))
+    ]
+    inside = _flags(generated, real, owners, groups, k, dtype, block, mesh)
+    values = _result([flags[:, 0] for flags in inside])
+    intervals = []
+    for flags in inside:
+        counted = mean_interval(flags[:, 0].astype(np.float64), level=level)
+        without = flags[:, 1:].mean(axis=0)
+        intervals.append(
+            group_jackknife(counted.estimate, without, level=level, error=counted.standard_error)
+        )
+    return values, *intervals
+
+
+def _result(inside: list[np.ndarray]) -> PrecisionRecall:
+    return PrecisionRecall(float(inside[0].mean()), float(inside[1].mean()), *inside)
+
+
+def _flags(generated, real, owners, groups, k, dtype, block, mesh) -> list[np.ndarray]:
+    """[N, 1 + groups] bool of the generated vectors and [M, 1 + groups] of the real ones: inside the other
+    set's manifold, and inside it without each group of that set. owners: the groups, [N] and [M] int32."""
     generated, real = np.asarray(generated), np.asarray(real)
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
         raise ValueError(
@@ -81,15 +144,14 @@ def precision_recall(
         shift = real.mean(axis=0, dtype=np.float64)
         generated, real = ((x.astype(np.float64) - shift).astype(dtype) for x in (generated, real))
     with jax.enable_x64(dtype == "float64"):
-        sides = [_blocks(x, block, mesh) for x in (generated, real)]
-        own = [_radii(side, k, dtype) for side in sides]
+        sides = [_blocks(x, own, block, mesh) for x, own in zip((generated, real), owners)]
+        own = [_radii(side, k, groups, dtype) for side in sides]
         # The real set comes first in every product, as in ADM's evaluator, whose rounding depends on it.
         inside = [
             _inside(sides[0], sides[1], own[1], dtype, centres_first=True),
             _inside(sides[1], sides[0], own[0], dtype, centres_first=False),
         ]
-    inside = [flags[: len(x)] for flags, x in zip(inside, (generated, real))]
-    return PrecisionRecall(float(inside[0].mean()), float(inside[1].mean()), *inside)
+    return [flags[: len(x)] for flags, x in zip(inside, (generated, real))]
 
 
 class _Blocks(NamedTuple):
@@ -98,9 +160,10 @@ class _Blocks(NamedTuple):
     rows: list  # of [B, D], split over the devices if there is a mesh
     columns: list  # the same, whole on every device
     valid: list  # of [B] bool: False for the padding of the last block
+    owners: list  # of [B] int32: the group
 
 
-def _blocks(x: np.ndarray, block: int, mesh: Mesh | None) -> _Blocks:
+def _blocks(x: np.ndarray, owners: np.ndarray, block: int, mesh: Mesh | None) -> _Blocks:
     block = min(block, len(x))
     if mesh is not None:
         block = -(-block // mesh.size) * mesh.size
@@ -109,34 +172,51 @@ def _blocks(x: np.ndarray, block: int, mesh: Mesh | None) -> _Blocks:
     valid = np.arange(len(padded)) < len(x)
     hosts = [padded[i : i + block] for i in starts]
     masks = [jnp.asarray(valid[i : i + block]) for i in starts]
+    owners = np.pad(owners, (0, len(padded) - len(x)))
+    owners = [jnp.asarray(owners[i : i + block]) for i in starts]
     if mesh is None:
         hosts = [jnp.asarray(host) for host in hosts]
-        return _Blocks(hosts, hosts, masks)
-    return _Blocks(
-        [shard_batch(h, mesh) for h in hosts], [replicate(h, mesh) for h in hosts], masks
-    )
+        return _Blocks(hosts, hosts, masks, owners)
+    rows, columns = [shard_batch(h, mesh) for h in hosts], [replicate(h, mesh) for h in hosts]
+    return _Blocks(rows, columns, masks, owners)
 
 
-def _radii(side: _Blocks, k: int, dtype: str) -> list:
-    """For each block of the set, [B]: squared distance to the k-th nearest other vector."""
+def _radii(side: _Blocks, k: int, groups: int, dtype: str) -> list:
+    """For each block of the set, [B, 1 + groups]: squared distance to the k-th nearest other vector, and
+    to that without each group; -1, a ball that holds nothing, for the vectors of the group itself."""
     radii = []
-    for rows in side.rows:
-        # k + 1, since a vector's nearest one is itself; where duplicates make it another one, at
-        # distance 0 as well, the sorted values are the same.
-        nearest = jnp.full((rows.shape[0], k + 1), jnp.inf, _wide(dtype))
-        for columns, valid in zip(side.columns, side.valid):
-            nearest = _merge_nearest(nearest, rows, columns, valid, dtype)
-        radii.append(nearest[:, k])
+    # k + 1, since a vector's nearest one is itself; where duplicates make it another one, at
+    # distance 0 as well, the sorted values are the same.
+    held = k + 1 + (_SPARE if groups else 0)
+    for rows, own in zip(side.rows, side.owners):
+        nearest = jnp.full((rows.shape[0], held), jnp.inf, _wide(dtype))
+        around = jnp.full((rows.shape[0], held), -1, jnp.int32)
+        for columns, owners, valid in zip(side.columns, side.owners, side.valid):
+            nearest, around = _merge_nearest(nearest, around, rows, columns, owners, valid, dtype)
+        radii.append(_reach(nearest, around, own, k, groups))
     return radii
+
+
+@partial(jax.jit, static_argnames=("k", "groups"))
+def _reach(nearest, around, own, k: int, groups: int):
+    if not groups:
+        return nearest[:, k : k + 1]
+    group = jnp.arange(groups, dtype=own.dtype)[None, :, None]
+    stays = jnp.where(around[:, None, :] != group, nearest[:, None, :], jnp.inf)
+    # The vector itself is in no group left out, so it counts as the first of those that stay. If nearly
+    # all of the neighbours that are held go (one in 10^9), the farthest of them stands in.
+    reach = jnp.minimum(jnp.sort(stays, axis=2)[:, :, k], nearest[:, -1:])
+    reach = jnp.where(own[:, None] == group[:, :, 0], -1.0, reach)
+    return jnp.concatenate([nearest[:, k : k + 1], reach], axis=1)
 
 
 def _inside(
     points: _Blocks, centres: _Blocks, radii: list, dtype: str, centres_first: bool
 ) -> np.ndarray:
-    """Which points lie in a ball: bool, one for each point and each padding row."""
+    """Which points lie in a ball: [points and padding, 1 + groups] bool."""
     flags = []
     for rows in points.rows:
-        inside = jnp.zeros((rows.shape[0],), bool)
+        inside = jnp.zeros((rows.shape[0], radii[0].shape[1]), bool)
         for columns, valid, radius in zip(centres.columns, centres.valid, radii):
             inside = _merge_inside(inside, rows, columns, valid, radius, dtype, centres_first)
         flags.append(np.asarray(inside))
@@ -144,10 +224,12 @@ def _inside(
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _merge_nearest(nearest, rows, columns, valid, dtype: str):
+def _merge_nearest(nearest, around, rows, columns, owners, valid, dtype: str):
     squared = jnp.where(valid[None, :], _squared(rows, columns, dtype), jnp.inf)
     both = jnp.concatenate([nearest, squared], axis=1)
-    return -jax.lax.top_k(-both, nearest.shape[1])[0]
+    owners = jnp.concatenate([around, jnp.broadcast_to(owners[None, :], squared.shape)], axis=1)
+    least, index = jax.lax.top_k(-both, nearest.shape[1])
+    return -least, jnp.take_along_axis(owners, index, axis=1)
 
 
 @partial(jax.jit, static_argnames=("dtype", "centres_first"))
@@ -156,7 +238,12 @@ def _merge_inside(inside, rows, columns, valid, radius, dtype: str, centres_firs
         squared = _squared(columns, rows, dtype).T
     else:
         squared = _squared(rows, columns, dtype)
-    return inside | jnp.any((squared <= radius[None, :]) & valid[None, :], axis=1)
+
+    def reached(one):
+        return jnp.any((squared <= one[None, :]) & valid[None, :], axis=1)
+
+    # One radius at a time: all at once would hold the block 1 + groups times.
+    return inside | jax.lax.map(reached, radius.T).T
 
 
 def _wide(dtype: str):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdiff_jax.eval.precision_recall import precision_recall
+from qdiff_jax.eval.precision_recall import precision_recall, precision_recall_intervals
 from qdiff_jax.runtime.mesh import data_mesh
 
 from ..parity import eval_inputs
@@ -83,6 +83,48 @@ def test_same_values_on_eight_devices():
     np.testing.assert_array_equal(alone.real_inside, split.real_inside)
 
 
+def test_the_manifold_without_a_group_is_that_of_the_rest():
+    """Every leave-one-out of the jackknife against precision and recall computed anew."""
+    groups, k = 4, 3
+    values, precision, recall = precision_recall_intervals(
+        GENERATED, REAL, k=k, groups=groups, seed=1, block=BLOCK
+    )
+    alone = precision_recall(GENERATED, REAL, k=k, block=BLOCK)
+    assert values[:2] == alone[:2]
+    np.testing.assert_array_equal(values.real_inside, alone.real_inside)
+    for place, (interval, made, counted) in enumerate(
+        ((recall, GENERATED, alone.real_inside), (precision, REAL, alone.generated_inside))
+    ):
+        owner = np.random.default_rng((1, place)).permutation(len(made)) % groups
+        without = []
+        for group in range(groups):
+            rest = made[owner != group]
+            sets = (rest, REAL) if place == 0 else (GENERATED, rest)
+            without.append(by_definition(*sets, k)[1 - place].mean())
+        jackknife = 0.75 * np.square(np.array(without) - np.mean(without)).sum()
+        mean = counted.var(ddof=1) / len(counted)
+        assert interval.estimate == counted.mean()
+        np.testing.assert_allclose(interval.standard_error, np.sqrt(jackknife + mean), rtol=1e-6)
+
+
+def test_intervals_cover_over_both_sets():
+    """Fresh draws of both sets: few generated samples, whose manifold moves more than the counting does."""
+    rng = np.random.default_rng(0)
+    found, errors, counting = [], [], []
+    for _ in range(100):
+        generated, real = 0.8 * rng.normal(size=(60, 3)), rng.normal(size=(240, 3))
+        values, *intervals = precision_recall_intervals(generated, real, block=256)
+        found.append([(i.low, i.estimate, i.high) for i in intervals])
+        errors.append([i.standard_error for i in intervals])
+        counting.append(values.real_inside.std(ddof=1) / np.sqrt(240))
+    low, value, high = np.moveaxis(np.array(found), 2, 0)
+    truth = value.mean(axis=0)
+    hits = ((low <= truth) & (truth <= high)).mean(axis=0)
+    assert (hits >= 0.88).all(), hits
+    np.testing.assert_allclose(np.mean(errors, axis=0), value.std(axis=0, ddof=1), rtol=0.3)
+    assert np.mean(counting) < 0.75 * value[:, 1].std(ddof=1)  # what the mean alone would say
+
+
 def test_duplicates_and_containment():
     doubled = np.repeat(GENERATED[:20], 4, axis=0)  # every radius of k = 3 is zero
     found = precision_recall(GENERATED[:40], doubled, block=BLOCK)
@@ -98,6 +140,8 @@ def test_the_first_neighbour_alone():
 
 
 def test_misuse_is_explained():
+    with pytest.raises(ValueError, match="from 20 groups: sets of 4 and 110 vectors are too small"):
+        precision_recall_intervals(GENERATED[:4], REAL)
     with pytest.raises(ValueError, match="more than 3 vectors"):
         precision_recall(GENERATED[:3], REAL)
     with pytest.raises(ValueError, match=r"features \[N, D\]"):

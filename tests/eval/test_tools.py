@@ -67,6 +67,11 @@ def test_only_inception_lends_its_names():
     assert tools.metric_name("frechet", "dinov2-vitl14") == "Frechet distance (dinov2-vitl14)"
     assert tools.metric_name("kernel", "classifier_fashion").startswith("kernel distance (")
     assert tools.metric_name("recall", "inception") == "recall"
+    for network, name in (
+        ("inception-fid", "FID at infinitely many samples"),
+        ("dino", "Frechet distance at infinitely many samples (dino)"),
+    ):
+        assert tools.metric_name("frechet_infinity", network) == name
     with pytest.raises(ValueError, match="'fid' is not known"):
         tools.metric_name("fid", "inception")
 
