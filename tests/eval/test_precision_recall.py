@@ -83,11 +83,11 @@ def test_same_values_on_eight_devices():
     np.testing.assert_array_equal(alone.real_inside, split.real_inside)
 
 
-def test_the_manifold_without_a_group_is_that_of_the_rest():
-    """Every leave-one-out of the jackknife against precision and recall computed anew."""
-    groups, k = 4, 3
+def test_the_manifolds_of_halves_are_those_of_the_vectors_in_them():
+    """Every half of the interval against precision and recall computed anew."""
+    cuts, k = 3, 3
     values, precision, recall = precision_recall_intervals(
-        GENERATED, REAL, k=k, groups=groups, seed=1, block=BLOCK
+        GENERATED, REAL, k=k, cuts=cuts, seed=1, block=BLOCK
     )
     alone = precision_recall(GENERATED, REAL, k=k, block=BLOCK)
     assert values[:2] == alone[:2]
@@ -95,16 +95,16 @@ def test_the_manifold_without_a_group_is_that_of_the_rest():
     for place, (interval, made, counted) in enumerate(
         ((recall, GENERATED, alone.real_inside), (precision, REAL, alone.generated_inside))
     ):
-        owner = np.random.default_rng((1, place)).permutation(len(made)) % groups
-        without = []
-        for group in range(groups):
-            rest = made[owner != group]
-            sets = (rest, REAL) if place == 0 else (GENERATED, rest)
-            without.append(by_definition(*sets, k)[1 - place].mean())
-        jackknife = 0.75 * np.square(np.array(without) - np.mean(without)).sum()
+        rng, apart = np.random.default_rng((1, place)), []
+        for _ in range(cuts):
+            side = rng.permutation(len(made)) % 2
+            halves = [made[side == 0], made[side == 1]]
+            sets = [(half, REAL) if place == 0 else (GENERATED, half) for half in halves]
+            one, two = (by_definition(*pair, k)[1 - place].mean() for pair in sets)
+            apart.append((one - two) ** 2 / 4)
         mean = counted.var(ddof=1) / len(counted)
         assert interval.estimate == counted.mean()
-        np.testing.assert_allclose(interval.standard_error, np.sqrt(jackknife + mean), rtol=1e-6)
+        np.testing.assert_allclose(interval.standard_error**2, np.mean(apart) + mean, rtol=1e-6)
 
 
 def test_intervals_cover_over_both_sets():
@@ -121,7 +121,10 @@ def test_intervals_cover_over_both_sets():
     truth = value.mean(axis=0)
     hits = ((low <= truth) & (truth <= high)).mean(axis=0)
     assert (hits >= 0.88).all(), hits
-    np.testing.assert_allclose(np.mean(errors, axis=0), value.std(axis=0, ddof=1), rtol=0.3)
+    # Somewhat wide, never narrow: the halves' nearest neighbours overstate what little the manifold moves.
+    ratio = np.mean(errors, axis=0) / value.std(axis=0, ddof=1)
+    assert (0.85 < ratio).all(), ratio
+    assert (ratio < 1.8).all(), ratio
     assert np.mean(counting) < 0.75 * value[:, 1].std(ddof=1)  # what the mean alone would say
 
 
@@ -140,8 +143,10 @@ def test_the_first_neighbour_alone():
 
 
 def test_misuse_is_explained():
-    with pytest.raises(ValueError, match="from 20 groups: sets of 4 and 110 vectors are too small"):
-        precision_recall_intervals(GENERATED[:4], REAL)
+    with pytest.raises(
+        ValueError, match="more than 3 vectors in half of each set: there are 7 and 110"
+    ):
+        precision_recall_intervals(GENERATED[:7], REAL)
     with pytest.raises(ValueError, match="more than 3 vectors"):
         precision_recall(GENERATED[:3], REAL)
     with pytest.raises(ValueError, match=r"features \[N, D\]"):
