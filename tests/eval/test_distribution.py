@@ -50,7 +50,7 @@ def test_a_tools_conventions_replace_ours(monkeypatch):
         row = tools.TOOLS[name]
         small = {**row.kernel, "subsets": 4, "subset_size": 50}
         monkeypatch.setitem(tools.TOOLS, name, row._replace(kernel=small))
-    generated, real = layers(300, 0)[0], layers(280, 1)[0]
+    generated, real = layers(300, 0)[0], layers(300, 1)[0]
     for name, metrics in {
         "adm": {"frechet", "spatial_frechet", "score", "precision", "recall"},
         "torch-fidelity": {"frechet", "kernel", "score", "precision", "recall"},
@@ -58,7 +58,7 @@ def test_a_tools_conventions_replace_ours(monkeypatch):
         "clean-fid": {"frechet", "kernel"},
     }.items():
         found = measure(
-            described(300, 0, tool=name, without=()), described(280, 1, without=()), None, tool=name
+            described(300, 0, tool=name, without=()), described(300, 1, without=()), None, tool=name
         )
         assert set(found) == metrics
         expected = tools.distribution_metrics(generated, real, tool=name, network="inception")
@@ -116,7 +116,7 @@ def test_the_kernel_s_interval_under_a_tool_has_the_subsets_scatter_too():
 
 
 def test_same_values_on_eight_devices():
-    generated, reference, floor = described(70, 2), described(90, 0), described(90, 1)
+    generated, reference, floor = described(70, 2), described(70, 0), described(70, 1)
     alone = measure(generated, reference, floor)
     split = measure(generated, reference, floor, mesh=data_mesh())
     assert alone.keys() == split.keys()
