@@ -130,12 +130,20 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
         # As many real images as are generated: a distance is biased by their number.
         floor = Images(*(x[: config.samples] for x in floor[:2]), floor.num_classes)
     network = backends.feature_network(config.network, config.network_weights or None)
-    check_protocol(config.tool, config.neighbours, config.samples, len(reference.images))
+    prepare = backends.preparation(network, config.tool)
+    pooled = jax.eval_shape(network.apply, prepare(reference.images[:1]))["pool"]
+    check_protocol(
+        config.tool,
+        config.neighbours,
+        config.samples,
+        len(reference.images),
+        extrapolated_dim=pooled.shape[1] if config.extrapolate else None,
+    )
     claim_workdir(workdir, config, FREE_TO_CHANGE)
     paths = _draw(config, subject, plan, workdir)
 
     def described(pairs, **options) -> Described:
-        return describe(network.apply, backends.preparation(network, config.tool), pairs, **options)
+        return describe(network.apply, prepare, pairs, **options)
 
     def shards():
         return ((shard.images, shard.labels) for shard in read_shards(paths))

@@ -25,11 +25,25 @@ from qdiff_jax.eval.tools import Tool, find_tool
 _NEIGHBOURS = 3
 
 
-def check_protocol(tool: str, k: int | None, generated: int, real: int) -> None:
+def check_protocol(
+    tool: str, k: int | None, generated: int, real: int, *, extrapolated_dim: int | None = None
+) -> None:
     """Refuses what `measure` could not do with so many images, before any is drawn.
 
-    Raises ValueError for a k that contradicts the tool's, or fewer images than the tool's subsets have.
+    Args:
+      tool, k: as there.
+      generated, real: numbers of images.
+      extrapolated_dim: dimension of the pooled features, if the Frechet distance is to be extrapolated.
+
+    Raises ValueError for a k that contradicts the tool's, fewer images than the tool's subsets have, or
+    no more than twice `extrapolated_dim`.
     """
+    if extrapolated_dim is not None and generated // 2 <= extrapolated_dim:
+        raise ValueError(
+            f"{generated} samples are too few to extrapolate a Frechet distance in {extrapolated_dim} "
+            f"dimensions: half of them have a singular covariance; use at least "
+            f"{2 * extrapolated_dim + 2}, or do not extrapolate."
+        )
     if not tool:
         return
     row = find_tool(tool)
@@ -81,13 +95,16 @@ def measure(
     Raises ValueError as `check_protocol` does, where the score was not gathered for this tool, and with
     `extrapolate` for sets, the floor's too, of no more than twice the features' dimension.
     """
-    check_protocol(tool, k, len(generated.features), len(reference.features))
+    count, dim = generated.features.shape
+    check_protocol(
+        tool, k, count, len(reference.features), extrapolated_dim=dim if extrapolate else None
+    )
     row = find_tool(tool) if tool else None
     scored = row is not None and row.score is not None and generated.predicted is not None
     if scored and (generated.score is None or generated.tool != tool):
         raise ValueError(f"describe the generated images with tool={tool!r} and their count.")
     moments = moments_of(reference.features)
-    real = None if floor is None else floor.features[: len(generated.features)]
+    real = None if floor is None else floor.features[:count]
     infinity = _infinity(generated.features, real, moments) if extrapolate else None
     result = {"frechet": _entry(distance_interval(generated.features, moments))}
     if real is not None:
@@ -107,7 +124,7 @@ def measure(
         _, *found = precision_recall_intervals(
             generated.features, reference.features, **manifold, mesh=mesh
         )
-        sizes = {"generated_n": len(generated.features), "real_n": len(reference.features)}
+        sizes = {"generated_n": count, "real_n": len(reference.features)}
         result |= {n: _entry(f) | sizes for n, f in zip(("precision", "recall"), found)}
     if generated.predicted is not None and (generated.labels >= 0).all() and not tool:
         result["class_agreement"] = _entry(class_agreement(generated))

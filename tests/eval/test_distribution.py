@@ -11,7 +11,7 @@ from qdiff_jax.eval.kid import kernel_inception_distance, kernel_influence, mmd2
 from qdiff_jax.eval.moments import moments_of
 from qdiff_jax.runtime.mesh import data_mesh
 
-DIM = 5
+DIM = 5  # more samples than twice that can be extrapolated from
 
 
 def layers(n, seed, shift=0.0):
@@ -100,8 +100,13 @@ def test_the_distance_at_infinitely_many_samples_has_its_floor():
     assert found["floor"] == again.distance
     assert found["floor_n"] == 80
     assert found["low"] < found["value"] < found["high"]
-    with pytest.raises(ValueError, match="subsets of 5 samples have singular covariances in 5"):
+    with pytest.raises(
+        ValueError, match="10 samples are too few to extrapolate .* in 5 dimensions"
+    ):
         measure(described(10, 2), reference, None, extrapolate=True)
+    with pytest.raises(ValueError, match="subsets of 5 samples have singular covariances in 5"):
+        measure(generated, reference, described(10, 1), extrapolate=True)
+    assert found["value"] < measure(generated, reference, None)["frechet"]["value"]
 
 
 def test_the_kernel_s_interval_under_a_tool_has_the_subsets_scatter_too():
