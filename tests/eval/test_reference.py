@@ -74,6 +74,8 @@ def test_each_network_gets_its_own_preparation():
     reference_statistics(Network(kept, name="clip-vit-b32"), "synthetic:30", batch=30)
     np.testing.assert_array_equal(seen[1], clip)
     assert np.abs(clip - preprocess(images, "adm", size=9)).max() > 0.1
+    with pytest.raises(ValueError, match="for the network 'mine' is not known.*as `prepare`"):
+        reference_statistics(Network(probe, name="mine"), "synthetic:30")
     own = reference_statistics(
         Network(probe, name="mine"), "synthetic:30", prepare=lambda x: x / np.float32(2)
     )

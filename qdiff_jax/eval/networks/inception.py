@@ -193,7 +193,10 @@ def is_published(path) -> bool:
     Other weights of the same shape give numbers that are no FID. A copy in another format has another
     digest, and is known only by `state_dict.fingerprint` of its parameters.
     """
-    with pathlib.Path(path).open("rb") as file:
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest().startswith(PUBLISHED)
 
 
