@@ -19,10 +19,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.evaluate_config import check_alike, read_config, read_result
-from experiments.evaluate_real import described, load_judge, real_images
+from experiments.evaluate_real import described, load_judge, real_images, with_classes
 from qdiff_jax.analysis.column import column, dress, legend, line_style, save
 from qdiff_jax.data.images import to_unit_range
-from qdiff_jax.eval.distribution import Described
+from qdiff_jax.eval.described import Described
 from qdiff_jax.eval.efficiency import Efficiency, samples_needed
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.frechet import distance_to
@@ -53,7 +53,9 @@ class Metric(NamedTuple):
 def metrics_of(
     sets: list[Described], images: list[np.ndarray], real: Described
 ) -> dict[str, Metric]:
-    """The metrics by name; sets and images: full precision first, then the variants."""
+    """The metrics by name; sets and images: full precision first, then the variants.
+
+    Labels of `real` that are unknown (-1), or not the network's classes, leave out the class agreement."""
     pairs = {
         "pixel MSE": ([_each(mse, images[0], other) for other in images[1:]], True),
         "feature distance": (
@@ -67,10 +69,8 @@ def metrics_of(
         name: Metric(_mean_of(values), rising, True) for name, (values, rising) in pairs.items()
     }
     variants = sets[1:]
-    if _classes_fit(real):
-        right = [
-            (np.argmax(s.layers["logits"], axis=1) == s.labels).astype(float) for s in variants
-        ]
+    if real.predicted is not None and real.labels.min() >= 0:
+        right = [(s.predicted == s.labels).astype(float) for s in variants]
         found["class agreement"] = Metric(_mean_of(right), False, False)
     inside = [
         precision_recall(s.features, real.features).generated_inside.astype(float) for s in variants
@@ -91,14 +91,6 @@ def metrics_of(
     found["kernel distance"] = Metric(kernel, True, False, costly=True)
     found["recall"] = Metric(recall, False, False, 8, costly=True)
     return found
-
-
-def _classes_fit(real: Described) -> bool:
-    """Whether the network's classes are those of the images."""
-    logits = real.layers.get("logits")
-    return (
-        logits is not None and real.labels.min() >= 0 and logits.shape[1] == real.labels.max() + 1
-    )
 
 
 def _each(function, reference: np.ndarray, other: np.ndarray, batch: int = 500) -> np.ndarray:
@@ -154,7 +146,9 @@ def efficiency(
         shards = list(read_shards(paths))
         images.append(np.concatenate([shard.images for shard in shards]))
         sets.append(described(judge, [(s.images, s.labels) for s in shards]))
-    metrics = metrics_of(sets, images, real.described)
+    classes = int(real.described.labels.max()) + 1
+    *sets, known = with_classes(judge, classes, *sets, real.described)
+    metrics = metrics_of(sets, images, known)
     count = len(images[0])
     sizes = [size for size in SIZES if size <= count // 2]
     found: dict[str, Efficiency] = {}

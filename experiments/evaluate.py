@@ -129,7 +129,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
 
 
 def _measure(config: EvaluateConfig, subject: Subject, judge: Judge, real: Real, paths) -> dict:
-    generated = described(judge, _stream(paths))
+    generated = described(judge, _stream(paths), tool=config.tool, count=config.samples)
     reference = real.reference and real.reference.described
     floor = real.floor and real.floor.described
     generated, reference, floor = with_classes(judge, subject.classes, generated, reference, floor)
@@ -151,7 +151,7 @@ def _measure(config: EvaluateConfig, subject: Subject, judge: Judge, real: Real,
                 real.published["pool"], generated, metrics["frechet"]
             )
     if reference is not None and config.data.floor == HALVES:
-        floors_of_halves(metrics, reference, config.samples)
+        floors_of_halves(metrics, reference, config.samples, config.tool)
     return metrics
 
 

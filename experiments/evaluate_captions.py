@@ -12,7 +12,7 @@ from experiments.evaluate_config import ClipConfig
 from experiments.evaluate_real import Judge, judge_by
 from qdiff_jax.eval import backends
 from qdiff_jax.eval.clip_score import cosines
-from qdiff_jax.eval.distribution import Described
+from qdiff_jax.eval.described import Described
 from qdiff_jax.eval.hub import PREFIX
 from qdiff_jax.eval.intervals import mean_interval
 

@@ -13,10 +13,11 @@ import numpy as np
 from experiments.evaluate_config import HALVES, EvaluateConfig
 from qdiff_jax.eval import backends
 from qdiff_jax.eval.backends import FeatureNetwork
-from qdiff_jax.eval.distribution import Described, describe
+from qdiff_jax.eval.described import Described, describe
+from qdiff_jax.eval.distribution import check_protocol
 from qdiff_jax.eval.frechet import frechet_infinity, moments_distance
-from qdiff_jax.eval.intervals import frechet_bootstrap, frechet_interval
-from qdiff_jax.eval.kid import mmd2
+from qdiff_jax.eval.intervals import Interval, distance_interval
+from qdiff_jax.eval.kid import kernel_inception_distance, mmd2
 from qdiff_jax.eval.moments import Moments, moments_of
 from qdiff_jax.eval.real_sets import RealSet, real_set
 from qdiff_jax.eval.reference import (
@@ -31,8 +32,6 @@ from qdiff_jax.eval.reference import (
 )
 from qdiff_jax.eval.tools import find_tool
 from qdiff_jax.export.bundle import file_sha256
-
-_DISTANCES = {"frechet": "pool", "spatial_frechet": "spatial"}
 
 
 class Judge(NamedTuple):
@@ -85,9 +84,9 @@ def load_judge(config: EvaluateConfig, shape: tuple[int, int, int]) -> Judge:
     return judge_by(network, prepare, shape, config.data.source)
 
 
-def described(judge: Judge, pairs: Iterable) -> Described:
-    """What the judge sees of a stream of (uint8 images [n, H, W, C], labels [n])."""
-    return describe(judge.network.apply, judge.prepare, pairs)
+def described(judge: Judge, pairs: Iterable, **options) -> Described:
+    """What the judge sees of a stream of (uint8 images [n, H, W, C], labels [n]); options: of `describe`."""
+    return describe(judge.network.apply, judge.prepare, pairs, **options)
 
 
 def real_images(config: EvaluateConfig, judge: Judge, split: str, limit: int | None) -> RealSet:
@@ -106,7 +105,8 @@ def real_images(config: EvaluateConfig, judge: Judge, split: str, limit: int | N
 
 
 def load_real(config: EvaluateConfig, judge: Judge) -> Real:
-    """All that the config compares samples with. Raises ValueError for what does not fit."""
+    """All that the config compares samples with. Raises ValueError for what does not fit, and for too few
+    images for the tool or for an extrapolation."""
     data = config.data
     reference = floor = published = digest = None
     if data.published:
@@ -116,6 +116,13 @@ def load_real(config: EvaluateConfig, judge: Judge) -> Real:
         if data.floor and data.floor != HALVES:
             # As many real images as are generated: a distance is biased by their number.
             floor = real_images(config, judge, data.floor, config.samples)
+    check_protocol(
+        config.tool if reference else "",
+        config.neighbours if reference else None,
+        config.samples,
+        len(reference.described.labels) if reference else config.samples,
+        extrapolated_dim=judge.dims["pool"] if config.extrapolate else None,
+    )
     return Real(reference, floor, published, digest)
 
 
@@ -125,7 +132,7 @@ def _published(config: EvaluateConfig, judge: Judge) -> dict[str, Moments]:
     if _has_origin(path):
         found = load_reference(path)
         here = Origin("the samples", network.name, network.fingerprint, config.tool, config.samples)
-        check_comparable(here, found.origin, sizes=False)
+        check_comparable(here, found.origin, sizes=False, preparations=False)
     elif count:
         found = load_published(path, network=network, tool=config.tool, count=count)
     else:
@@ -165,25 +172,26 @@ def frechet_to(
     published: dict[str, Moments], generated: Described, floor: Described | None, spatial: bool
 ) -> dict[str, dict]:
     """The Frechet distances to published moments, as entries of metrics.json."""
-    found = {}
-    for name, layer in _DISTANCES.items():
-        if (
-            layer not in published
-            or layer not in generated.layers
-            or (layer != "pool" and not spatial)
-        ):
-            continue
-        features = generated.layers[layer]
-        interval = frechet_interval if len(features) > features.shape[1] else frechet_bootstrap
-        around = interval(features, published[layer])
-        found[name] = {"value": around.estimate, "low": around.low, "high": around.high}
+    features = generated.features
+    found = {"frechet": _entry(distance_interval(features, published["pool"]))}
+    if floor is not None:
+        real = moments_of(floor.features[: len(features)])
+        found["frechet"] |= _floor(moments_distance(real, published["pool"]), real.n)
+    if spatial and generated.spatial is not None and "spatial" in published:
+        moments, own = published["spatial"], generated.spatial
+        found["spatial_frechet"] = _entry(distance_interval(own.kept, moments, own=own.moments))
         if floor is not None:
-            real = floor.layers[layer][: len(features)]
-            found[name] |= {
-                "floor": moments_distance(moments_of(real), published[layer]),
-                "floor_n": len(real),
-            }
+            real = floor.spatial.moments
+            found["spatial_frechet"] |= _floor(moments_distance(real, moments), real.n)
     return found
+
+
+def _entry(interval: Interval) -> dict:
+    return {"value": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def _floor(value: float, count: int) -> dict:
+    return {"floor": value, "floor_n": count}
 
 
 def extrapolated(published: Moments, generated: Described, frechet: dict) -> dict:
@@ -195,25 +203,28 @@ def extrapolated(published: Moments, generated: Described, frechet: dict) -> dic
     return {"value": distance, "low": frechet["low"] + shift, "high": frechet["high"] + shift}
 
 
-def floors_of_halves(metrics: dict[str, dict], reference: Described, count: int) -> None:
+def floors_of_halves(
+    metrics: dict[str, dict], reference: Described, count: int, tool: str = ""
+) -> None:
     """Adds to the distances their floor between the halves of the reference, at most `count` images
-    standing in for the generated ones."""
+    standing in for the generated ones; tool: whose kernel distance."""
+    subsets = find_tool(tool).kernel if tool else None
 
     def frechet(x: np.ndarray, y: np.ndarray) -> float:
         return moments_distance(moments_of(x), moments_of(y))
 
-    count = min(count, len(reference.labels) // 2)
-    for name, layer, metric in (
-        *((name, layer, frechet) for name, layer in _DISTANCES.items()),
-        ("kernel", "pool", mmd2),
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return mmd2(x, y) if subsets is None else kernel_inception_distance(x, y, **subsets).mean
+
+    spatial = None if reference.spatial is None else reference.spatial.kept
+    for name, features, metric in (
+        ("frechet", reference.features, frechet),
+        ("spatial_frechet", spatial, frechet),
+        ("kernel", reference.features, kernel),
     ):
-        if name in metrics and layer in reference.layers:
-            floor = real_floor(metric, reference.layers[layer], count=count)
-            metrics[name] |= {
-                "floor": floor.value,
-                "floor_n": floor.counts[0],
-                "floor_between": floor.between,
-            }
+        if name in metrics:
+            floor = real_floor(metric, features, count=min(count, len(features) // 2))
+            metrics[name] |= _floor(floor.value, floor.counts[0]) | {"floor_between": floor.between}
 
 
 def write_statistics(config: EvaluateConfig, path: pathlib.Path) -> Reference:

@@ -51,8 +51,6 @@ def shown(value: float | None) -> str:
 def metric_title(metric: str, protocol: Mapping) -> str:
     """How a metric of metrics.json is called: a distance by its network, and only Inception's FID."""
     network = protocol["network"]
-    if metric == "frechet_infinity":
-        return metric_name("frechet", network) + ", extrapolated"
     if metric == "lpips":
         return f"LPIPS ({protocol['lpips']['net']})"
     if metric == "clip_score":

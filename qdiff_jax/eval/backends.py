@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from qdiff_jax.data.images import to_unit_range
 from qdiff_jax.eval.hub import on_disk
@@ -134,8 +135,14 @@ def preparation(network: FeatureNetwork, tool: str = "") -> Callable[[np.ndarray
         classifier (no resizing) have one way only and do not look at it.
 
     Raises:
-      ValueError: an unknown tool; later, images of another dtype or shape.
+      ValueError: an unknown tool, or a network that is none of `feature_network`'s; later, images of
+        another dtype or shape.
     """
+    if network.name not in _NETWORKS:
+        raise ValueError(
+            f"how images are prepared for the network {network.name!r} is not known, only for "
+            f"{[*_NETWORKS]}; give your own function as `prepare`."
+        )
     if network.name == "inception-fid":
         find_tool(tool)
         return lambda images: preprocess(jnp.asarray(images), tool, network.size)
@@ -197,6 +204,14 @@ def _given(name: str, weights) -> pathlib.Path:
 def _inception(name: str, weights) -> FeatureNetwork:
     source = _given(name, weights)
     params = inception.inception_params(read_tensors(source), source)
+    if not inception.is_published(source):
+        logging.warning(
+            "%s is not the published file (sha256 %s...): FID, sFID and IS are so called only if these are "
+            "its weights in another format. Digest of the parameters: %s.",
+            source,
+            inception.PUBLISHED,
+            fingerprint(params),
+        )
     return _network(name, inception.Inception(), params, inception.SIZE)
 
 

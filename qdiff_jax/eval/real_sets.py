@@ -1,7 +1,7 @@
 """Real images as a network sees them, with their labels: made in one pass over the source, and cached.
 
-Where `reference.reference_statistics` keeps moments and some pooled features, this keeps every feature and
-logit, which the nearest neighbours, the kernel distance and the accuracy on real images need: N x D floats
+Where `reference.reference_statistics` keeps moments and some pooled features, this keeps what `described` does,
+which the nearest neighbours, the kernel distance and the accuracy on real images need: N x D floats
 and no image. A file of the cache is found again only for the same content, preparation, network, weights and
 resizing rule.
 """
@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qdiff_jax.eval.distribution import Described, describe
+from qdiff_jax.eval.described import Described, Spatial, describe
 from qdiff_jax.eval.files import write_atomic
+from qdiff_jax.eval.moments import Moments
 from qdiff_jax.eval.real_images import labelled_stream, source_fingerprint
 from qdiff_jax.eval.reference import Origin
 
-_LAYER = "layer_"
-
 
 class RealSet(NamedTuple):
-    """described: features, logits and labels. origin: where they come from. digest: sha256 of the pixels as
+    """described: features, classes and labels. origin: where they come from. digest: sha256 of the pixels as
     they were prepared, in their order."""
 
     described: Described
@@ -83,27 +82,33 @@ def real_set(
 
 
 def _save(path: pathlib.Path, found: RealSet) -> None:
+    one = found.described
+    arrays = {"features": one.features, "labels": one.labels, "digest": np.array(found.digest)}
+    arrays["origin"] = np.array(json.dumps(found.origin._asdict()))
+    if one.predicted is not None:
+        arrays["predicted"] = one.predicted
+    if one.spatial is not None:
+        moments, kept = one.spatial
+        arrays |= {"n": np.array(moments.n), "mean": moments.mean, "scatter": moments.scatter}
+        arrays["kept"] = kept
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        origin=np.array(json.dumps(found.origin._asdict())),
-        digest=np.array(found.digest),
-        labels=found.described.labels,
-        **{_LAYER + name: value for name, value in found.described.layers.items()},
-    )
+    np.savez(buffer, **arrays)
     write_atomic(path, buffer.getvalue())
 
 
 def _load(path: pathlib.Path) -> RealSet:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            layers = {
-                name.removeprefix(_LAYER): stored[name]
-                for name in stored.files
-                if name.startswith(_LAYER)
-            }
-            origin = Origin(**json.loads(str(stored["origin"])))
-            return RealSet(Described(layers, stored["labels"]), origin, str(stored["digest"]))
+            spatial = None
+            if "kept" in stored.files:
+                moments = Moments(int(stored["n"]), stored["mean"], stored["scatter"])
+                spatial = Spatial(moments, stored["kept"])
+            predicted = stored["predicted"] if "predicted" in stored.files else None
+            return RealSet(
+                Described(stored["features"], stored["labels"], predicted, spatial),
+                Origin(**json.loads(str(stored["origin"]))),
+                str(stored["digest"]),
+            )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"the cached features {path} are damaged ({error}); delete the file: it will be made anew."

@@ -1,4 +1,4 @@
-"""real_sets: features, logits and labels of a source in one pass, and from the cache when nothing changed."""
+"""real_sets: features, classes and labels of a source in one pass, and from the cache when nothing changed."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class Network(NamedTuple):
 
 def probe(x):
     flat = np.asarray(x, np.float32).reshape(len(x), -1)
-    return {"pool": flat[:, ::7], "logits": flat[:, :10]}
+    return {"pool": flat[:, ::7], "logits": flat[:, :10], "spatial": flat[:, 1::9]}
 
 
 def made(source, cache=None, apply=probe, **options):
@@ -80,9 +80,13 @@ def test_the_cache_serves_only_the_same_measurement(folder, tmp_path):
     first, second = again(), again()
     assert not calls
     assert (second.origin, second.digest) == (first.origin, first.digest)
-    for name in ("pool", "logits"):
-        np.testing.assert_array_equal(second.described.layers[name], first.described.layers[name])
-    np.testing.assert_array_equal(second.described.labels, first.described.labels)
+    for name in ("features", "predicted", "labels"):
+        np.testing.assert_array_equal(
+            getattr(second.described, name), getattr(first.described, name)
+        )
+    old, new = first.described.spatial, second.described.spatial
+    np.testing.assert_array_equal(new.kept, old.kept)
+    np.testing.assert_array_equal(new.moments.cov, old.moments.cov)
     assert again(crop="lsun").digest != first.digest
     assert calls
     again(limit=2)

@@ -12,7 +12,7 @@ import pytest
 from experiments import efficiency
 from experiments.efficiency import drawn_shards, metrics_of
 from qdiff_jax.data.images import load_images
-from qdiff_jax.eval.distribution import Described
+from qdiff_jax.eval.described import Described
 from qdiff_jax.eval.efficiency import Efficiency
 from qdiff_jax.eval.resize import crop_resize
 from qdiff_jax.eval.shards import Shard
@@ -117,11 +117,11 @@ def test_metrics_are_those_of_the_chosen_samples():
     images = [rng.integers(0, 256, (32, 16, 16, 1), np.uint8) for _ in range(3)]
     labels = np.arange(32) % 10
 
-    def seen(width):
-        layers = {"pool": rng.normal(size=(32, 5)), "logits": rng.normal(size=(32, width))}
-        return Described({k: v.astype(np.float32) for k, v in layers.items()}, labels)
+    def seen(labels=labels):
+        features = rng.normal(size=(32, 5)).astype(np.float32)
+        return Described(features, labels, rng.integers(0, 10, 32))
 
-    sets, real = [seen(10) for _ in range(3)], seen(10)
+    sets, real = [seen() for _ in range(3)], seen()
     metrics = metrics_of(sets, images, real)
     chosen = np.array([3, 5, 30])
     floats = [i.astype(np.float64) / 127.5 - 1 for i in images]
@@ -129,11 +129,12 @@ def test_metrics_are_those_of_the_chosen_samples():
     assert metrics["pixel MSE"].of(1, chosen) == pytest.approx(expected, rel=1e-5)
     apart = np.square(sets[1].features - sets[0].features).sum(1)[chosen].mean()
     assert metrics["feature distance"].of(0, chosen) == pytest.approx(apart, rel=1e-5)
-    right = (sets[2].layers["logits"].argmax(1) == labels)[chosen].mean()
+    right = (sets[2].predicted == labels)[chosen].mean()
     assert metrics["class agreement"].of(1, chosen) == pytest.approx(right)
     rising = {name for name, metric in metrics.items() if metric.rising}
     assert rising == {"pixel MSE", "feature distance", "Frechet distance", "kernel distance"}
-    assert "class agreement" not in metrics_of([seen(1000)] * 3, images, seen(1000))
+    unknown = seen(np.full(32, -1))
+    assert "class agreement" not in metrics_of([unknown] * 3, images, unknown)
 
 
 def test_the_picture_has_a_line_for_each_metric(tmp_path):

@@ -17,7 +17,7 @@ from experiments.evaluate_paired import Partner, load_perceptual, measure_pairs
 from experiments.evaluate_real import write_statistics
 from qdiff_jax.eval import backends
 from qdiff_jax.eval.backends import CaptionNetwork
-from qdiff_jax.eval.distribution import Described
+from qdiff_jax.eval.described import Described
 from qdiff_jax.eval.frechet import moments_distance
 from qdiff_jax.eval.moments import moments_of
 from qdiff_jax.eval.shards import Shard, read_shards, shard_paths
@@ -245,11 +245,11 @@ def test_clip_score_of_captions_by_class(stub, monkeypatch, tmp_path, workdir):
         "hub:owner/repo@v1",
     ]
     seen, labels = features(stub, workdir), np.arange(40) % 10
-    entry = measure_captions(loaded, Described({"pool": seen}, labels), None)
+    entry = measure_captions(loaded, Described(seen, labels), None)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (seen, texts[labels])]
     assert entry["value"] == pytest.approx(float((unit[0] * unit[1]).sum(1).mean()), rel=1e-5)
     assert entry["low"] < entry["value"] < entry["high"]
-    real = Described({"pool": texts}, np.arange(10))
+    real = Described(texts, np.arange(10))
     assert measure_captions(loaded, real, real)["real"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="has 10 lines and the model 9 classes"):
         load_captions(settings, 9, (8, 8, 1), "drawn")
