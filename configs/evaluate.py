@@ -8,9 +8,10 @@ Operating points: `dpm20` (20-step DPM-Solver++(2M), guided, 10,000 samples), `d
 (guided, 2,000), `free50` and `free100` (the same without guidance), `main20` (the main job's sampler, for its
 bundles: 20 steps on the quadratic grid without guidance). `--config.bundle=DIR` judges a
 quantized bundle instead of `model`, with its own model and step tables but the sampler given here, which
-must be the one it was calibrated for. Features: the shipped classifier's (`--config.network=...` for
-others); reference: the test set, floor: images of the training set. Expected figures: README and the
-cards in qdiff_jax/models/assets. `evaluate.py:smoke` runs in seconds on drawn shapes.
+must be the one it was calibrated for. Features: the shipped classifier's; others by `--config.network=...`
+and `--config.network_weights=...`, a path or `hub:OWNER/REPO/FILE`. Reference: the test set, floor: images
+of the training set. Expected figures: README and the cards in qdiff_jax/models/assets. `evaluate.py:smoke`
+runs in seconds on drawn shapes.
 """
 
 import ml_collections
@@ -39,20 +40,31 @@ def get_config(arg=None):
     config.shard = 500
     config.batch = 10 if guided else 20  # what two CPU cores do fastest; hundreds on a GPU or TPU
     scale = arg.guidance if guided else -1.0
-    config.sampler = dict(name=name, spacing=spacing, steps=steps, eta=0.0, guidance_scale=scale)
+    config.sampler = dict(
+        name=name, spacing=spacing, steps=steps, eta=0.0, guidance_scale=scale, tensor_bits=0
+    )
     config.network = "classifier_fashion"
     config.network_weights = ""
     config.tool = ""
     config.neighbours = 3
     config.extrapolate = False
+    config.cache = ""
+    config.lpips = dict(net="", trunk="", linear="")
+    config.clip = dict(captions="", network="clip-vit-b32", weights="", vocabulary="")
     config.data = dict(
-        source="tfds:fashion_mnist", pad_to=32, reference="test", floor="train", limit=0
+        source="tfds:fashion_mnist",
+        pad_to=32,
+        crop="",
+        size=0,
+        reference="test",
+        floor="train",
+        limit=0,
+        published="",
+        published_count=0,
     )
     if arg.smoke:
         config.samples, config.shard, config.batch = 40, 20, 20
         config.sampler.steps = 2
         config.sampler.guidance_scale = -1.0
-        config.data = dict(
-            source="synthetic:64", pad_to=32, reference="test", floor="train", limit=64
-        )
+        config.data.source, config.data.limit = "synthetic:64", 64
     return config

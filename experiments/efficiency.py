@@ -4,14 +4,14 @@
         --variants=W/rtn_w8a8,W/rtn_w4a8,W/rtn_w4a4 --out=W/efficiency --config.data.source=idx:DIR
 
 `--variants` are workdirs of `experiments.evaluate`, from least to most damage, `--reference` that of full
-precision; all from the same seed, sampler and shard size. Writes efficiency.json, .md, .png and .pdf.
+precision; all from the same seed and sampler. Writes efficiency.json, .md, .png and .pdf.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,16 +19,16 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.evaluate_config import check_alike, read_config, read_result
+from experiments.evaluate_real import described, load_judge, real_images, with_classes
 from qdiff_jax.analysis.column import column, dress, legend, line_style, save
-from qdiff_jax.data.images import load_images, to_unit_range
-from qdiff_jax.eval import backends
-from qdiff_jax.eval.distribution import Described, describe
+from qdiff_jax.data.images import to_unit_range
+from qdiff_jax.eval.described import Described
 from qdiff_jax.eval.efficiency import Efficiency, samples_needed
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.frechet import distance_to
 from qdiff_jax.eval.kid import mmd2
 from qdiff_jax.eval.moments import moments_of
-from qdiff_jax.eval.paired import mse, ssim
+from qdiff_jax.eval.paired import WINDOW, mse, ssim
 from qdiff_jax.eval.precision_recall import precision_recall
 from qdiff_jax.eval.shards import read_shards
 from qdiff_jax.observe.archive import save_record
@@ -53,23 +53,24 @@ class Metric(NamedTuple):
 def metrics_of(
     sets: list[Described], images: list[np.ndarray], real: Described
 ) -> dict[str, Metric]:
-    """The metrics by name; sets and images: full precision first, then the variants."""
+    """The metrics by name; sets and images: full precision first, then the variants.
+
+    Labels of `real` that are unknown (-1), or not the network's classes, leave out the class agreement."""
     pairs = {
         "pixel MSE": ([_each(mse, images[0], other) for other in images[1:]], True),
-        "SSIM": ([_each(ssim, images[0], other) for other in images[1:]], False),
         "feature distance": (
             [np.square(s.features - sets[0].features).sum(axis=1) for s in sets[1:]],
             True,
         ),
     }
+    if min(images[0].shape[1:3]) >= WINDOW:
+        pairs["SSIM"] = ([_each(ssim, images[0], other) for other in images[1:]], False)
     found = {
         name: Metric(_mean_of(values), rising, True) for name, (values, rising) in pairs.items()
     }
     variants = sets[1:]
-    if "logits" in real.layers:
-        right = [
-            (np.argmax(s.layers["logits"], axis=1) == s.labels).astype(float) for s in variants
-        ]
+    if real.predicted is not None and real.labels.min() >= 0:
+        right = [(s.predicted == s.labels).astype(float) for s in variants]
         found["class agreement"] = Metric(_mean_of(right), False, False)
     inside = [
         precision_recall(s.features, real.features).generated_inside.astype(float) for s in variants
@@ -120,28 +121,34 @@ def draw(found: dict[str, Efficiency], path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-    log_progress()
-    enable_compile_cache(flags.FLAGS.compile_cache)
-    config = read_config(flags.FLAGS.config)
-    workdirs = [flags.FLAGS.reference, *flags.FLAGS.variants]
-    check_alike([(w, read_result(w)["protocol"]) for w in workdirs])
-    network = backends.feature_network(config.network, config.network_weights or None)
-    prepare = backends.preparation(network, config.tool)
-    data = config.data
-    real = load_images(
-        data.source, data.reference, pad_to=data.pad_to or None, limit=data.limit or None
-    )
+def efficiency(
+    config: Any, reference: str, variants: Sequence[str], out: pathlib.Path, draws: int
+) -> str:
+    """All metrics on all variants; writes the files and returns efficiency.md.
+
+    config: of the evaluations. reference, variants: their workdirs. draws: subsets of each size. Raises
+    ValueError for evaluations that were not measured alike or not by this config, and for shards that are
+    missing.
+    """
+    config = read_config(config)
+    workdirs = [reference, *variants]
+    protocols = [read_result(workdir)["protocol"] for workdir in workdirs]
+    check_alike(list(zip(workdirs, protocols)))
+    files = [drawn_shards(pathlib.Path(w), protocols[0]["samples"]) for w in workdirs]
+    judge = load_judge(config, next(read_shards(files[0])).images.shape[1:])
+    _same("network", judge.network.name, protocols[0]["network"], reference)
+    _same("network_sha256", judge.network.fingerprint, protocols[0]["network_sha256"], reference)
+    _same("tool", config.tool, protocols[0]["tool"], reference)
+    real = real_images(config, judge, config.data.reference, None)
+    _same("reference_sha256", real.digest, protocols[0]["reference_sha256"], reference)
     sets, images = [], []
-    for workdir in workdirs:
-        paths = sorted((pathlib.Path(workdir) / "shards").glob("*.npz"))
+    for paths in files:
         shards = list(read_shards(paths))
         images.append(np.concatenate([shard.images for shard in shards]))
-        sets.append(describe(network.apply, prepare, [(s.images, s.labels) for s in shards]))
-    reference = describe(network.apply, prepare, [(real.images, real.labels)])
-    metrics = metrics_of(sets, images, reference)
+        sets.append(described(judge, [(s.images, s.labels) for s in shards]))
+    classes = int(real.described.labels.max()) + 1
+    *sets, known = with_classes(judge, classes, *sets, real.described)
+    metrics = metrics_of(sets, images, known)
     count = len(images[0])
     sizes = [size for size in SIZES if size <= count // 2]
     found: dict[str, Efficiency] = {}
@@ -153,14 +160,14 @@ def main(argv) -> None:
                 count,
                 [size for size in sizes if size >= metric.smallest],
                 rising=metric.rising,
-                draws=_COSTLY_DRAWS if metric.costly else flags.FLAGS.draws,
+                draws=min(_COSTLY_DRAWS, draws) if metric.costly else draws,
             )
             tell(done + 1)
-    out = pathlib.Path(flags.FLAGS.out)
     save_record(
         out / "efficiency.json",
         {
-            "variants": flags.FLAGS.variants,
+            "variants": list(variants),
+            "network": judge.network.name,
             "pool": count,
             "metrics": {
                 name: {
@@ -173,7 +180,8 @@ def main(argv) -> None:
             },
         },
     )
-    lines = ["| metric | samples needed | needs full precision's samples |", "|---|---|---|"]
+    lines = [f"{count:,} samples of each, features of `{judge.network.name}`.", ""]
+    lines += ["| metric | samples needed | needs full precision's samples |", "|---|---|---|"]
     lines += [
         f"| {name} | {result.needed or f'more than {result.sizes[-1]}'} | "
         f"{'yes' if metrics[name].paired else 'no'} |"
@@ -182,7 +190,41 @@ def main(argv) -> None:
     text = "\n".join(lines) + "\n"
     write_atomic(out / "efficiency.md", text)
     draw(found, out / "efficiency")
-    print(text)
+    return text
+
+
+def drawn_shards(workdir: pathlib.Path, samples: int) -> list[pathlib.Path]:
+    """The shards of the first `samples` images: a workdir may hold more, of a longer run before.
+
+    Raises ValueError where some are missing.
+    """
+    folder = workdir / "shards"
+    paths = sorted(p for p in folder.glob("*.npz") if p.stem.isdigit() and int(p.stem) < samples)
+    found = sum(len(shard.labels) for shard in read_shards(paths))
+    if found != samples:
+        raise ValueError(
+            f"{folder} has {found} of the {samples} samples that {workdir} was measured on; run "
+            "experiments.evaluate there again."
+        )
+    return paths
+
+
+def _same(name: str, ours: Any, theirs: Any, workdir: str) -> None:
+    if ours != theirs:
+        raise ValueError(
+            f"{workdir} was measured with {name} {theirs!r} and the config gives {ours!r}; give the "
+            "config of the evaluations."
+        )
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    args = flags.FLAGS
+    log_progress()
+    enable_compile_cache(args.compile_cache)
+    out = pathlib.Path(args.out)
+    print(efficiency(args.config, args.reference, args.variants, out, args.draws))
 
 
 if __name__ == "__main__":

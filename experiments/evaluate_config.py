@@ -10,19 +10,59 @@ from typing import Any
 
 from experiments.quantize_config import SamplerConfig
 from qdiff_jax.config import to_dataclass
+from qdiff_jax.eval.resize import CROPS
 from qdiff_jax.observe.archive import load_record
+
+HALVES = "halves"  # a floor between the halves of one split
 
 
 @dataclasses.dataclass(frozen=True)
 class RealConfig:
-    """Real images. source, pad_to (0: as they are), limit (0: all): see `data.images`. reference: the
-    split that samples are compared with; floor: the one that is compared with it as a yardstick."""
+    """Real images.
+
+    source, limit (0: all): see `data.images`, and `npz:FILE` with ADM's `arr_0`; "" for none but `published`.
+    pad_to: zeros around, or crop ("lsun", "adm") to size: the data set's own preparation (0 and "": as they
+    are). reference: the split that samples are compared with; floor: the one that is compared with it as a
+    yardstick, "halves" of the reference itself, or "". published: an npz with mu and sigma, which the Frechet
+    distance is then taken to, and published_count, of how many images (0: as the file says, if
+    `--statistics` wrote it)."""
 
     source: str
     pad_to: int = 0
     reference: str = "test"
     floor: str = "train"
     limit: int = 0
+    crop: str = ""
+    size: int = 0
+    published: str = ""
+    published_count: int = 0
+
+    @property
+    def preparation(self) -> dict:
+        """The same as arguments of `real_images.image_stream`."""
+        if self.pad_to:
+            return {"crop": "pad", "size": self.pad_to}
+        return {"crop": self.crop or None, "size": self.size or None}
+
+
+@dataclasses.dataclass(frozen=True)
+class LpipsConfig:
+    """LPIPS of paired samples. net: "alex" or "vgg", "" for none; trunk and linear: its two files."""
+
+    net: str = ""
+    trunk: str = ""
+    linear: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """CLIP score. captions: a text file with a line for each class, "" for no score. network, weights,
+    vocabulary: see `backends.caption_network`; vocabulary "" for the folder of the weights."""
+
+    captions: str = ""
+    network: str = "clip-vit-b32"
+    weights: str = ""
+    vocabulary: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +71,8 @@ class EvaluateConfig:
     workdir of another evaluation whose samples come from the same noise ("" for none). samples, shard,
     batch: how many, per file and per network call. network: see `eval.backends`; tool: whose resizing
     ("" where the network needs none). neighbours: k of precision and recall. extrapolate: also report the
-    Frechet distance at infinitely many samples."""
+    Frechet distance at infinitely many samples. cache: folder for the features of real images ("" for
+    none)."""
 
     model: str
     seed: int
@@ -47,6 +88,9 @@ class EvaluateConfig:
     tool: str = ""
     neighbours: int = 3
     extrapolate: bool = False
+    cache: str = ""
+    lpips: LpipsConfig = LpipsConfig()
+    clip: ClipConfig = ClipConfig()
 
 
 # Sizes of files and batches, and what a result is set beside, leave the samples as they are.
@@ -59,6 +103,9 @@ FREE_TO_CHANGE = (
     "neighbours",
     "data",
     "extrapolate",
+    "cache",
+    "lpips",
+    "clip",
 )
 
 
@@ -71,13 +118,61 @@ def read_config(config: Any) -> EvaluateConfig:
         )
     if config.batch < 1 or config.neighbours < 1:
         raise ValueError("config.batch and config.neighbours must be at least 1.")
+    _check_data(config.data)
+    lpips = config.lpips
+    if lpips.net and not (lpips.trunk and lpips.linear):
+        raise ValueError(
+            "config.lpips.net needs the files config.lpips.trunk (torchvision's) and "
+            "config.lpips.linear (lpips' weights/v0.1)."
+        )
+    if (lpips.trunk or lpips.linear) and not lpips.net:
+        raise ValueError(
+            'config.lpips has weights and no net; set config.lpips.net to "alex" or "vgg".'
+        )
+    if lpips.net and not config.paired:
+        raise ValueError(
+            "config.lpips compares with the samples of another evaluation; set config.paired to its "
+            "workdir."
+        )
+    if config.clip.captions and not config.clip.weights:
+        raise ValueError(
+            "config.clip.captions needs config.clip.weights (and config.clip.vocabulary where they are no "
+            "folder with both)."
+        )
+    if config.clip.weights and not config.clip.captions:
+        raise ValueError(
+            "config.clip.weights without config.clip.captions, a text file with one line for each class, "
+            "would measure nothing."
+        )
     return config
+
+
+def _check_data(data: RealConfig) -> None:
+    if not data.source and not data.published:
+        raise ValueError("config.data.source is empty; name real images, or config.data.published.")
+    if bool(data.crop) != bool(data.size):
+        raise ValueError(
+            f"config.data.crop and config.data.size go together: got {data.crop!r} and {data.size}."
+        )
+    if data.crop and data.crop not in CROPS:
+        raise ValueError(f"config.data.crop={data.crop!r} is not known; use one of {CROPS}.")
+    if data.crop and data.pad_to:
+        raise ValueError("config.data has both pad_to and crop; set pad_to=0 or crop=''.")
+    for name in ("pad_to", "size", "limit", "published_count"):
+        if getattr(data, name) < 0:
+            raise ValueError(
+                f"config.data.{name} is {getattr(data, name)}; it must not be negative."
+            )
+    if data.published_count and not data.published:
+        raise ValueError("config.data.published_count counts the images of config.data.published.")
 
 
 def protocol(config: EvaluateConfig, fingerprint: str, origin: str, schedule: Mapping) -> dict:
     """All that decides a figure but the model itself: two results compare only if it is equal.
 
-    fingerprint: of the feature network. origin: digest of the reference images.
+    fingerprint: of the feature network. origin: digest of the reference images. What only some
+    evaluations have is added to it under further names (the paired model, published statistics, LPIPS,
+    captions).
     """
     return {
         "sampler": config.sampler.as_json(),

@@ -28,6 +28,17 @@ MEANINGS = {
     "psnr_db": "peak signal-to-noise ratio against the paired samples, in dB.",
     "ssim": "structural similarity to the paired samples, 1 is equal.",
     "sqnr_db": "signal-to-quantization-noise ratio against the paired samples, in dB.",
+    "lpips": "distance to the paired samples in the layers of the named trunk, weighted as people judge "
+    "it; 0 is equal.",
+    "clip_score": "mean cosine of image and caption of its class in the named CLIP's space; under "
+    "'real', the same of real images.",
+}
+_PLAIN = {
+    "class_agreement": "class agreement",
+    "mse": "MSE",
+    "psnr_db": "PSNR (dB)",
+    "ssim": "SSIM",
+    "sqnr_db": "SQNR (dB)",
 }
 _SHOWN = 40
 
@@ -37,12 +48,16 @@ def shown(value: float | None) -> str:
     return "exact" if value is None else significant(value)
 
 
-def _named(metric: str, network: str) -> str:
-    """Distances carry their network's name, and only Inception's are called FID."""
-    try:
-        return metric_name(metric, network)
-    except ValueError:
-        return metric.replace("_", " ")
+def metric_title(metric: str, protocol: Mapping) -> str:
+    """How a metric of metrics.json is called: a distance by its network, and only Inception's FID."""
+    network = protocol["network"]
+    if metric == "lpips":
+        return f"LPIPS ({protocol['lpips']['net']})"
+    if metric == "clip_score":
+        return f"CLIP score ({protocol['clip']['network']})"
+    if metric in _PLAIN:
+        return _PLAIN[metric]
+    return metric_name(metric, network)
 
 
 def _column(header: str, meaning: str) -> Column:
@@ -63,10 +78,10 @@ def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
     picture = plot_samples(
         {"samples": to_unit_range(first.images[:_SHOWN])}, workdir / "samples.png", 10
     )
-    network = result["protocol"]["network"]
+    measured = result["protocol"]
     cells = [
         [
-            _named(name, network),
+            metric_title(name, measured),
             shown(entry["value"]),
             shown(entry["low"]),
             shown(entry["high"]),
@@ -77,7 +92,7 @@ def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
         for name, entry in result["metrics"].items()
     ]
     terms = [
-        Column(_named(name, network), "", MEANINGS[name], lambda variant, reference: "")
+        Column(metric_title(name, measured), "", MEANINGS[name], lambda variant, reference: "")
         for name in result["metrics"]
     ]
     values = [[shown(entry["value"]) for entry in result["metrics"].values()]]
@@ -103,7 +118,9 @@ def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
 def write_comparison(results: Mapping[str, Mapping], out: pathlib.Path) -> str:
     """comparison.md and comparison.html of evaluations that were measured alike; returns the former."""
     names = list(next(iter(results.values()))["metrics"])
-    header = ["evaluation", *names]
+    measured = next(iter(results.values()))["protocol"]
+    titles = [metric_title(name, measured) for name in names]
+    header = ["evaluation", *titles]
     rows = []
     for workdir, result in results.items():
         metrics = result["metrics"]
@@ -126,7 +143,6 @@ def write_comparison(results: Mapping[str, Mapping], out: pathlib.Path) -> str:
     ]
     rows.append(["real images", *real])
     lines = [header, ["---"] * len(header), *rows]
-    measured = reference["protocol"]
     sampler = measured["sampler"]
     scale = sampler["guidance_scale"]
     text = (
@@ -138,7 +154,7 @@ def write_comparison(results: Mapping[str, Mapping], out: pathlib.Path) -> str:
     write_atomic(out / "comparison.md", text)
     columns = [
         _column("Evaluation", "Its workdir."),
-        *(_column(name, MEANINGS[name]) for name in names),
+        *(_column(title, MEANINGS[name]) for title, name in zip(titles, names)),
     ]
     provenance = {key: str(value) for key, value in measured.items()}
     html = page.page(

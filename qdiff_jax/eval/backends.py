@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from qdiff_jax.data.images import to_unit_range
+from qdiff_jax.eval.hub import on_disk
 from qdiff_jax.eval.networks import clip_images, efficientnet, inception
 from qdiff_jax.eval.networks.clip import VIT_B32, VIT_L14, TextTower, VisionTower
 from qdiff_jax.eval.networks.clip_tokenizer import load_tokenizer, tokenize
 from qdiff_jax.eval.networks.clip_weights import clip_params
-from qdiff_jax.eval.networks.state_dict import fingerprint, read_tensors
+from qdiff_jax.eval.networks.state_dict import FOLDER_FILES, fingerprint, read_tensors
 from qdiff_jax.eval.resize import resize
 from qdiff_jax.eval.tools import find_tool, preprocess
 from qdiff_jax.models import registry
@@ -77,11 +79,12 @@ def feature_network(name: str, weights=None) -> FeatureNetwork:
 
     Args:
       name: one of the above.
-      weights: path of the weights file (.safetensors, .pth, .bin; for Hugging Face also the folder).
+      weights: path of the weights file (.safetensors, .pth, .bin; for Hugging Face also the folder), or
+        `hub:OWNER/REPO/FILE` (see `eval.hub`).
 
     Raises:
       ValueError: an unknown name (listing those there are); weights that are missing (saying where they
-        come from), damaged, or of another network.
+        come from), damaged, of another network, or that the hub does not give.
     """
     if name not in _NETWORKS:
         near = difflib.get_close_matches(name, _NETWORKS, n=1)
@@ -96,7 +99,8 @@ def caption_network(name: str, weights, vocabulary) -> CaptionNetwork:
     Args:
       name: "clip-vit-b32" or "clip-vit-l14".
       weights: as for `feature_network`.
-      vocabulary: folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz.
+      vocabulary: folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz; also
+        `hub:OWNER/REPO` of the former.
 
     Raises:
       ValueError: as `feature_network` does, or for the vocabulary.
@@ -105,7 +109,7 @@ def caption_network(name: str, weights, vocabulary) -> CaptionNetwork:
         raise ValueError(f"No caption network is called {name!r}; there are {[*CLIP_CONFIGS]}.")
     config = CLIP_CONFIGS[name]
     source = _given(name, weights)
-    tokenizer = load_tokenizer(vocabulary)
+    tokenizer = load_tokenizer(on_disk(vocabulary, all_of=("vocab.json", "merges.txt")))
     if len(tokenizer.ids) != config.vocabulary:
         raise ValueError(
             f"the vocabulary {vocabulary} has {len(tokenizer.ids)} symbols and {name} was trained with "
@@ -131,8 +135,14 @@ def preparation(network: FeatureNetwork, tool: str = "") -> Callable[[np.ndarray
         classifier (no resizing) have one way only and do not look at it.
 
     Raises:
-      ValueError: an unknown tool; later, images of another dtype or shape.
+      ValueError: an unknown tool, or a network that is none of `feature_network`'s; later, images of
+        another dtype or shape.
     """
+    if network.name not in _NETWORKS:
+        raise ValueError(
+            f"how images are prepared for the network {network.name!r} is not known, only for "
+            f"{[*_NETWORKS]}; give your own function as `prepare`."
+        )
     if network.name == "inception-fid":
         find_tool(tool)
         return lambda images: preprocess(jnp.asarray(images), tool, network.size)
@@ -188,12 +198,20 @@ def _check(images: jax.Array, name: str, shape: tuple[int, int, int]) -> None:
 def _given(name: str, weights) -> pathlib.Path:
     if weights is None:
         raise ValueError(f"{name} needs the path of its weights: {_SOURCES[name]}.")
-    return pathlib.Path(weights)
+    return on_disk(weights, any_of=FOLDER_FILES)
 
 
 def _inception(name: str, weights) -> FeatureNetwork:
     source = _given(name, weights)
     params = inception.inception_params(read_tensors(source), source)
+    if not inception.is_published(source):
+        logging.warning(
+            "%s is not the published file (sha256 %s...): FID, sFID and IS are so called only if these are "
+            "its weights in another format. Digest of the parameters: %s.",
+            source,
+            inception.PUBLISHED,
+            fingerprint(params),
+        )
     return _network(name, inception.Inception(), params, inception.SIZE)
 
 
@@ -204,7 +222,7 @@ def _clip(name: str, weights) -> FeatureNetwork:
 
 
 def _efficientnet(name: str, weights) -> FeatureNetwork:
-    source = efficientnet.installed_weights() if weights is None else pathlib.Path(weights)
+    source = efficientnet.installed_weights() if weights is None else on_disk(weights)
     params = efficientnet.efficientnet_params(read_tensors(source), source)
     return _network(name, efficientnet.EfficientNetLite0(), params, efficientnet.SIZE)
 
@@ -213,7 +231,7 @@ def _classifier(name: str, weights) -> FeatureNetwork:
     shipped = (
         importlib.resources.files("qdiff_jax.models") / "assets" / f"{_CLASSIFIER}.safetensors"
     )
-    path = str(shipped if weights is None else weights)
+    path = str(shipped if weights is None else on_disk(weights))
     classify = registry.classifier(path)
     params, header = load_weights(path)
     side, channels = header["model"]["resolution"], header["model"]["in_channels"]

@@ -8,6 +8,8 @@ the plain mean cosine (w = 1, about 0.31), torchmetrics 100 times it; say which,
 
 import numpy as np
 
+from qdiff_jax.eval.intervals import Interval, mean_interval
+
 
 def cosines(image_features, text_features) -> np.ndarray:
     """[N] float64: the cosine of each pair of features [N, D] (floating, not normalized before).
@@ -38,5 +40,26 @@ def clip_score(
 
     Raises ValueError as `cosines` does.
     """
+    return float(np.mean(_scores(image_features, text_features, scale, floor)))
+
+
+def clip_score_interval(
+    image_features,
+    text_features,
+    *,
+    scale: float = 1.0,
+    floor: float | None = None,
+    level: float = 0.95,
+) -> Interval:
+    """`clip_score` as the mean of independent pairs, with its interval.
+
+    Arguments as there; level: the coverage aimed at. Raises ValueError as `cosines` does, and for a
+    single pair.
+    """
+    values = _scores(image_features, text_features, scale, floor)
+    return mean_interval(values, level=level)
+
+
+def _scores(image_features, text_features, scale, floor) -> np.ndarray:
     values = cosines(image_features, text_features)
-    return scale * float(np.mean(values if floor is None else np.maximum(values, floor)))
+    return scale * (values if floor is None else np.maximum(values, floor))

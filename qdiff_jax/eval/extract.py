@@ -35,8 +35,10 @@ def feature_batches(
         count = len(part)
         seen += count
         full = np.concatenate([part, np.repeat(part[-1:], batch - count, axis=0)])
-        inputs = full if mesh is None else shard_batch(full, mesh)
-        found = jax.device_get(dict(apply(prepare(inputs))))
+        inputs = prepare(full if mesh is None else shard_batch(full, mesh))
+        if mesh is not None and not _spread(inputs, mesh):
+            inputs = shard_batch(inputs, mesh)  # prepared on the host, as CLIP's images are
+        found = jax.device_get(dict(apply(inputs)))
         yield {name: np.asarray(value[:count], np.float32) for name, value in found.items()}
     if not seen:
         raise ValueError("there are no images to take features of; check the source.")
@@ -49,6 +51,10 @@ def all_features(batches: Iterable[Features], layers: tuple[str, ...] | None = N
         for name in features if layers is None else layers:
             parts.setdefault(name, []).append(features[name])
     return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _spread(inputs, mesh: Mesh) -> bool:
+    return isinstance(inputs, jax.Array) and inputs.sharding.device_set == set(mesh.devices.flat)
 
 
 def _rebatched(images: Iterable[np.ndarray], batch: int) -> Iterator[np.ndarray]:

@@ -101,7 +101,9 @@ def distance_to(reference: Moments):
     return distance
 
 
-def frechet_influence(features, reference: Moments, batch: int = 4096) -> np.ndarray:
+def frechet_influence(
+    features, reference: Moments, batch: int = 4096, own: Moments | None = None
+) -> np.ndarray:
     """How much each vector pulls the distance: the first-order (infinitesimal) jackknife.
 
         I(x) = 2 (mu_1 - mu_2)^T c + c^T (1 - T) c - const,  c = x - mu_1,
@@ -114,11 +116,12 @@ def frechet_influence(features, reference: Moments, batch: int = 4096) -> np.nda
     Args:
       features: [N, D] floating, N > D.
       reference: the other set's moments.
+      own: of the whole set, of which `features` are then a random part; by default they are all of it.
 
     Returns [N] float64. Raises ValueError when N <= D, where the derivative does not exist.
     """
     features = np.asarray(features)
-    own = moments_of(features, batch)
+    own = moments_of(features, batch) if own is None else own
     if own.n <= features.shape[1]:
         raise ValueError(
             f"frechet_influence needs more samples than the {features.shape[1]} dimensions, got "
@@ -129,7 +132,7 @@ def frechet_influence(features, reference: Moments, batch: int = 4096) -> np.nda
     side = root @ (vectors * np.maximum(values, values[-1] * 1e-12) ** -0.25)
     shift = 2.0 * (own.mean - reference.mean)
     pulls = []
-    for start in range(0, own.n, batch):
+    for start in range(0, len(features), batch):
         centred = features[start : start + batch].astype(np.float64) - own.mean
         squares = (centred**2).sum(axis=1) - ((centred @ side) ** 2).sum(axis=1)
         pulls.append(centred @ shift + squares)
@@ -149,16 +152,23 @@ def frechet_infinity(
       features: [N, D] floating, of the generated images.
       reference: the other set's moments.
       points: how many sizes, at least 2.
-      smallest: the smallest subset; less than N and more than D, or the line does not hold.
+      smallest: the smallest subset; less than N and more than D: up to D samples have a singular
+        covariance, whose distance is on another line.
       seed: of the subsets, one permutation per size.
 
-    Raises ValueError when there are too few points or samples.
+    Raises ValueError when there are too few points or samples, or the smallest subset is too small.
     """
     features = np.asarray(features)
     if points < 2 or not 2 <= smallest < len(features):
         raise ValueError(
             f"frechet_infinity needs at least 2 points and a smallest subset below the "
             f"{len(features)} samples: got points={points}, smallest={smallest}."
+        )
+    if smallest <= features.shape[1]:
+        raise ValueError(
+            f"frechet_infinity: subsets of {smallest} samples have singular covariances in "
+            f"{features.shape[1]} dimensions; use a smallest subset of more than "
+            f"{features.shape[1]}, or more samples, or do not extrapolate."
         )
     sizes = np.linspace(smallest, len(features), points).astype(np.int64)
     rng, distance = np.random.default_rng(seed), distance_to(reference)

@@ -10,7 +10,9 @@ With h = sum_x sum_y p log p and s(y) = sum_x p(y|x) over the n samples of a spl
 
     log IS = h / n - sum_y q log q,   q = s / n,
 
-so that a split is one number and one vector, in float64, however many samples it has.
+so that a split is one number and one vector, in float64, however many samples it has. Kept for each
+split and group of samples, the same sums give the score without any group, and with it the jackknife's
+interval (`intervals.score_interval`); the spread over the splits, which the tools print, is none.
 """
 
 from typing import NamedTuple
@@ -70,6 +72,45 @@ def split_index(
     return index
 
 
+def grouped_index(split: np.ndarray, groups: int, seed: int = 0) -> np.ndarray:
+    """[count] int64: `split * groups + group`, the row of sums that serve the jackknife too.
+
+    Args:
+      split: [count], from `split_index`.
+      groups: of the jackknife. Every split is dealt out evenly over them, at random, since samples may
+        come ordered by class.
+      seed: of the deal.
+    """
+    order = np.random.default_rng(seed).permutation(len(split))
+    order = order[np.argsort(split[order], kind="stable")]
+    group = np.empty_like(split)
+    group[order] = np.arange(len(split)) % groups
+    return split * groups + group
+
+
+def empty_groups(index: np.ndarray, groups: int, classes: int) -> ScoreState:
+    """No samples yet, with a row for every split and group of `index` [count], from `grouped_index`."""
+    return init((int(index.max()) // groups + 1) * groups, classes)
+
+
+def without_groups(state: ScoreState, groups: int) -> tuple[InceptionScore, np.ndarray]:
+    """The score, and [groups] float64: the score without each group.
+
+    state: sums whose rows are those of `grouped_index`. A split that lies in one group alone keeps its
+    own score where that group is left out. Raises ValueError as `finish` does.
+    """
+    parts = ScoreState(*(field.reshape(-1, groups, *field.shape[1:]) for field in state))
+    whole = ScoreState(*(field.sum(axis=1) for field in parts))
+    score, without = finish(whole), np.zeros((groups,))
+    for group in range(groups):
+        rest = ScoreState(*(total - part[:, group] for total, part in zip(whole, parts)))
+        some = rest.counts > 0
+        left = np.where(some, 1.0, score.splits)
+        left[some] = finish(ScoreState(*(field[some] for field in rest))).splits
+        without[group] = left.mean()
+    return score, without
+
+
 def init(splits: int, classes: int) -> ScoreState:
     """No samples yet."""
     return ScoreState(
@@ -101,7 +142,8 @@ def finish(state: ScoreState) -> InceptionScore:
     if (state.counts == 0).any():
         raise ValueError("inception score: a split has no samples; every sample must be given.")
     counts = state.counts[:, None]
-    marginal = state.posteriors / counts
+    # Differences of sums may leave a rounding error below 0.
+    marginal = np.maximum(state.posteriors, 0.0) / counts
     # p(y) underflows to 0 only where every p(y|x) does, and 0 log 0 is 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = np.where(marginal > 0, marginal * np.log(marginal), 0.0).sum(axis=1)

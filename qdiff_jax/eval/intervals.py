@@ -11,18 +11,29 @@ but a resample repeats samples, and a metric that is biased by the number of dis
 distance, a nearest neighbour) is moved by it. The default therefore takes only the spread from the
 replicates and keeps the estimate as centre.
 
-A metric that is a mean over samples (an error, a cosine, precision) needs neither: `mean_interval`. The two
-distances have short cuts: `frechet_interval` and `kernel_interval`.
+A metric that is a mean over samples (an error, a cosine) needs neither: `mean_interval`. The two distances
+have short cuts, `frechet_interval` and `kernel_interval`, and so has the inception score, whose sums are kept
+by groups: `score_interval`. The real images are taken as fixed, as a published reference is. Precision and
+recall have theirs beside them, over both sets: `precision_recall.precision_recall_intervals`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.special
+from jax.sharding import Mesh
 
 from qdiff_jax.eval.frechet import distance_to, frechet_influence
-from qdiff_jax.eval.kid import kernel_influence, mmd2
+from qdiff_jax.eval.inception_score import (
+    ScoreState,
+    empty_groups,
+    grouped_index,
+    split_index,
+    update,
+    without_groups,
+)
+from qdiff_jax.eval.kid import kernel_inception_distance, kernel_influence, mmd2
 from qdiff_jax.eval.moments import Moments, merge, moments_of, weighted
 
 KINDS = ("normal", "percentile", "basic")
@@ -146,27 +157,90 @@ def frechet_jackknife(
     return _jackknife(distance(before[-1]), np.array(without), level)
 
 
-def frechet_interval(features, reference: Moments, *, level: float = 0.95) -> Interval:
+def frechet_interval(
+    features, reference: Moments, *, level: float = 0.95, own: Moments | None = None
+) -> Interval:
     """First-order (infinitesimal jackknife) interval of a Frechet distance: one evaluation.
 
-    features: [N, D] floating with N > D. See `frechet.frechet_influence`, which also says what raises.
+    features: [N, D] floating with N > D. own: moments of the whole set, of which `features` are then a
+    random part that only gives the spread. See `frechet.frechet_influence`, which also says what raises.
     """
-    pulls = frechet_influence(features, reference)
-    error = float(np.sqrt((pulls**2).sum() / (len(pulls) - 1) / len(pulls)))
-    estimate = distance_to(reference)(moments_of(features))
+    own = moments_of(features) if own is None else own
+    pulls = frechet_influence(features, reference, own=own)
+    error = float(np.sqrt((pulls**2).sum() / (len(pulls) - 1) / own.n))
+    estimate = distance_to(reference)(own)
     return _around(estimate, error, 0.0, level, scipy.special.ndtri, "influence")
 
 
-def kernel_interval(features1, features2, *, level: float = 0.95, block: int = 2048) -> Interval:
+def distance_interval(
+    features, reference: Moments, *, level: float = 0.95, own: Moments | None = None
+) -> Interval:
+    """Of a Frechet distance at any number of samples: `frechet_interval` where there are more than
+    dimensions, else `frechet_bootstrap`, for which `features` must be the whole set."""
+    if (len(features) if own is None else own.n) > features.shape[1]:
+        return frechet_interval(features, reference, level=level, own=own)
+    return frechet_bootstrap(features, reference, level=level)
+
+
+def kernel_interval(
+    features1,
+    features2,
+    *,
+    level: float = 0.95,
+    block: int = 2048,
+    subsets: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> Interval:
     """First-order interval of the kernel distance over all pairs, over the first set's samples.
 
-    features1: [N, D], of the generated images; features2: [M, D], of the real ones, taken as fixed. The
-    spread over random subsets that the tools print is no substitute: subsets of one sample overlap, and
-    it measures their size.
+    features1: [N, D], of the generated images; features2: [M, D], of the real ones, taken as fixed.
+    subsets: arguments of `kernel_inception_distance`, whose mean over random subsets is then the
+    estimate; their own scatter adds to the error. The spread over the subsets that the tools print is no
+    substitute: subsets of one sample overlap, and it measures their size.
     """
-    pulls = kernel_influence(features1, features2, block=block)
-    around = mean_interval(pulls + mmd2(features1, features2, block=block), level=level)
-    return around._replace(method="influence")
+    pulls = kernel_influence(features1, features2, block=block, mesh=mesh)
+    error = float(pulls.std(ddof=1) / np.sqrt(len(pulls)))
+    if subsets is None:
+        estimate = mmd2(features1, features2, block=block, mesh=mesh)
+    else:
+        drawn = kernel_inception_distance(features1, features2, **subsets, mesh=mesh)
+        estimate = drawn.mean
+        error = float(np.hypot(error, drawn.std / np.sqrt(len(drawn.values))))
+    return _around(estimate, error, 0.0, level, _student(len(pulls) - 1), "influence")
+
+
+def score_interval(
+    logits, *, groups: int = 20, level: float = 0.95, seed: int = 2020, **rule
+) -> Interval:
+    """The jackknife of an inception score over groups of samples within every split.
+
+    Args:
+      logits: [N, C] floating, in the order of the files.
+      groups: how many, dealt out at random; at most N.
+      level: the coverage aimed at.
+      seed: of the splits, if they are shuffled.
+      rule: of the splits, see `inception_score.split_index`.
+
+    Raises ValueError for a number of groups that does not fit, and as `inception_score` does.
+    """
+    logits = np.asarray(logits)
+    if logits.ndim != 2 or not 2 <= groups <= len(logits):
+        raise ValueError(
+            f"score_interval takes logits [N, C] of at least {groups} samples, one for each group, and "
+            f"two groups: got {logits.shape}."
+        )
+    index = grouped_index(split_index(len(logits), **rule, seed=seed), groups)
+    state = empty_groups(index, groups, logits.shape[1])
+    for start in range(0, len(logits), 4096):
+        part = slice(start, start + 4096)
+        state = update(state, logits[part], index[part])
+    return score_jackknife(state, groups, level=level)
+
+
+def score_jackknife(state: ScoreState, groups: int, *, level: float = 0.95) -> Interval:
+    """`score_interval` from sums by `inception_score.grouped_index`, streamed: no logit is kept."""
+    score, without = without_groups(state, groups)
+    return _jackknife(score.mean, without, level)
 
 
 def mean_interval(values, *, level: float = 0.95) -> Interval:
@@ -210,6 +284,31 @@ def _bootstrap(estimate, replicate, count, replicates, level, seed, kind) -> Int
     if kind == "basic":
         low, high = 2.0 * estimate - high, 2.0 * estimate - low
     return around._replace(low=low, high=high)
+
+
+def halves_interval(
+    estimate: float, halves: np.ndarray, *, level: float = 0.95, error: float = 0.0
+) -> Interval:
+    """The interval from a metric of random halves of the samples (the jackknife that deletes half).
+
+    For a metric that is no smooth function of the samples, as of nearest neighbours: leaving out small
+    groups then overstates the error (here by up to two thirds), leaving out half of them nearly does not
+    (Shao and Wu 1989, Ann. Statist. 17, 1176). The two halves of a cut are independent, so that their
+    difference has four times the variance of the metric of the whole.
+
+    Args:
+      estimate: of the whole.
+      halves: [cuts, 2] float64, the metric of both halves of each random cut.
+      level: the coverage aimed at, from Student's t with as many degrees of freedom as cuts.
+      error: a standard error from another source, independent of these samples, to be added.
+    """
+    halves = np.asarray(halves, np.float64)
+    spread = np.square(halves[:, 0] - halves[:, 1]).mean() / 4.0
+    total = float(np.sqrt(spread + error**2))
+    method = f"halves, {len(halves)} cuts"
+    return _around(
+        estimate, total, float(halves.mean() - estimate), level, _student(len(halves)), method
+    )
 
 
 def _jackknife(estimate: float, without: np.ndarray, level: float) -> Interval:

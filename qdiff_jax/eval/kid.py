@@ -18,6 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+
+from qdiff_jax.runtime.mesh import replicate, shard_batch
 
 
 class KernelDistance(NamedTuple):
@@ -37,6 +40,7 @@ def kernel_inception_distance(
     degree: int = 3,
     gamma: float | None = None,
     coef0: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> KernelDistance:
     """The kernel distance as the tools report it: the mean over random subsets.
 
@@ -50,6 +54,7 @@ def kernel_inception_distance(
         "clean-fid" draws the real one first and shrinks the subset (it seeds nothing itself: to
         repeat one of its numbers, seed numpy there).
       degree, gamma, coef0: the kernel; gamma is 1/D by default.
+      mesh: split the rows of the kernel's blocks over its devices.
 
     Raises ValueError when shapes differ, the tool is unknown or a set is too small.
     """
@@ -72,7 +77,8 @@ def kernel_inception_distance(
         # The order of the two draws decides which vectors a seed picks.
         sets = (features1, features2) if tool == "torch-fidelity" else (features2, features1)
         one, two = (x[rng.choice(len(x), subset_size, replace=False)] for x in sets)
-        values[index] = _mmd2(one, two, subset_size, degree, gamma, coef0)
+        kernel = _kernel(one, gamma, coef0, degree)
+        values[index] = _mmd2(one, two, subset_size, kernel, mesh)
     return KernelDistance(float(values.mean()), float(values.std()), values)
 
 
@@ -84,15 +90,16 @@ def mmd2(
     degree: int = 3,
     gamma: float | None = None,
     coef0: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> float:
     """The unbiased MMD^2 over all pairs of both sets, [block, block] kernel values at a time.
 
-    Args: features1 [N, D], features2 [M, D] floating, N and M at least 2; the kernel as above.
+    Args: features1 [N, D], features2 [M, D] floating, N and M at least 2; the kernel and the mesh as above.
 
     Raises ValueError when shapes differ or a set is too small.
     """
     features1, features2 = _checked(features1, features2)
-    return _mmd2(features1, features2, block, degree, gamma, coef0)
+    return _mmd2(features1, features2, block, _kernel(features1, gamma, coef0, degree), mesh)
 
 
 def kernel_influence(
@@ -103,6 +110,7 @@ def kernel_influence(
     degree: int = 3,
     gamma: float | None = None,
     coef0: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """How much each generated vector pulls the MMD^2: [N] float64 of mean 0.
 
@@ -113,16 +121,16 @@ def kernel_influence(
     """
     x, y = _checked(features1, features2)
     kernel = _kernel(x, gamma, coef0, degree)
-    within = _row_sums(x, x, kernel, block) - _diagonal(x, kernel)
-    across = _row_sums(x, y, kernel, block)
+    within = _row_sums(x, x, kernel, block, mesh) - _diagonal(x, kernel)
+    across = _row_sums(x, y, kernel, block, mesh)
     pulls = 2.0 * (within / (len(x) - 1) - across / len(y))
     return pulls - pulls.mean()
 
 
-def _mmd2(x, y, block, degree, gamma, coef0) -> float:
-    kernel = _kernel(x, gamma, coef0, degree)
-    within = _within(x, kernel, block) + _within(y, kernel, block)
-    return float(within - 2.0 * _row_sums(x, y, kernel, block).sum() / (len(x) * len(y)))
+def _mmd2(x, y, block, kernel, mesh) -> float:
+    within = _within(x, kernel, block, mesh) + _within(y, kernel, block, mesh)
+    across = _row_sums(x, y, kernel, block, mesh).sum() / (len(x) * len(y))
+    return float(within - 2.0 * across)
 
 
 class _Kernel(NamedTuple):
@@ -135,20 +143,25 @@ def _kernel(x, gamma, coef0, degree) -> _Kernel:
     return _Kernel(1.0 / x.shape[1] if gamma is None else gamma, coef0, degree)
 
 
-def _within(x, kernel: _Kernel, block: int) -> float:
-    total = (_row_sums(x, x, kernel, block) - _diagonal(x, kernel)).sum()
+def _within(x, kernel: _Kernel, block: int, mesh: Mesh | None) -> float:
+    total = (_row_sums(x, x, kernel, block, mesh) - _diagonal(x, kernel)).sum()
     return total / (len(x) * (len(x) - 1))
 
 
-def _row_sums(x, y, kernel: _Kernel, block: int) -> np.ndarray:
+def _row_sums(x, y, kernel: _Kernel, block: int, mesh: Mesh | None) -> np.ndarray:
     """[N]: sum_j k(x_i, y_j). Blocks at the end are shorter, which compiles at most four shapes."""
     sums = np.zeros((len(x),), np.float64)
     with jax.enable_x64(True):
-        columns = [jnp.asarray(y[j : j + block], jnp.float64) for j in range(0, len(y), block)]
+        columns = [np.asarray(y[j : j + block], np.float64) for j in range(0, len(y), block)]
+        columns = [jnp.asarray(c) if mesh is None else replicate(c, mesh) for c in columns]
         for i in range(0, len(x), block):
-            rows = jnp.asarray(x[i : i + block], jnp.float64)
+            rows = np.asarray(x[i : i + block], np.float64)
+            count = len(rows)
+            if mesh is not None:
+                rows = shard_batch(np.pad(rows, ((0, -count % mesh.size), (0, 0))), mesh)
             for part in columns:
-                sums[i : i + block] += np.asarray(_block_rows(rows, part, *kernel))
+                found = _block_rows(jnp.asarray(rows), part, *kernel)
+                sums[i : i + block] += np.asarray(found)[:count]
     return sums
 
 

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qdiff_jax.eval.agreement import psnr_db, sqnr_db
 from qdiff_jax.eval.intervals import Interval, mean_interval
+from qdiff_jax.runtime.mesh import shard_batch
 
 WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
@@ -83,6 +85,7 @@ def paired_metrics(
     data_range: float = 2.0,
     level: float = 0.95,
     perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Interval]:
     """All paired metrics of a stream of batches, each with its confidence interval.
 
@@ -92,6 +95,7 @@ def paired_metrics(
       data_range: width of the values' range, 2 for images in [-1, 1].
       level: of the intervals.
       perceptual: images, images -> [B], such as `lpips` with its weights bound.
+      mesh: split every batch over its devices, filled up with its last pair where it does not divide.
 
     Returns {"mse", "psnr_db", "sqnr_db"} and, where they apply, {"ssim", "lpips"}. PSNR and SQNR are those of
     the pooled error; the ends of PSNR's interval are those of the MSE, turned to dB, and SQNR's error is the
@@ -106,8 +110,13 @@ def paired_metrics(
             functions["ssim"] = lambda x, y: ssim(x, y, data_range)
         if perceptual is not None:
             functions["lpips"] = perceptual
+        count = len(reference)
+        if mesh is not None and count:
+            # Before both are filled up to one length.
+            reference, other = (_spread(x, mesh) for x in _pair(reference, other))
         for name, function in functions.items():
-            rows.setdefault(name, []).append(np.asarray(function(reference, other), np.float64))
+            found = np.asarray(function(reference, other), np.float64)
+            rows.setdefault(name, []).append(found[:count])
     values = {name: np.concatenate(parts) for name, parts in rows.items()}
     if not values or len(values["mse"]) < 2:
         raise ValueError("paired_metrics needs at least two pairs of samples; sample more.")
@@ -160,6 +169,12 @@ def _pair(reference: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]
             f"{reference.shape} and the other {other.shape}."
         )
     return reference.astype(jnp.float32), other.astype(jnp.float32)
+
+
+def _spread(x, mesh: Mesh) -> jax.Array:
+    x = np.asarray(x)
+    filled = np.concatenate([x, np.repeat(x[-1:], -len(x) % mesh.size, axis=0)])
+    return shard_batch(filled, mesh)
 
 
 def _inner(x: jax.Array) -> tuple[int, ...]:

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qdiff_jax.data.images import load_images
+from qdiff_jax.data.images import load_images, pad_images
 from qdiff_jax.eval.resize import CROPS, crop_resize
 
+# What may be done to an image before a network sees it: the two cropping rules, or zeros around it.
+PREPARATIONS = (*CROPS, "pad")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -27,13 +29,27 @@ def image_stream(
     limit: int | None = None,
     batch: int = 64,
 ) -> Iterator[np.ndarray]:
-    """Batches uint8 [b, H, W, C] of a set, in a fixed order.
+    """Batches uint8 [b, H, W, C] of a set: `labelled_stream` without the labels, which raises what it does."""
+    stream = labelled_stream(source, split, crop=crop, size=size, limit=limit, batch=batch)
+    return (images for images, _ in stream)
+
+
+def labelled_stream(
+    source: str,
+    split: str = "train",
+    *,
+    crop: str | None = None,
+    size: int | None = None,
+    limit: int | None = None,
+    batch: int = 64,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of a set in a fixed order: images uint8 [b, H, W, C] and labels int32 [b], -1 where unknown.
 
     Args:
       source: as in `data.images.load_images`; also `npz:FILE` with ADM's `arr_0`, and a folder or a TFDS
         set of images of any size if `crop` is given.
       split: "train" or "test", in place of `{split}` in a path.
-      crop: None, "lsun" or "adm" (see `resize.crop_resize`), to `size`.
+      crop: None, "lsun" or "adm" (see `resize.crop_resize`), to `size`; or "pad": centred in zeros.
       size: side after the crop; given with `crop` and only with it.
       limit: the first so many images.
       batch: images a batch.
@@ -42,23 +58,30 @@ def image_stream(
     """
     if (crop is None) != (size is None):
         raise ValueError(f"crop and size go together: got crop={crop!r} and size={size}.")
-    if crop is not None and crop not in CROPS:
-        raise ValueError(f"crop rule {crop!r} is not known; use one of {CROPS}.")
-    held = []
-    for index, image in enumerate(_images(source, split)):
+    if crop is not None and crop not in PREPARATIONS:
+        raise ValueError(f"crop rule {crop!r} is not known; use one of {PREPARATIONS}.")
+    held, labels = [], []
+    for index, (image, label) in enumerate(_images(source, split)):
         if limit is not None and index >= limit:
             break
-        held.append(image if crop is None else crop_resize(image, size, crop))
+        held.append(_prepared(image, crop, size))
+        labels.append(label)
         if held[-1].shape != held[0].shape:
             raise ValueError(
                 f"image {index} of {source!r} is {held[-1].shape}, an earlier one {held[0].shape}; "
                 "give a crop and a size."
             )
         if len(held) == batch:
-            yield np.stack(held)
-            held = []
+            yield np.stack(held), np.array(labels, np.int32)
+            held, labels = [], []
     if held:
-        yield np.stack(held)
+        yield np.stack(held), np.array(labels, np.int32)
+
+
+def _prepared(image: np.ndarray, crop: str | None, size: int | None) -> np.ndarray:
+    if crop is None:
+        return image
+    return pad_images(image[None], size)[0] if crop == "pad" else crop_resize(image, size, crop)
 
 
 def source_fingerprint(source: str, split: str = "train") -> str:
@@ -91,28 +114,34 @@ def _add_file(digest, path: pathlib.Path) -> None:
             digest.update(chunk)
 
 
-def _images(source: str, split: str) -> Iterator[np.ndarray]:
+def _images(source: str, split: str) -> Iterator[tuple[np.ndarray, int]]:
     kind, _, where = source.partition(":")
     if kind == "folder":
         yield from _folder(pathlib.Path(where.replace("{split}", split)), split)
     elif kind == "npz" and (array := _arr_0(where.replace("{split}", split))) is not None:
-        yield from array
+        yield from ((image, -1) for image in array)
     elif kind == "tfds":
         yield from _tfds(where, split)
     else:
-        yield from load_images(source, split).images
+        loaded = load_images(source, split)
+        yield from zip(loaded.images, loaded.labels.tolist())
 
 
-def _folder(root: pathlib.Path, split: str) -> Iterator[np.ndarray]:
+def _folder(root: pathlib.Path, split: str) -> Iterator[tuple[np.ndarray, int]]:
     from PIL import Image, UnidentifiedImageError
 
-    for path in _files(root, split):
+    files = _files(root, split)
+    root = root / split if (root / split).is_dir() else root
+    # As the training data count them: the folders by name, empty ones too.
+    classes = {p.name: k for k, p in enumerate(sorted(p for p in root.iterdir() if p.is_dir()))}
+    for path in files:
         try:
             with Image.open(path) as image:
                 array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"{path} cannot be decoded; it is damaged.") from error
-        yield array[..., None] if array.ndim == 2 else array
+        label = classes.get(path.relative_to(root).parts[0], -1)
+        yield array[..., None] if array.ndim == 2 else array, label
 
 
 def _files(root: pathlib.Path, split: str) -> list[pathlib.Path]:
@@ -137,7 +166,7 @@ def _arr_0(where: str) -> np.ndarray | None:
     return array
 
 
-def _tfds(where: str, split: str) -> Iterator[np.ndarray]:
+def _tfds(where: str, split: str) -> Iterator[tuple[np.ndarray, int]]:
     import tensorflow_datasets as tfds
 
     try:
@@ -149,4 +178,4 @@ def _tfds(where: str, split: str) -> Iterator[np.ndarray]:
         ) from error
     for record in records:
         image = np.asarray(record["image"])
-        yield image[..., None] if image.ndim == 2 else image
+        yield image[..., None] if image.ndim == 2 else image, int(record.get("label", -1))

@@ -1,9 +1,9 @@
 """Statistics of real images: made once, cached, known by where they come from, or read as published.
 
 A distance compares two sets only if the same network saw both, resized by the same rule, and its value is
-biased by the number of samples. So a set carries its `Origin`, and `check_comparable` refuses
-what does not fit. What a distance means is read from its floor: the distance between two halves of the
-real images, or between the training and the test set (`real_floor`).
+biased by the number of samples. So a set carries its `Origin`, and `distance` refuses (by
+`check_comparable`) what does not fit. What a distance means is read from its floor: the distance between two
+halves of the real images, or between the training and the test set (`real_floor`).
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import json
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +19,9 @@ from jax.sharding import Mesh
 
 from qdiff_jax.eval.extract import Features, feature_batches
 from qdiff_jax.eval.files import write_atomic
+from qdiff_jax.eval.frechet import moments_distance
 from qdiff_jax.eval.moments import Moments, init, update
 from qdiff_jax.eval.real_images import image_stream, source_fingerprint
-from qdiff_jax.eval.tools import preprocess
 
 # The layers whose moments are kept, and their names in the published files.
 _LAYERS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -60,19 +59,22 @@ class Floor(NamedTuple):
     between: str
 
 
-def check_comparable(a: Origin, b: Origin, *, sizes: bool = True) -> None:
+def check_comparable(
+    a: Origin, b: Origin, *, sizes: bool = True, preparations: bool = True
+) -> None:
     """Refuses two sets whose distance, or whose distances to a third one, mean nothing together.
 
-    sizes: also refuse different numbers of samples. Turn it off for a generated set against the whole
-    of a real one, as is the custom; never between two models.
+    Args:
+      a, b: where they come from.
+      sizes: also refuse different numbers of samples. Turn it off for a generated set against the whole
+        of a real one, as is the custom; never between two models.
+      preparations: also refuse images cropped or resized differently before the tool's own resize. Turn it
+        off for samples of a model against what its data were cropped to; never between real images.
 
     Raises ValueError with the first thing that differs.
     """
-    for field, what in (
-        ("network", "networks"),
-        ("weights", "weights"),
-        ("tool", "resizing rules"),
-    ):
+    fields = [("network", "networks"), ("weights", "weights"), ("tool", "resizing rules")]
+    for field, what in fields + [("preparation", "preparations")] * preparations:
         if getattr(a, field) != getattr(b, field):
             raise ValueError(
                 f"{a.source!r} and {b.source!r} were measured with different {what}: "
@@ -83,6 +85,32 @@ def check_comparable(a: Origin, b: Origin, *, sizes: bool = True) -> None:
             f"{a.source!r} has {a.count} samples and {b.source!r} has {b.count}, and a distance is "
             "biased by their number; use as many of both."
         )
+
+
+def distance(
+    a: Reference,
+    b: Reference,
+    *,
+    layer: str = "pool",
+    sizes: bool = True,
+    preparations: bool = True,
+) -> float:
+    """The squared Frechet distance of two sets of one network, resize and size.
+
+    Args:
+      a, b: from `reference_statistics`, `load_published` or `gather`.
+      layer: "pool" (FID in Inception) or "spatial" (sFID).
+      sizes, preparations: as in `check_comparable`.
+
+    Raises ValueError when the sets do not compare or have no such layer.
+    """
+    check_comparable(a.origin, b.origin, sizes=sizes, preparations=preparations)
+    for one in (a, b):
+        if layer not in one.moments:
+            raise ValueError(
+                f"{one.origin.source!r} has no moments of {layer!r}, only of {sorted(one.moments)}."
+            )
+    return moments_distance(a.moments[layer], b.moments[layer])
 
 
 def gather(origin: Origin, batches: Iterable[Features], *, keep: int = 0) -> Reference:
@@ -129,7 +157,8 @@ def reference_statistics(
       tool: whose resizing rule to use, a key of `tools.TOOLS`; with `prepare`, its name.
       keep: pooled features of so many images are kept.
       cache: folder of `reference_<fingerprint>.npz` files, or None.
-      prepare: uint8 images -> the network's input, for networks with a rule of their own.
+      prepare: uint8 images -> the network's input, for networks of your own; by default what
+        `backends.preparation` gives for this one and the tool.
       batch, mesh: see `extract.feature_batches`.
 
     Raises ValueError for a source that cannot be read or a damaged cache file.
@@ -144,7 +173,10 @@ def reference_statistics(
         if path.exists():
             return load_reference(path)
     if prepare is None:
-        prepare = partial(preprocess, tool=tool, size=network.size)
+        # Late: the networks bring PIL and the model registry, which reading statistics does not need.
+        from qdiff_jax.eval.backends import preparation as published_preparation
+
+        prepare = published_preparation(network, tool)
     images = image_stream(source, split, crop=crop, size=size, limit=limit, batch=batch)
     batches = feature_batches(network.apply, prepare, images, batch=batch, mesh=mesh)
     reference = gather(origin, batches, keep=keep)
@@ -178,7 +210,9 @@ def load_reference(path) -> Reference:
     return Reference(origin, _moments(arrays, origin.count, path), arrays.get("features"))
 
 
-def load_published(path, *, network: Any, tool: str, count: int) -> Reference:
+def load_published(
+    path, *, network: Any, tool: str, count: int, preparation: str = "none"
+) -> Reference:
     """Reads published statistics: ADM's reference batches or pytorch-fid's and clean-fid's files.
 
     Args:
@@ -187,10 +221,12 @@ def load_published(path, *, network: Any, tool: str, count: int) -> Reference:
       network: has `name` and `fingerprint`: whose features they are, which the file does not say.
       tool: whose resizing rule they were made with, which the file does not say either.
       count: how many images they were made of (ADM's: the whole data set, not the 10,000 in it).
+      preparation: of those images before, in the words of `Origin`, such as "adm crop to 256".
 
     Raises ValueError for a missing, damaged or other file.
     """
-    origin = Origin(pathlib.Path(path).name, network.name, network.fingerprint, tool, count)
+    name = pathlib.Path(path).name
+    origin = Origin(name, network.name, network.fingerprint, tool, count, preparation)
     return Reference(origin, _moments(_arrays(path), count, path), None)
 
 

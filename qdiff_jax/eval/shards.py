@@ -19,7 +19,7 @@ from qdiff_jax.data.images import to_uint8
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval.samples import draw_samples, labels
-from qdiff_jax.observe.archive import load_arrays, save_arrays
+from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
 
 # Apart from the indices of calibration trajectories and of paired evaluation samples.
 FIRST_INDEX = 2_000_000
@@ -52,6 +52,26 @@ def shard_paths(directory: pathlib.Path, count: int, size: int) -> list[tuple[pa
     ]
 
 
+def claim_shards(directory: pathlib.Path, digest: str, *, write: bool = True) -> None:
+    """Notes beside the shards what draws them (`subject.json`), or checks that it is the same still.
+
+    digest: of the weights. A folder without the note, as earlier versions left it, gets one. write: False
+    only checks. Raises ValueError if the shards were drawn from other weights.
+    """
+    path = directory / "subject.json"
+    if not path.exists():
+        if write:
+            save_record(path, {"sha256": digest})
+        return
+    stored = load_record(path).get("sha256")
+    if stored != digest:
+        raise ValueError(
+            f"{directory} holds samples of other weights ({str(stored)[:12]}..., and these are "
+            f"{digest[:12]}...): a model or bundle was remade at the same path; use a new workdir, or "
+            f"delete {directory} to draw anew."
+        )
+
+
 def sample_shards(
     module: Any,
     variables: Any,
@@ -73,7 +93,7 @@ def sample_shards(
 
     Classes come in turn, so that every shard of a multiple of them is balanced. on_shard: called with
     the number of samples there are after each shard. mesh: as in `sample`. Raises ValueError as
-    `sample` and `shard_paths` do, and OSError for a full disk.
+    `sample` and `shard_paths` do and for samples that are not finite, and OSError for a full disk.
     """
     paths = shard_paths(directory, count, size)
     for path, indices in paths:
@@ -94,6 +114,14 @@ def sample_shards(
                 mesh=mesh,
             )
             spent = np.asarray(time.monotonic() - began)
+            # Rounded to bytes, NaN would pass for black.
+            lost = int((~np.isfinite(x).all(axis=(1, 2, 3))).sum())
+            if lost:
+                raise ValueError(
+                    f"{lost} of {len(x)} samples of {path} are not finite: the model diverged, so that "
+                    "there is nothing to evaluate; give its activations more bits, or check its "
+                    "sampler and guidance. The shard was not written."
+                )
             wanted = labels(classes, indices)
             kept = np.full(len(indices), -1, np.int32) if wanted is None else wanted
             save_arrays(path, Shard(to_uint8(x), kept, spent))

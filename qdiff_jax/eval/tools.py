@@ -20,19 +20,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qdiff_jax.eval.frechet import moments_distance
 from qdiff_jax.eval.inception_score import inception_score
+from qdiff_jax.eval.intervals import (
+    Interval,
+    distance_interval,
+    kernel_interval,
+    score_interval,
+)
 from qdiff_jax.eval.kid import kernel_inception_distance
 from qdiff_jax.eval.moments import Moments, moments_of
-from qdiff_jax.eval.precision_recall import precision_recall
+from qdiff_jax.eval.precision_recall import precision_recall, precision_recall_intervals
 from qdiff_jax.eval.resize import resize
 
 # Beginning of the name of the network whose distances are called FID, sFID, KID and IS.
 INCEPTION = "inception"
-_TITLES = {"frechet": "FID", "spatial_frechet": "sFID", "kernel": "KID", "score": "IS"}
+_TITLES = {
+    "frechet": "FID",
+    "frechet_infinity": "FID at infinitely many samples",
+    "spatial_frechet": "sFID",
+    "kernel": "KID",
+    "score": "IS",
+}
 _PLAIN = {
     "frechet": "Frechet distance",
+    "frechet_infinity": "Frechet distance at infinitely many samples",
     "spatial_frechet": "spatial Frechet distance",
     "kernel": "kernel distance",
     "score": "class score",
@@ -123,8 +137,10 @@ def metric_name(metric: str, network: str) -> str:
     """How a metric in the features of `network` is called, as in "FID" or "kernel distance (dino)".
 
     Args:
-      metric: "frechet", "spatial_frechet", "kernel", "score", "precision" or "recall".
-      network: its name; the 2015 Inception's begins with "inception".
+      metric: "frechet", "frechet_infinity", "spatial_frechet", "kernel", "score", "precision" or "recall".
+      network: its name; the 2015 Inception's begins with "inception". Whose weights bear that name is for
+        the caller to say: `inception.is_published` knows the published file, and a result states the
+        digest of the parameters (`FeatureNetwork.fingerprint`).
     """
     if metric not in _PLAIN:
         raise ValueError(f"metric {metric!r} is not known; use one of {tuple(_PLAIN)}.")
@@ -171,6 +187,47 @@ def distribution_metrics(
             both = precision_recall(generated["pool"], real["pool"], **row.manifold)
             found["precision"], found["recall"] = both.precision, both.recall
     return {metric_name(metric, network): value for metric, value in found.items()}
+
+
+def distribution_intervals(
+    generated: Mapping[str, np.ndarray],
+    real: Mapping[str, Any],
+    *,
+    tool: str,
+    network: str,
+    level: float = 0.95,
+    mesh: Mesh | None = None,
+) -> dict[str, Interval]:
+    """`distribution_metrics`, each value with its confidence interval over the generated samples.
+
+    Args:
+      generated, real, tool, network: as there.
+      level: the coverage aimed at.
+      mesh: split the work of the kernel distance, precision and recall over its devices.
+
+    Returns {name: interval}; the reference is taken as fixed, but precision and recall, whose manifolds both
+    sets make, vary over both. Raises ValueError as the metrics and their intervals do.
+    """
+    row = find_tool(tool)
+    layers = {"frechet": "pool"}
+    if row.spatial and "spatial" in generated and "spatial" in real:
+        layers["spatial_frechet"] = "spatial"
+    found = {
+        name: distance_interval(np.asarray(generated[layer]), _moments(real[layer]), level=level)
+        for name, layer in layers.items()
+    }
+    logits = generated.get("logits_unbiased", generated.get("logits"))
+    if row.score is not None and logits is not None:
+        found["score"] = score_interval(logits, level=level, **row.score)
+    if not isinstance(real["pool"], Moments):
+        sets = generated["pool"], real["pool"]
+        if row.kernel is not None:
+            found["kernel"] = kernel_interval(*sets, level=level, subsets=row.kernel, mesh=mesh)
+        if row.manifold is not None:
+            _, found["precision"], found["recall"] = precision_recall_intervals(
+                *sets, **row.manifold, level=level, mesh=mesh
+            )
+    return {metric_name(metric, network): interval for metric, interval in found.items()}
 
 
 def _moments(features) -> Moments:

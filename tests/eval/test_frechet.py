@@ -82,6 +82,8 @@ def test_extrapolation_removes_the_bias_of_a_finite_sample():
     assert again.distance == found.distance
     with pytest.raises(ValueError, match="below the 2000 samples"):
         frechet.frechet_infinity(x, reference)
+    with pytest.raises(ValueError, match="subsets of 12 samples have singular covariances in 12"):
+        frechet.frechet_infinity(x, reference, smallest=12)
 
 
 def test_influence_is_the_derivative_in_a_sample_s_weight():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qdiff_jax.eval import frechet, intervals, kid, moments
+from qdiff_jax.eval.inception_score import inception_score
 
 X = np.random.default_rng(0).normal(size=400)
 
@@ -114,6 +115,42 @@ def test_kernel_interval_is_the_jackknife_to_first_order():
     slow = intervals.jackknife(lambda i: kid.mmd2(x[i], y), 60)
     np.testing.assert_allclose(found.estimate, slow.estimate, rtol=1e-10)
     np.testing.assert_allclose(found.standard_error, slow.standard_error, rtol=0.05)
+
+
+ADM = {"splits": None, "split_size": 5000, "shuffle": False}
+
+
+def posteriors(seed, count=240):
+    """Logits of images that are mostly of one class each, some surer than others."""
+    rng = np.random.default_rng(seed)
+    sure = 3.0 * rng.gamma(2.0, size=(count, 1))
+    return sure * np.eye(6)[rng.integers(0, 6, count)] + rng.normal(size=(count, 6))
+
+
+@pytest.mark.parametrize(
+    "rule", [ADM, {"splits": 4, "shuffle": True}], ids=["one split", "four splits"]
+)
+def test_the_score_s_interval_covers_as_often_as_it_says(rule):
+    draws = [posteriors(seed) for seed in range(150)]
+    scores = np.array([inception_score(x, **rule).mean for x in draws])
+    found = [intervals.score_interval(x, **rule) for x in draws]
+    hits = np.mean([one.low <= scores.mean() <= one.high for one in found])
+    assert 0.89 <= hits <= 0.99, hits
+    errors = [one.standard_error for one in found]
+    np.testing.assert_allclose(np.mean(errors), scores.std(ddof=1), rtol=0.15)
+    np.testing.assert_allclose([one.estimate for one in found], scores, rtol=1e-12)
+
+
+def test_the_score_without_a_group_is_that_of_the_rest():
+    x = posteriors(0, count=40)
+    found = intervals.score_interval(x, groups=40, **ADM)  # groups of one
+    slow = intervals.jackknife(lambda i: inception_score(x[i], **ADM).mean, 40)
+    np.testing.assert_allclose(found[:5], slow[:5], rtol=1e-9)
+    # A last split of a single sample, which no group can be taken from, is no obstacle.
+    few = intervals.score_interval(x, groups=4, splits=None, split_size=13, shuffle=False)
+    assert np.isfinite(few.standard_error)
+    with pytest.raises(ValueError, match="at least 50 samples, one for each group"):
+        intervals.score_interval(x, groups=50, **ADM)
 
 
 def test_misuse_is_explained():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qdiff_jax.eval import kid
+from qdiff_jax.runtime.mesh import data_mesh
 
 from ..parity import eval_inputs
 
@@ -55,6 +56,15 @@ def test_unbiased_for_equal_distributions():
     values = [kid.mmd2(*rng.normal(size=(2, 20, 3))) for _ in range(60)]
     assert min(values) < 0 < max(values)
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
+
+
+def test_same_values_on_eight_devices():
+    mesh = data_mesh()
+    found = kid.mmd2(GENERATED, REAL, block=32, mesh=mesh)
+    np.testing.assert_allclose(found, kid.mmd2(GENERATED, REAL, block=32), rtol=1e-9)
+    pulls = kid.kernel_influence(GENERATED, REAL, block=32)
+    split = kid.kernel_influence(GENERATED, REAL, block=32, mesh=mesh)
+    np.testing.assert_allclose(split, pulls, rtol=1e-9, atol=1e-12)
 
 
 def test_misuse_is_explained():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qdiff_jax.eval import paired
+from qdiff_jax.runtime.mesh import data_mesh
 
 from ..parity import eval_inputs
 
@@ -59,6 +60,38 @@ def test_latents_of_any_rank():
     np.testing.assert_allclose(paired.mse(x, y), error, rtol=1e-6)
     energy = np.square(x.astype(np.float64)).mean(axis=1)
     np.testing.assert_allclose(paired.sqnr(x, y), 10 * np.log10(energy / error), rtol=1e-5)
+
+
+def test_dB_to_six_digits():
+    """Images and latents, small errors and large ones."""
+    rng = np.random.default_rng(1)
+    for shape, noise in (((3, 16, 16, 3), 0.1), ((3, 16, 16, 3), 3e-3), ((3, 4, 200), 1e-2)):
+        x = rng.uniform(-1, 1, shape).astype(np.float32)
+        y = (x + noise * rng.normal(size=shape)).astype(np.float32)
+        inner = tuple(range(1, len(shape)))
+        error = np.square(y.astype(np.float64) - x).mean(axis=inner)
+        energy = np.square(x.astype(np.float64)).mean(axis=inner)
+        np.testing.assert_allclose(paired.sqnr(x, y), 10 * np.log10(energy / error), rtol=1e-6)
+        np.testing.assert_allclose(paired.psnr(x, y), 10 * np.log10(4 / error), rtol=1e-6)
+
+
+def test_same_values_on_eight_devices():
+    rng = np.random.default_rng(2)
+    x = rng.uniform(-1, 1, (11, 12, 12, 3)).astype(np.float32)
+    y = (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32)
+    pairs, seen = [(x[:8], y[:8]), (x[8:], y[8:])], []  # the last batch does not divide
+
+    def perceptual(a, b):
+        seen.append(len(a.sharding.device_set))
+        return jnp.mean(abs(a - b), (1, 2, 3))
+
+    alone = paired.paired_metrics(pairs, perceptual=lambda a, b: jnp.mean(abs(a - b), (1, 2, 3)))
+    split = paired.paired_metrics(pairs, perceptual=perceptual, mesh=data_mesh())
+    assert seen == [8, 8]
+    for name, interval in alone.items():
+        np.testing.assert_allclose(split[name][:4], interval[:4], rtol=1e-6)
+    with pytest.raises(ValueError, match="one shape"):
+        paired.paired_metrics([(x[:5], y[:3])], mesh=data_mesh())
 
 
 def test_equal_pairs():

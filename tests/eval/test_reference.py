@@ -6,11 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdiff_jax.eval import frechet, moments
+from qdiff_jax.eval import backends, frechet, moments
+from qdiff_jax.eval.networks import clip_images
 from qdiff_jax.eval.real_images import image_stream
 from qdiff_jax.eval.reference import (
     Origin,
+    Reference,
     check_comparable,
+    distance,
     gather,
     load_published,
     load_reference,
@@ -25,7 +28,7 @@ ORIGIN = Origin("folder:a", "inception", "w0", "adm", 10)
 
 class Network(NamedTuple):
     apply: object
-    name: str = "probe"
+    name: str = "inception-fid"  # whose preparation it then has
     fingerprint: str = "w0"
     size: int = 9
 
@@ -50,6 +53,33 @@ def test_statistics_of_a_source_as_the_tool_prepares_it(tmp_path):
     assert set(found.moments) == {"pool", "spatial"}
     assert found.origin.count == 30
     assert found.origin.preparation == "lsun crop to 16"
+
+
+def test_each_network_gets_its_own_preparation():
+    """CLIP's images are not Inception's: without `prepare` the network's published way is taken."""
+    seen = []
+
+    def kept(x):
+        seen.append(np.asarray(x))
+        return probe(x)
+
+    images = np.concatenate(list(image_stream("synthetic:30")))
+    for name in ("clip-vit-b32", "efficientnet-lite0", "inception-fid"):
+        seen.clear()
+        network = Network(kept, name=name)
+        reference_statistics(network, "synthetic:30", batch=30)
+        expected = backends.preparation(network, "adm")(images)
+        np.testing.assert_array_equal(seen[0], expected)
+    clip = clip_images.preprocess(images, 9)
+    reference_statistics(Network(kept, name="clip-vit-b32"), "synthetic:30", batch=30)
+    np.testing.assert_array_equal(seen[1], clip)
+    assert np.abs(clip - preprocess(images, "adm", size=9)).max() > 0.1
+    with pytest.raises(ValueError, match="for the network 'mine' is not known.*as `prepare`"):
+        reference_statistics(Network(probe, name="mine"), "synthetic:30")
+    own = reference_statistics(
+        Network(probe, name="mine"), "synthetic:30", prepare=lambda x: x / np.float32(2)
+    )
+    np.testing.assert_allclose(own.features, probe(images / np.float32(2))["pool"], rtol=1e-6)
 
 
 def test_the_cache_serves_only_the_same_measurement(tmp_path):
@@ -110,17 +140,40 @@ def test_files_are_read_as_published_ones_and_back(tmp_path):
         ("network", "dino", "different networks: 'inception' and 'dino'"),
         ("weights", "w1", "different weights"),
         ("tool", "clean-fid", "different resizing rules"),
+        ("preparation", "adm crop to 256", "different preparations: 'none' and 'adm crop to 256'"),
         ("count", 9, "has 10 samples and 'folder:a' has 9"),
     ],
 )
 def test_what_does_not_compare_is_refused(field, value, message):
-    check_comparable(ORIGIN, ORIGIN._replace(source="b", preparation="lsun crop to 256"))
+    check_comparable(ORIGIN, ORIGIN._replace(source="b"))
     other = ORIGIN._replace(**{field: value})
     assert other.fingerprint != ORIGIN.fingerprint
+    layers = {"pool": moments.moments_of(np.random.default_rng(0).normal(size=(9, 3)))}
+    sets = [Reference(origin, layers, None) for origin in (ORIGIN, other)]
     with pytest.raises(ValueError, match=message):
         check_comparable(ORIGIN, other)
-    if field == "count":
-        check_comparable(ORIGIN, other, sizes=False)
+    with pytest.raises(ValueError, match=message):
+        distance(*sets)
+    waived = {"count": {"sizes": False}, "preparation": {"preparations": False}}.get(field)
+    if waived:
+        check_comparable(ORIGIN, other, **waived)
+        assert distance(*sets, **waived) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_distance_of_two_references():
+    rng = np.random.default_rng(0)
+    sets = [
+        gather(
+            ORIGIN, [{"pool": rng.normal(size=(50, 4)) + i, "spatial": rng.normal(size=(50, 3))}]
+        )
+        for i in (0, 1)
+    ]
+    for layer in ("pool", "spatial"):
+        expected = frechet.moments_distance(*(one.moments[layer] for one in sets))
+        assert distance(*sets, layer=layer) == expected
+    pool_only = sets[1]._replace(moments={"pool": sets[1].moments["pool"]})
+    with pytest.raises(ValueError, match=r"no moments of 'spatial', only of \['pool'\]"):
+        distance(sets[0], pool_only, layer="spatial")
 
 
 def test_floors():

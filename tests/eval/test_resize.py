@@ -11,16 +11,17 @@ from qdiff_jax.eval.tools import preprocess
 
 from ..parity import eval_inputs
 
-CASES = np.load(pathlib.Path(__file__).parents[1] / "parity" / "cases" / "eval_tools.npz")
+STORED = pathlib.Path(__file__).parents[1] / "parity" / "cases"
+CASES, ADM = np.load(STORED / "eval_tools.npz"), np.load(STORED / "adm.npz")
 
 
 @pytest.mark.parametrize("size", eval_inputs.SIZES)
-@pytest.mark.parametrize("tool", ["torch-fidelity", "pytorch-fid", "clean-fid"])
+@pytest.mark.parametrize("tool", ["adm", "torch-fidelity", "pytorch-fid", "clean-fid"])
 def test_the_tools_own_network_input(tool, size):
     found = np.asarray(preprocess(eval_inputs.images(size), tool))
     assert found.shape == (2, 299, 299, 3)
     # 1e-4 of the 0..255 range in units of the network's input.
-    expected = CASES[f"resize/{tool}/{size}"]
+    expected = ADM[f"resize/{size}"] if tool == "adm" else CASES[f"resize/{tool}/{size}"]
     np.testing.assert_allclose(found[eval_inputs.PICKED], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,8 @@ from qdiff_jax.eval.moments import moments_of
 
 from ..parity import eval_inputs
 
-CASES = np.load(pathlib.Path(__file__).parents[1] / "parity" / "cases" / "eval_tools.npz")
+STORED = pathlib.Path(__file__).parents[1] / "parity" / "cases"
+CASES, ADM = np.load(STORED / "eval_tools.npz"), np.load(STORED / "adm.npz")
 GENERATED = {
     "pool": eval_inputs.features(1, 90),
     "spatial": eval_inputs.features(3, 90, dim=5),
@@ -18,7 +19,7 @@ GENERATED = {
 }
 REAL = {
     "pool": eval_inputs.features(2, 110) * np.float32(1.1),
-    "spatial": eval_inputs.features(4, 110, dim=5),
+    "spatial": eval_inputs.features(4, 110, dim=5) * np.float32(1.1),
 }
 
 
@@ -46,7 +47,10 @@ def test_torch_fidelity(monkeypatch):
 def test_adm_with_features_and_with_published_moments():
     found = tools.distribution_metrics(GENERATED, REAL, tool="adm", network="inception")
     assert list(found) == ["FID", "sFID", "IS", "precision", "recall"]
-    np.testing.assert_allclose([found["precision"], found["recall"]], CASES["pr/adm"], rtol=1e-6)
+    np.testing.assert_allclose(found["FID"], ADM["fid"], rtol=1e-6)
+    np.testing.assert_allclose(found["sFID"], ADM["sfid"], rtol=1e-6)
+    np.testing.assert_allclose(found["IS"], ADM["is"], rtol=1e-6)
+    np.testing.assert_allclose([found["precision"], found["recall"]], ADM["pr"], rtol=1e-6)
     published = {name: moments_of(x) for name, x in REAL.items()}
     again = tools.distribution_metrics(GENERATED, published, tool="adm", network="inception")
     assert again == {name: found[name] for name in ("FID", "sFID", "IS")}
@@ -67,6 +71,11 @@ def test_only_inception_lends_its_names():
     assert tools.metric_name("frechet", "dinov2-vitl14") == "Frechet distance (dinov2-vitl14)"
     assert tools.metric_name("kernel", "classifier_fashion").startswith("kernel distance (")
     assert tools.metric_name("recall", "inception") == "recall"
+    for network, name in (
+        ("inception-fid", "FID at infinitely many samples"),
+        ("dino", "Frechet distance at infinitely many samples (dino)"),
+    ):
+        assert tools.metric_name("frechet_infinity", network) == name
     with pytest.raises(ValueError, match="'fid' is not known"):
         tools.metric_name("fid", "inception")
 

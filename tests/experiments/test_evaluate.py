@@ -1,6 +1,7 @@
 """Evaluations: resumed shard by shard, judged by one protocol, and refused where protocols differ."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 
@@ -10,10 +11,12 @@ import pytest
 from experiments.card import figures_table, training_facts
 from experiments.evaluate import compare, evaluate
 from qdiff_jax.config import load_config
+from qdiff_jax.data.images import load_images
 from qdiff_jax.eval.shards import Shard, read_shards, shard_paths
 from qdiff_jax.observe.archive import load_arrays, save_arrays
 
-SMOKE = str(pathlib.Path(__file__).parents[2] / "configs" / "evaluate.py") + ":smoke"
+ROOT = pathlib.Path(__file__).parents[2]
+SMOKE = str(ROOT / "configs" / "evaluate.py") + ":smoke"
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +40,16 @@ def test_the_smoke_evaluation_measures_everything(finished):
     # Two steps from noise are further from drawn shapes than other drawn shapes are.
     assert result["metrics"]["frechet"]["value"] > result["metrics"]["frechet"]["floor"]
     assert json.loads((workdir / "metrics.json").read_text()) == result
+    # Of the pixels in their order, as earlier versions took it of the whole array.
+    images = load_images("synthetic:64", "test", pad_to=32).images
+    assert result["protocol"]["reference_sha256"] == hashlib.sha256(images.tobytes()).hexdigest()
+    assert result["metrics"]["frechet"]["name"] == "Frechet distance (classifier_fashion)"
+    assert "FID" not in (workdir / "metrics.json").read_text()
     html = (workdir / "report.html").read_text()
     assert "Frechet distance (classifier_fashion)" in html
     assert 'src="data:image/png' in html
-    assert "http://" not in html.replace("http://www.w3.org", "")
+    for outside in ("http://", "https://", "<link", "<script src", "@import", "url("):
+        assert outside not in html
 
 
 def test_a_lost_shard_is_drawn_again_with_the_same_bits(finished):
@@ -69,6 +78,9 @@ def test_more_samples_continue_fewer(finished, monkeypatch):
 def test_samples_paired_with_themselves_are_equal(finished, tmp_path):
     workdir, _ = finished
     (tmp_path / "shards").mkdir(parents=True)
+    record = json.loads((workdir / "metrics.json").read_text())
+    record["subject"]["sha256"] = "of the darker one"
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
     for path, _ in shard_paths(workdir / "shards", 40, 20):
         shard = load_arrays(path, Shard)
         darker = dataclasses.replace(shard, images=shard.images // 2)
@@ -76,13 +88,11 @@ def test_samples_paired_with_themselves_are_equal(finished, tmp_path):
     paired = evaluate(load_config(SMOKE, {"paired": str(workdir)}), workdir)["metrics"]
     assert paired["mse"]["value"] == 0.0
     assert paired["ssim"]["value"] == pytest.approx(1.0)
-    overrides = {"paired": str(tmp_path), "extrapolate": True}
-    apart = evaluate(load_config(SMOKE, overrides), workdir)["metrics"]
-    assert apart["frechet_infinity"]["value"] < apart["frechet"]["value"]
+    result = evaluate(load_config(SMOKE, {"paired": str(tmp_path)}), workdir)
+    assert result["protocol"]["paired_sha256"] == "of the darker one"
+    apart = result["metrics"]
     assert apart["mse"]["value"] > 1e-3
     assert apart["ssim"]["value"] < 0.99
-    with pytest.raises(ValueError, match=r"0000000.npz is missing; evaluate that model"):
-        evaluate(load_config(SMOKE, {"paired": str(tmp_path / "absent")}), workdir)
     evaluate(load_config(SMOKE), workdir)
 
 
@@ -93,11 +103,19 @@ def test_only_like_protocols_compare(finished, tmp_path):
     (other / "metrics.json").write_text(json.dumps(result))
     text = compare([str(workdir), str(other)], tmp_path / "out")
     assert text.count("\n| ") == 5  # header, rule, two evaluations, real images
-    assert (tmp_path / "out" / "comparison.html").exists()
+    assert "| evaluation | Frechet distance (classifier_fashion) | kernel distance (" in text
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "Frechet distance (classifier_fashion)" in page
+    assert "https://" not in page
     unlike = json.loads(json.dumps(result))
     unlike["protocol"]["sampler"]["steps"] = 50
     (other / "metrics.json").write_text(json.dumps(unlike))
     with pytest.raises(ValueError, match=r"not measured alike: sampler is .*'steps': 2"):
+        compare([str(workdir), str(other)], tmp_path / "out")
+    unlike = json.loads(json.dumps(result))
+    unlike["protocol"]["paired_sha256"] = "another model"
+    (other / "metrics.json").write_text(json.dumps(unlike))
+    with pytest.raises(ValueError, match="not measured alike: paired_sha256 is None in the one"):
         compare([str(workdir), str(other)], tmp_path / "out")
     with pytest.raises(ValueError, match="run experiments.evaluate with that workdir first"):
         compare([str(workdir), str(tmp_path / "nothing")], tmp_path / "out")
@@ -111,6 +129,11 @@ def test_only_like_protocols_compare(finished, tmp_path):
         ({"model": "unet_fashon"}, "Did you mean 'unet_fashion'"),
         ({"network": "classifier_fasion"}, "classifier_fashion"),
         ({"sampler.name": "dim"}, "unknown sampler 'dim'"),
+        ({"extrapolate": True}, "40 samples are too few to extrapolate .* in 128 dimensions"),
+        (
+            {"tool": "torch-fidelity"},
+            "draws subsets of 1000 for its kernel distance, and there are 40",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -118,6 +141,13 @@ def test_a_config_that_cannot_run_is_refused_before_anything_is_drawn(tmp_path, 
     with pytest.raises(ValueError, match=message):
         evaluate(load_config(SMOKE, overrides), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_results_of_earlier_versions_compare(tmp_path):
+    stored = sorted((ROOT / "experiments" / "results" / "evaluation" / "free50").glob("*.json"))
+    text = compare([str(path) for path in stored], tmp_path)
+    assert "class agreement" in text
+    assert text.count("[") == 2 * 5 + 1
 
 
 def test_a_damaged_shard_is_named(finished, tmp_path):

@@ -5,7 +5,7 @@
     python tests/parity/make_eval_tools.py
 
 The ADM evaluator (guided-diffusion's evaluations/evaluator.py, TensorFlow 1) does not install on a
-current Python; its rules are written out below in numpy from its definition.
+current Python; make_adm.py has its rules in numpy.
 """
 
 import pathlib
@@ -84,51 +84,11 @@ def distributions(case: dict) -> None:
     logits = torch.from_numpy(eval_inputs.logits())
     found = torch_fidelity.metric_isc.isc_features_to_metric(logits, splits=10)
     case["is/torch-fidelity"] = [found["inception_score_mean"], found["inception_score_std"]]
-    case["is/adm"] = adm_inception_score(eval_inputs.logits(), split_size=40)
 
     found = torch_fidelity.metric_prc.prc_features_to_metric(
         a, b, prc_neighborhood=3, prc_batch_size=10000, save_cpu_ram=False, verbose=False
     )
     case["pr/torch-fidelity"] = [found["precision"], found["recall"]]
-    case["pr/adm"] = adm_precision_recall(generated, real, np.float16)
-    # Far from zero, where float16 distances are coarse and the result moves.
-    case["pr/adm_coarse"] = adm_precision_recall(generated + 8, real + 8, np.float16)
-    # Squares of these leave float16's range, which sends the evaluator to float32.
-    case["pr/adm_overflow"] = adm_precision_recall(generated * 100, real * 100, np.float16)
-
-
-def adm_inception_score(logits: np.ndarray, split_size: int) -> float:
-    """Softmax in float32, splits of a fixed size in file order, the last one as large as is left."""
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p = raised / raised.sum(axis=1, keepdims=True)
-    scores = []
-    for start in range(0, len(p), split_size):
-        part = p[start : start + split_size]
-        divergence = part * (np.log(part) - np.log(part.mean(axis=0, keepdims=True)))
-        scores.append(np.exp(divergence.sum(axis=1).mean()))
-    return float(np.mean(scores))
-
-
-def adm_precision_recall(generated: np.ndarray, real: np.ndarray, dtype) -> list:
-    """Squared distances of the low-precision copies, in float32 if one of them overflows."""
-
-    def squared(u, v):
-        with np.errstate(over="ignore", invalid="ignore"):
-            low_u, low_v = u.astype(dtype), v.astype(dtype)
-            norm_u = np.square(low_u).astype(np.float32).sum(axis=1).astype(dtype)[:, None]
-            norm_v = np.square(low_v).astype(np.float32).sum(axis=1).astype(dtype)[None, :]
-            product = (low_u.astype(np.float32) @ low_v.astype(np.float32).T).astype(dtype)
-            low = np.maximum(norm_u - dtype(2) * product + norm_v, dtype(0))
-        if np.isfinite(low).all():
-            return low.astype(np.float32)
-        norms = np.square(u).sum(axis=1)[:, None], np.square(v).sum(axis=1)[None, :]
-        return np.maximum(norms[0] - np.float32(2) * (u @ v.T) + norms[1], np.float32(0))
-
-    radii = [np.partition(squared(x, x), 3, axis=1)[:, 3] for x in (generated, real)]
-    between = squared(real, generated)
-    precision = (between <= radii[1][:, None]).any(axis=0).mean()
-    recall = (between <= radii[0][None, :]).any(axis=1).mean()
-    return [float(precision), float(recall)]
 
 
 def pairs(case: dict) -> None:

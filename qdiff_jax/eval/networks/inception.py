@@ -7,6 +7,8 @@ of the average in the last block, 1008 classes. Module names are those of the we
 """
 
 import functools
+import hashlib
+import pathlib
 from collections.abc import Mapping
 
 import jax
@@ -19,6 +21,7 @@ from qdiff_jax.eval.networks.conv_bn import ConvBN
 from qdiff_jax.eval.networks.state_dict import to_parameters
 
 SIZE = 299
+PUBLISHED = "6726825d"
 # Channels of the map that sFID compares (Nash et al. 2021, arXiv 2103.03841): 7 x 17 x 17 = 2023.
 _SPATIAL_CHANNELS = 7
 
@@ -182,6 +185,19 @@ def inception_shapes() -> dict:
     """The parameters' shapes: 94 convolutions with their normalizations, and `fc`."""
     image = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
     return jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
+
+
+def is_published(path) -> bool:
+    """Whether a weights file is the published one, by the beginning of its sha256, which its name carries.
+
+    Other weights of the same shape give numbers that are no FID. A copy in another format has another
+    digest, and is known only by `state_dict.fingerprint` of its parameters.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(PUBLISHED)
 
 
 def inception_params(tensors: Mapping[str, np.ndarray], source) -> dict:

@@ -15,7 +15,7 @@ from qdiff_jax.runtime.torch_files import load_torch
 from qdiff_jax.runtime.weights import fit_weights
 
 # What Hugging Face calls the weights in a model's folder, the first one there is taken.
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_tensors(path) -> dict[str, np.ndarray]:
@@ -30,9 +30,9 @@ def read_tensors(path) -> dict[str, np.ndarray]:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        files = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         if not files:
-            raise ValueError(f"the folder {path} has none of {', '.join(_FOLDER_FILES)}.")
+            raise ValueError(f"the folder {path} has none of {', '.join(FOLDER_FILES)}.")
         path = files[0]
     if path.suffix != ".safetensors":
         return _state_dict(load_torch(path), path)

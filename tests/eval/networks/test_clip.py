@@ -68,6 +68,25 @@ def test_the_features_of_both_towers(layout):
     assert compared == (4 if layout == "hugging_face" else 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "config"), [("clip-vit-b32", VIT_B32), ("clip-vit-l14", VIT_L14)])
+def test_the_embeddings_at_the_published_sizes(name, config):
+    """All layers and heads, 224 pixels and 77 tokens: 0.6 and 1.7 GB of weights, a minute each."""
+    with np.load(CASE.with_name("clip_sizes.npz"), allow_pickle=False) as file:
+        case = {key.removeprefix(f"{name}/"): file[key] for key in file.files}
+    params = clip_params(seeded.state_dict(json.loads(str(case["manifest"]))), config, name)
+    picture = jnp.asarray(seeded.pictures(224)[:1])
+    found = {
+        "image": run(VisionTower(config), params["vision"], picture),
+        "text": run(TextTower(config), params["text"], jnp.asarray(case["ids"])),
+    }
+    for tower, features in found.items():
+        expected = case[tower]
+        assert features["embedding"].shape == expected.shape
+        tolerance = 1e-4 * expected.std()
+        np.testing.assert_allclose(features["embedding"], expected, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize(("config", "parameters"), [(VIT_B32, 151_277_313), (VIT_L14, 427_616_513)])
 def test_the_published_sizes(config, parameters):
     # The published counts include the temperature.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qdiff_jax.eval.networks import inception
 from qdiff_jax.eval.networks.inception import (
     SIZE,
     Inception,
@@ -62,3 +63,12 @@ def test_strict_both_ways():
     del tensors["AuxLogits.fc.weight"], tensors["fc.bias"]
     with pytest.raises(ValueError, match="fc/bias: absent"):
         inception_params(tensors, "the file")
+
+
+def test_the_published_file_is_known_by_its_digest(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"abc")  # whose sha256 begins with ba7816bf (FIPS 180-2, appendix B.1)
+    assert not inception.is_published(path)
+    assert not inception.is_published(tmp_path)
+    monkeypatch.setattr(inception, "PUBLISHED", "ba7816bf")
+    assert inception.is_published(path)
