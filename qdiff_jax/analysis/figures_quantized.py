@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from qdiff_jax.analysis.beneficial import Beneficial
 from qdiff_jax.analysis.column import (
@@ -66,7 +67,12 @@ def noise_figure(result: NoiseCorrelation) -> Figure:
     room = max(high - low, 1e-12) * 0.3
     top.set_ylim(low - room, high + room)
     title = f"{name}, t = {result.timesteps[step]:g}"
-    dress(top, "full-precision estimate \u03b5", "error of the estimate", title)
+    dress(
+        top,
+        "full-precision estimate \u03b5 (in std of noise)",
+        "its error (in std of noise)",
+        title,
+    )
     legend(top, loc="upper right")
     for k, name in enumerate(result.slope):
         style = line_style(k + 4)
@@ -78,6 +84,7 @@ def noise_figure(result: NoiseCorrelation) -> Figure:
     middle.set_yscale("log")
     bottom.axhline(0.0, color="#555555", linewidth=0.8)
     bottom.set_yscale("symlog", linthresh=1.0)
+    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     dress(
         middle, STEPS_LABEL, "R\u00b2 of error on \u03b5", "share of the error that follows \u03b5"
     )
@@ -189,8 +196,13 @@ def _setting(name: str) -> str:
 
 
 def beneficial_figure(result: Beneficial) -> Figure:
-    """Mean paired difference of every metric under each sampler, in units of its scatter over seeds."""
-    figure, (axes,) = column([0.7 + 0.35 * len(result.paired)])
+    """Mean paired difference of every metric under each sampler, in units of its scatter over seeds, and
+    below it the Frechet distances to real images where there were some."""
+    rows = len(result.samplers) * 3
+    heights = [0.8 + 0.3 * len(result.paired)]
+    heights += [0.85 + 0.22 * rows] if result.frechet else []
+    figure, panels = column(heights)
+    axes = panels[0]
     labels = []
     for place, (key, pair) in enumerate(result.paired.items()):
         sampler, metric = key.split("/")
@@ -198,19 +210,10 @@ def beneficial_figure(result: Beneficial) -> Figure:
         scatter = float(np.std(result.values[keys[0]] - result.values[keys[1]]))
         unit = scatter if scatter else 1.0
         sign = 1.0 if metric == "confidence" else -1.0
-        k = result.samplers.index(sampler)
-        style = {"color": COLOURS[(5, 4)[k % 2]], "marker": ("o", "s")[k % 2]}
-        axes.errorbar(
-            sign * pair.mean / unit, -place, xerr=pair.half_width / unit, capsize=2.0, **style
-        )
-        note(
-            axes,
-            f"{pair.wins:.0%}",
-            0.99,
-            1.0 - (place + 0.5) / len(result.paired),
-            ha="right",
-            va="center",
-        )
+        style = _sampler_style(result.samplers.index(sampler))
+        axes.errorbar(sign * pair.mean / unit, -place, xerr=pair.half_width / unit, **style)
+        height = 1.0 - (place + 0.5) / len(result.paired)
+        note(axes, f"{pair.wins:.0%}", 0.99, height, ha="right", va="center")
         labels.append(f"{sampler}: {metric.replace('_', ' ')}")
     axes.axvline(0.0, color="#555555", linewidth=0.8)
     axes.set_yticks(-np.arange(len(labels)), labels)
@@ -218,6 +221,47 @@ def beneficial_figure(result: Beneficial) -> Figure:
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -0.2), max(high, 0.2) + 0.25 * (max(high, 0.2) - min(low, -0.2)))
     dress(axes, "paired difference / its std (95 % interval)", "")
-    title = f"to the right {result.coarse} beats {result.fine}; share of seeds it wins"
+    against = "" if result.frechet else "\nmeasured against full precision only"
+    title = f"right: {result.coarse} better than {result.fine}; %: seeds it wins{against}"
     axes.set_title(title, fontsize=7.0, loc="right")
+    if result.frechet:
+        _frechet_panel(panels[1], result)
     return figure
+
+
+def _sampler_style(k: int) -> dict:
+    return {
+        "color": COLOURS[(5, 4)[k % 2]],
+        "marker": ("o", "s")[k % 2],
+        "markersize": 4.0,
+        "linewidth": 1.1,
+        "capsize": 2.0,
+        "linestyle": "none",
+    }
+
+
+def _frechet_panel(axes: Axes, result: Beneficial) -> None:
+    labels, notes = [], {}
+    for k, sampler in enumerate(result.samplers):
+        for name in ("full", result.fine, result.coarse):
+            interval = result.frechet[f"{sampler}/{name}"]
+            reach = interval.high - interval.estimate
+            axes.errorbar(interval.estimate, -len(labels), xerr=reach, **_sampler_style(k))
+            labels.append(f"{sampler}: {name}")
+        gap = result.frechet[f"{sampler}/difference"]
+        notes[len(labels) - 1] = (
+            f"{result.coarse} \u2212 {result.fine}:\n{gap.estimate:+.2g} "
+            f"[{gap.low:+.2g}, {gap.high:+.2g}]"
+        )
+    for place, text in notes.items():
+        note(axes, text, 0.99, 1.0 - place / len(labels), ha="right", va="center")
+    axes.set_yticks(-np.arange(len(labels)), labels)
+    axes.set_ylim(-len(labels) + 0.5, 0.5)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + 0.8 * (high - low))
+    dress(
+        axes,
+        "Frechet distance (feature units\u00b2)",
+        "",
+        f"to real images, {result.verdict['pairs']} samples; less is better",
+    )
