@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qdiff_jax.analysis.beneficial import Beneficial
 from qdiff_jax.analysis.column import (
@@ -129,6 +129,7 @@ def sensitivity_figure(result: Sensitivity) -> Figure:
             "relative MSE of \u03b5",
             f"one of the {what} alone",
         )
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         legend(axes, loc="upper left", ncols=3, columnspacing=0.8, handletextpad=0.3)
     return figure
 
@@ -179,8 +180,8 @@ def taylor_figure(result: Taylor) -> Figure:
     dress(
         top,
         "predicted loss, relative to mean \u03b5\u00b2",
-        "true loss",
-        "distance to full precision",
+        "true loss (same unit)",
+        "squared distance to full precision",
     )
     legend(top, loc="upper left", ncols=2, columnspacing=0.6, handletextpad=0.2)
     bottom.axhspan(0.5, 1.5, color="#BBBBBB", alpha=0.4, linewidth=0)

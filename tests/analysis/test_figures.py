@@ -45,7 +45,7 @@ LABELS = {
         (STEP, "log2 error / uniform"),
     ],
     "taylor": [
-        ("predicted loss, relative to mean \u03b5\u00b2", "true loss"),
+        ("predicted loss, relative to mean \u03b5\u00b2", "true loss (same unit)"),
         ("fraction of the perturbation", "true / predicted"),
     ],
     "beneficial": [
