@@ -2,7 +2,6 @@
 
     python -m experiments.analyze --what=ranges --model=unet_fashion --out=W
     python -m experiments.analyze --what=all --model=unet_fashion --bits=w8a8,w4a8 --out=W
-
     python -m experiments.analyze --what=beneficial --data=idx:DIR --pairs=1000 --out=W
 
 Writes `<what>.json`, `<what>.png` and `<what>.pdf` (one column of a paper wide) and prints the verdict.
@@ -70,6 +69,8 @@ def prepare(
     for width in widths:
         parse_bits(width)
     classify = _classifier(classifier, diffusion) if classifier else None
+    if pairs == 1:
+        raise ValueError("one pair shows no scatter; give --pairs of at least 2.")
     calibration = min(samples, 16)
     seeds = range(calibration, calibration + (pairs or samples))
     real = _real(data, diffusion, classify, len(seeds)) if data else None
@@ -126,7 +127,7 @@ def prepare(
     settings = {
         "source": {key: diffusion.source[key] for key in ("name", "sha256")},
         "bits": None if ready else bits,
-        "bundle": None if bundle is None else str(bundle),
+        "bundle_sha256": loaded.manifest["sha256"] if ready else None,
         "sampler": loaded.manifest["sampler"] if ready else deterministic,
         "samples": samples,
         "calibration": calibration,

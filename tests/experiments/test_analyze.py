@@ -63,7 +63,8 @@ def test_a_bundle_brings_its_sampler_and_fits_its_model_only(given, tmp_path, mo
     """Reading bundles is tested where they are written; here is what becomes of one that was read."""
     module, plan = given.subject.model.module, given.subject.sampler
     source = registry.load("random:miniature").source
-    manifest = {"source": source, "extra": {"method": "tfmq"}, "sampler": {"name": "ddim"}}
+    about = {"extra": {"method": "tfmq"}, "sampler": {"name": "ddim"}, "sha256": "f00d"}
+    manifest = {"source": source, **about}
     loaded = Loaded(module, given.subject.full, plan, manifest)
     monkeypatch.setattr(analyze_module, "load_for_sampling", lambda path: loaded)
     # As many samples as the fixture's, whose programs are compiled.
@@ -162,6 +163,8 @@ def test_real_images_become_moments_of_features(tmp_path):
     # The shipped classifier looks at 32x32, which this model does not draw.
     with pytest.raises(ValueError, match="needs a classifier that takes the model's images"):
         prepare("random:miniature", data=source, samples=2)
+    with pytest.raises(ValueError, match="one pair shows no scatter"):
+        prepare("random:miniature", pairs=1)
 
 
 def test_an_unknown_analysis_is_refused_with_those_there_are():
