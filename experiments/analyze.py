@@ -6,9 +6,10 @@
 
 Writes `<what>.json`, `<what>.png` and `<what>.pdf` (one column of a paper wide) and prints the verdict.
 Variants are made here by round-to-nearest at --bits, finer first, or read from --bundle. An analysis that
-has no meaning on the model says so and exits with code 2; within `all` it is skipped. Trajectories are those
-of DDIM (or of the bundle's sampler) with the model's labels as they are, without guidance. `all` leaves out
-what the same settings have written to --out before, so that a stopped run goes on. Whether fewer bits give
+has no meaning on the model says so and exits with code 2; among several (`--what=noise,taylor`, or `all`) it
+is skipped. Trajectories are those of DDIM (or of the bundle's sampler) with the model's labels as they are,
+without guidance. Several analyses leave out those that the same settings have written to --out before, so that
+a stopped run goes on. Whether fewer bits give
 images nearer to real ones (`beneficial`) can only be said with --data.
 """
 
@@ -231,11 +232,13 @@ def main(argv) -> None:
         data=values.data,
         pairs=values.pairs,
     )
-    run(names, given, pathlib.Path(values.out), asked=values.what != "all")
+    run(names, given, pathlib.Path(values.out), asked=len(names) == 1)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("what", None, f"One of {', '.join(ANALYSES)}, or all.")
+    flags.DEFINE_string(
+        "what", None, f"Of {', '.join(ANALYSES)}: one, several with commas, or all."
+    )
     flags.DEFINE_string("model", "unet_fashion", "A shipped model, or a .safetensors path.")
     flags.DEFINE_string("out", None, "Folder of the numbers and pictures.")
     flags.DEFINE_string("bits", "w8a8,w4a8", "Variants by round-to-nearest, finer first.")

@@ -122,11 +122,16 @@ ANALYSES: dict[str, Analysis] = {
 
 
 def names_of(what: str) -> list[str]:
-    """The analyses of a name, or of "all". Raises ValueError for an unknown one, with those there are."""
+    """The analyses of a name, of several with commas between, or of "all".
+
+    Raises ValueError for an unknown one, with those there are.
+    """
     if what == "all":
         return list(ANALYSES)
-    if what not in ANALYSES:
-        near = difflib.get_close_matches(what, ANALYSES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Analysis {what!r} is unknown; there are {[*ANALYSES, 'all']}.{hint}")
-    return [what]
+    names = what.split(",")
+    for name in names:
+        if name not in ANALYSES:
+            near = difflib.get_close_matches(name, ANALYSES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Analysis {name!r} is unknown; there are {[*ANALYSES, 'all']}.{hint}")
+    return names

@@ -172,4 +172,7 @@ def test_an_unknown_analysis_is_refused_with_those_there_are():
         ValueError, match=r"'range' is unknown; there are \['ranges', .*'all'\].*'ranges'"
     ):
         names_of("range")
+    with pytest.raises(ValueError, match="'skip' is unknown"):
+        names_of("ranges,skip")
     assert names_of("all") == list(ANALYSES)
+    assert names_of("taylor,noise") == ["taylor", "noise"]
