@@ -183,7 +183,7 @@ def softmax_figure(result: Softmax) -> Figure:
     top.set_yscale("log")
     # The smallest values are many decades below all others.
     ends = [x[np.searchsorted(-share, -0.95)] for x, share in result.curves.values()]
-    top.set_xlim(0.5 * min(ends), None)
+    top.set_xlim(0.5 * min(ends), 1.3)
     dress(
         top,
         "probability p",

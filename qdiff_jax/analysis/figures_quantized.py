@@ -31,6 +31,11 @@ def _positive(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, values, np.nan)
 
 
+def _minus(text: str) -> str:
+    """The sign as matplotlib writes it at its own ticks."""
+    return text.replace("-", "\u2212")
+
+
 def deviation_figure(result: Deviation) -> Figure:
     """Accumulated and single-step deviation over the steps, noise on the left."""
     figure, (axes,) = column([2.6])
@@ -61,7 +66,7 @@ def noise_figure(result: NoiseCorrelation) -> Figure:
     top.plot(eps, error, ".", color=COLOURS[2], markersize=1.0, alpha=0.4, rasterized=True)
     ends = np.array([eps.min(), eps.max()])
     slope, bias = result.slope[name][step], result.bias[name][step]
-    label = f"slope {slope:.3g}, R\u00b2 {result.r2[name][step]:.3f}"
+    label = f"slope {_minus(f'{slope:.3g}')}, R\u00b2 {result.r2[name][step]:.3f}"
     top.plot(ends, slope * ends + bias, color=COLOURS[4], linewidth=1.2, label=label)
     low, high = np.quantile(error, [0.002, 0.998])
     room = max(high - low, 1e-12) * 0.3
@@ -84,7 +89,9 @@ def noise_figure(result: NoiseCorrelation) -> Figure:
     middle.set_yscale("log")
     bottom.axhline(0.0, color="#555555", linewidth=0.8)
     bottom.set_yscale("symlog", linthresh=1.0)
-    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, place: _minus(f"{value:g}")))
+    low, high = bottom.get_ylim()
+    bottom.set_ylim(min(2.0 * low, -1.0), max(2.0 * high, 1.0))
     dress(
         middle, STEPS_LABEL, "R\u00b2 of error on \u03b5", "share of the error that follows \u03b5"
     )
