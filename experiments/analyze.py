@@ -179,7 +179,7 @@ def analyze(name: str, given: Given, out: pathlib.Path) -> dict:
     analysis = ANALYSES[name]
     with progress(f"{name} (percent)", 100) as tell:
         result = analysis.run(given, lambda done, total: tell(100 * done // total))
-    record = {**to_json(result), "settings": to_json(given.settings)}
+    record = {**to_json(result), "made_with": to_json(given.settings)}
     save(analysis.draw(result), out / name)
     save_record(out / f"{name}.json", record)  # last: it says that the analysis is done
     for key, value in record["verdict"].items():
@@ -209,7 +209,7 @@ def run(names: list[str], given: Given, out: pathlib.Path, asked: bool) -> None:
 
 def _is_done(name: str, given: Given, out: pathlib.Path) -> bool:
     file = out / f"{name}.json"
-    return file.exists() and load_record(file).get("settings") == to_json(given.settings)
+    return file.exists() and load_record(file).get("made_with") == to_json(given.settings)
 
 
 def main(argv) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,6 +12,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from qdiff_jax.analysis.beneficial import Beneficial
 from qdiff_jax.analysis.column import (
     COLOURS,
+    LINES,
+    MARKERS,
     STEPS_LABEL,
     column,
     dress,
@@ -23,6 +27,7 @@ from qdiff_jax.analysis.deviation import Deviation
 from qdiff_jax.analysis.histograms import GridUse, Histograms
 from qdiff_jax.analysis.noise import NoiseCorrelation
 from qdiff_jax.analysis.sensitivity import Sensitivity
+from qdiff_jax.analysis.subject import parse_bits
 from qdiff_jax.analysis.taylor import Taylor
 
 
@@ -175,13 +180,11 @@ def taylor_figure(result: Taylor) -> Figure:
     ends = np.array([span.min() * 0.4, span.max() * 2.5])
     top.plot(ends, ends, color="#555555", linewidth=0.8, label="second order exact")
     top.fill_between(ends, 0.5 * ends, 1.5 * ends, color="#BBBBBB", alpha=0.4, linewidth=0)
-    for k, name in enumerate(result.settings):
-        marker = "s" if name.endswith("a32") else "o"
-        style = {"color": COLOURS[k % len(COLOURS)], "markersize": 4.0, "linestyle": "none"}
-        top.plot(result.predicted[k], result.loss[k], marker, label=_setting(name), **style)
+    for k, (name, style) in enumerate(_setting_styles(result.settings).items()):
+        point = {**style, "markersize": 4.0, "linestyle": "none"}
+        top.plot(result.predicted[k], result.loss[k], label=_setting(name), **point)
         ratio = result.along[k] / (result.predicted[k] * result.fractions**2)
-        style = {**line_style(k), "marker": marker, "markersize": 2.2, "linewidth": 0.9}
-        bottom.plot(result.fractions, ratio, label=_setting(name), **style)
+        bottom.plot(result.fractions, ratio, **style, markersize=2.2, linewidth=0.9)
     top.set_xscale("log")
     top.set_yscale("log")
     dress(
@@ -197,6 +200,20 @@ def taylor_figure(result: Taylor) -> Figure:
     plain_log(bottom)
     dress(bottom, "fraction of the perturbation", "true / predicted", "band: within a half")
     return figure
+
+
+def _setting_styles(settings: Sequence[str]) -> dict[str, dict]:
+    """The colour says the bits of the weights, marker and line those of the activations."""
+    bits = {name: parse_bits(name) for name in settings}
+    weights, inputs = (list(dict.fromkeys(pair[side] for pair in bits.values())) for side in (0, 1))
+    return {
+        name: {
+            "color": COLOURS[(weights.index(w) + 2) % len(COLOURS)],
+            "marker": MARKERS[(inputs.index(a) + 1) % len(MARKERS)],
+            "linestyle": LINES[inputs.index(a) % len(LINES)],
+        }
+        for name, (w, a) in bits.items()
+    }
 
 
 def _setting(name: str) -> str:

@@ -152,3 +152,18 @@ def test_colours_by_depth_run_over_the_whole_map():
     brightness = [np.mean(mcolors.to_rgb(line.get_color())) for line in axes.lines]
     assert len(brightness) == 12
     assert all(np.diff(brightness) > 0)
+
+
+def test_no_two_settings_of_bits_look_alike():
+    """Nine settings and seven colours: the colour says the weights' bits, the marker the activations'."""
+    result = drawn_results.taylor()
+    top, bottom = ANALYSES["taylor"].draw(result).axes
+    looks = {}
+    for line in top.lines[1:]:
+        looks[line.get_label()] = (line.get_color(), line.get_marker())
+    assert list(looks) == ["W8", "W4", "W2", "W8A8", "W4A8", "W4A4"]
+    assert len(set(looks.values())) == len(looks)
+    assert looks["W4"][0] == looks["W4A8"][0] == looks["W4A4"][0]
+    assert looks["W8A8"][1] == looks["W4A8"][1]
+    along = [(line.get_color(), line.get_marker()) for line in bottom.lines[: len(looks)]]
+    assert along == list(looks.values())

@@ -29,6 +29,7 @@ def test_numbers_and_pictures_are_written(given, tmp_path, name, capsys):
     verdict = analyze(name, given, tmp_path)
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["verdict"] == verdict
+    assert record["made_with"]["samples"] == 4
     assert f"{name}: {next(iter(verdict))} = " in capsys.readouterr().out
     assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     pixels = imread(tmp_path / f"{name}.png")[..., :3]
@@ -125,7 +126,7 @@ def test_all_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert calls == ["ranges", "skips", "ranges", "skips", "skips"]
     record = json.loads((tmp_path / "ranges.json").read_text())
     assert record["verdict"] == {"w4a8/final": 0.5}
-    assert record["settings"] == {"samples": 5}
+    assert record["made_with"] == {"samples": 5}
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".pdf"}
 
 
@@ -165,6 +166,11 @@ def test_real_images_become_moments_of_features(tmp_path):
         prepare("random:miniature", data=source, samples=2)
     with pytest.raises(ValueError, match="one pair shows no scatter"):
         prepare("random:miniature", pairs=1)
+
+
+def test_no_result_has_a_field_named_as_what_it_was_made_with():
+    results = [getattr(drawn_results, name)() for name in ANALYSES]
+    assert not [type(r).__name__ for r in results if {"made_with"} & set(r._fields)]
 
 
 def test_an_unknown_analysis_is_refused_with_those_there_are():
