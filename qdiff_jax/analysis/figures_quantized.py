@@ -274,9 +274,8 @@ def _frechet_panel(axes: Axes, result: Beneficial) -> None:
             axes.errorbar(interval.estimate, -len(labels), xerr=reach, **_sampler_style(k))
             labels.append(f"{sampler}: {name}")
         gap = result.frechet[f"{sampler}/difference"]
-        notes[len(labels) - 1] = (
-            f"{result.coarse} \u2212 {result.fine}:\n{gap.estimate:+.2g} "
-            f"[{gap.low:+.2g}, {gap.high:+.2g}]"
+        notes[len(labels) - 1] = f"{result.coarse} \u2212 {result.fine}:\n" + _minus(
+            f"{gap.estimate:+.2g} [{gap.low:+.2g}, {gap.high:+.2g}]"
         )
     for place, text in notes.items():
         note(axes, text, 0.99, 1.0 - place / len(labels), ha="right", va="center")
@@ -288,5 +287,5 @@ def _frechet_panel(axes: Axes, result: Beneficial) -> None:
         axes,
         "Frechet distance (feature units\u00b2)",
         "",
-        f"to real images, {result.verdict['pairs']} samples; less is better",
+        f"to real images, {result.verdict['pairs']} samples",
     )
