@@ -5,19 +5,17 @@ As in `eval.plots`, nothing touches pyplot; markers and line styles differ besid
 
 from __future__ import annotations
 
-import io
 import pathlib
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qdiff_jax.eval.curves import COLOURS, INK, LINES, MARKERS
 from qdiff_jax.eval.files import write_atomic
+from qdiff_jax.eval.plots import render
 
 WIDTH_INCHES = 3.3
 _DPI = 300
@@ -77,7 +75,7 @@ def plain_log(axes: Axes) -> None:
         return
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     ticks: list[float] = []
-    for marks in ((1,), (1, 2, 5), range(1, 10)):
+    for marks in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), range(1, 10)):
         ticks = [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
         if len(ticks) >= 3:
             break
@@ -87,7 +85,8 @@ def plain_log(axes: Axes) -> None:
     axes.set_yticks([], minor=True)
 
 
-def colour_bar(figure: Figure, picture, axes: Axes, label: str) -> None:
+def colour_bar(figure: Figure, picture, axes: Axes | Sequence[Axes], label: str) -> None:
+    """The scale of a picture's colours, beside one panel or along several."""
     bar = figure.colorbar(picture, ax=axes, pad=0.02, aspect=18)
     bar.set_label(label, fontsize=_LABEL, color=INK)
     bar.ax.tick_params(labelsize=_TICK, width=0.6, length=2.5)
@@ -107,15 +106,9 @@ def short(name: str) -> str:
 
 def save(figure: Figure, stem: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes stem.png (300 dpi) and stem.pdf, each whole or not at all; returns both paths."""
-    FigureCanvasAgg(figure)
-    png, pdf = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=_DPI, facecolor="white")
-    # Type 42 keeps text as text in the file; publishers refuse the default Type 3. No date, so that
-    # equal figures are equal files.
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
-        figure.savefig(pdf, format="pdf", facecolor="white", metadata={"CreationDate": None})
+    png, pdf = render(figure, _DPI)
     stem = pathlib.Path(stem)
     return (
-        write_atomic(stem.with_name(stem.name + ".png"), png.getvalue()),
-        write_atomic(stem.with_name(stem.name + ".pdf"), pdf.getvalue()),
+        write_atomic(stem.with_name(stem.name + ".png"), png),
+        write_atomic(stem.with_name(stem.name + ".pdf"), pdf),
     )

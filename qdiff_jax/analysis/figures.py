@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from qdiff_jax.analysis.column import (
@@ -22,6 +25,10 @@ from qdiff_jax.analysis.ranges import Ranges
 from qdiff_jax.analysis.skips import Skips
 from qdiff_jax.analysis.softmax import Softmax
 from qdiff_jax.analysis.temporal import TemporalInformation
+
+_NAMED_LAYERS = 6  # more names than this hide the curves
+# cividis without its yellow end, which is too faint for a line on white.
+_DEPTHS = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.0, 0.85, 256)), "depths")
 
 
 def ranges_figure(result: Ranges) -> Figure:
@@ -176,7 +183,7 @@ def softmax_figure(result: Softmax) -> Figure:
     top.set_yscale("log")
     # The smallest values are many decades below all others.
     ends = [x[np.searchsorted(-share, -0.95)] for x, share in result.curves.values()]
-    top.set_xlim(0.5 * min(ends), None)
+    top.set_xlim(0.5 * min(ends), 1.3)
     dress(
         top,
         "probability p",
@@ -184,12 +191,14 @@ def softmax_figure(result: Softmax) -> Figure:
         f"{short(result.site)} (dotted: power law)",
     )
     legend(top, loc="lower left")
+    few = len(result.names) <= _NAMED_LAYERS
+    styles = [line_style(k) for k in range(len(result.names))] if few else _depth_styles(result)
     for axes, values, label in (
         (middle, result.fits[..., 2], "tail exponent \u03b1"),
         (bottom, result.error_ratio, "log2 error / uniform"),
     ):
         for k, name in enumerate(result.names):
-            style = {**line_style(k), "linewidth": 0.8, "markersize": 2.2}
+            style = {**styles[k], "linewidth": 0.8, "markersize": 2.2}
             axes.plot(result.timesteps, values[:, k], label=short(name), **style)
         dress(axes, STEPS_LABEL, label)
     bottom.axhline(1.0, color="#555555", linewidth=0.8)
@@ -197,8 +206,16 @@ def softmax_figure(result: Softmax) -> Figure:
     plain_log(bottom)
     title = f"{result.verdict['bits']} bits; below 1: log2 is better"
     dress(bottom, STEPS_LABEL, "log2 error / uniform", title)
-    if len(result.names) <= 6:
+    if few:
         low, high = middle.get_ylim()
         middle.set_ylim(low, high + 0.4 * (high - low))
         legend(middle, loc="upper center", ncols=2)
+    else:
+        depth = ScalarMappable(Normalize(1, len(result.names)), _DEPTHS)
+        colour_bar(figure, depth, [middle, bottom], "attention layer (1: first executed)")
     return figure
+
+
+def _depth_styles(result: Softmax) -> list[dict]:
+    shares = np.linspace(0.0, 1.0, len(result.names))
+    return [{"color": _DEPTHS(share), "linestyle": "-"} for share in shares]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ from qdiff_jax.analysis.softmax import softmax_power_law
 from qdiff_jax.analysis.subject import Subject
 from qdiff_jax.analysis.taylor import taylor_argument
 from qdiff_jax.analysis.temporal import grid_for, temporal_information
+from qdiff_jax.eval.moments import Moments
 
 
 class Given(NamedTuple):
@@ -28,7 +29,9 @@ class Given(NamedTuple):
 
     variants: () -> {name: variables}, in the order of `bits`. samplers: () -> {"ode": (subject, variants),
     "sde": ...}, the same on the deterministic and the ancestral sampler. bits: widths such as "w4a8".
-    classify: images -> (logits, features), or None where there is no classifier for the images.
+    classify: images -> (logits, features), or None where there is no classifier for the images. real: moments
+    of real images in its features, or None. pairs: global sample indices of the pairs of beneficial noise,
+    or None for those of the trajectories. settings: what the numbers were made with, JSON for the record.
     """
 
     subject: Subject
@@ -36,6 +39,9 @@ class Given(NamedTuple):
     samplers: Callable[[], Mapping[str, tuple[Subject, Mapping[str, dict]]]]
     bits: tuple[str, ...]
     classify: Callable | None
+    real: Moments | None = None
+    pairs: Sequence[int] | None = None
+    settings: Mapping[str, Any] = {}
 
 
 class Analysis(NamedTuple):
@@ -95,6 +101,8 @@ def _beneficial(given, on_step):
         {name: variants for name, (_, variants) in samplers.items()},
         given.classify,
         on_step,
+        real=given.real,
+        seeds=given.pairs,
     )
 
 
@@ -114,11 +122,16 @@ ANALYSES: dict[str, Analysis] = {
 
 
 def names_of(what: str) -> list[str]:
-    """The analyses of a name, or of "all". Raises ValueError for an unknown one, with those there are."""
+    """The analyses of a name, of several with commas between, or of "all".
+
+    Raises ValueError for an unknown one, with those there are.
+    """
     if what == "all":
         return list(ANALYSES)
-    if what not in ANALYSES:
-        near = difflib.get_close_matches(what, ANALYSES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Analysis {what!r} is unknown; there are {[*ANALYSES, 'all']}.{hint}")
-    return [what]
+    names = what.split(",")
+    for name in names:
+        if name not in ANALYSES:
+            near = difflib.get_close_matches(name, ANALYSES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Analysis {name!r} is unknown; there are {[*ANALYSES, 'all']}.{hint}")
+    return names

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, each a function (arrays, path) -> path of a PNG.
+"""The pictures of a comparison, each a function (arrays, path) -> path of a PNG, with a PDF beside it.
 
 Every picture has a builder `*_figure` that returns the matplotlib `Figure`, made through the object
 interface: nothing touches pyplot's global state, so pictures may be drawn from any thread and with
@@ -7,10 +7,12 @@ style across pictures when every mapping lists the variants in the same order.
 """
 
 import io
+import logging
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,12 +24,31 @@ _DPI = 150
 _MAX_BITS = 6.0  # beyond this an 8-bit quantizer is useless at that step anyway
 
 
-def save_figure(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
-    """Renders a figure to a PNG that appears at `path` whole or not at all."""
+def render(figure: Figure, dpi: int) -> tuple[bytes, bytes]:
+    """(PNG at `dpi`, PDF) of a figure; equal figures give equal bytes."""
     FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
-    return write_atomic(path, buffer.getvalue())
+    png, pdf = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=dpi, facecolor="white")
+    fonts = logging.getLogger("fontTools")
+    level = fonts.level
+    fonts.setLevel(logging.WARNING)  # it tells of every glyph
+    try:
+        # Type 42 keeps text as text in the file; publishers refuse the default Type 3. No date, so
+        # that equal figures are equal files.
+        with matplotlib.rc_context({"pdf.fonttype": 42}):
+            figure.savefig(pdf, format="pdf", facecolor="white", metadata={"CreationDate": None})
+    finally:
+        fonts.setLevel(level)
+    return png.getvalue(), pdf.getvalue()
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
+    """Writes a figure to the PNG `path` and beside it, under the same name, as PDF; each appears whole or
+    not at all. Returns the path of the PNG."""
+    path = pathlib.Path(path)
+    png, pdf = render(figure, _DPI)
+    write_atomic(path.with_suffix(".pdf"), pdf)
+    return write_atomic(path, png)
 
 
 # ------------------------------------------------------------------------------------- samples

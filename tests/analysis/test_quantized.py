@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdiff_jax.analysis.beneficial import beneficial_noise, compare_pairs
+from qdiff_jax.analysis.beneficial import (
+    FULL_ONLY,
+    beneficial_noise,
+    compare_frechet,
+    compare_pairs,
+)
 from qdiff_jax.analysis.deviation import rollout_states, trajectory_deviation
 from qdiff_jax.analysis.forced import forced_eps
 from qdiff_jax.analysis.grids import activation_bounds
@@ -14,10 +19,9 @@ from qdiff_jax.analysis.noise import noise_correlation, regress
 from qdiff_jax.analysis.sensitivity import layer_sensitivity
 from qdiff_jax.analysis.softmax import fit_power_law, softmax_power_law
 from qdiff_jax.analysis.taylor import taylor_argument
+from qdiff_jax.eval.moments import moments_of
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.spec import QuantSpec
-
-pytestmark = pytest.mark.slow
 
 SHIFT = 0.1
 
@@ -30,12 +34,14 @@ def shifted(unet):
     return {"params": params, "quant": {}}
 
 
+@pytest.mark.slow
 def test_the_sampler_is_recorded_as_it_runs(unet):
     states = rollout_states(unet, unet.full)
     np.testing.assert_allclose(states[1:], unet.trajectory.x, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(forced_eps(unet, unet.full), unet.trajectory.eps, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_constant_error_moves_each_step_by_its_coefficient(unet, shifted):
     result = trajectory_deviation(unet, {"full": unet.full, "shifted": shifted})
     assert result.verdict["full/final"] == 0.0
@@ -65,6 +71,7 @@ def test_the_regression_recovers_how_noise_was_made():
     assert regress(eps, 0 * eps) == (0.0,) * 6
 
 
+@pytest.mark.slow
 def test_a_constant_error_is_bias_and_follows_nothing(unet, shifted):
     result = noise_correlation(unet, {"shifted": shifted})
     np.testing.assert_allclose(result.bias["shifted"], SHIFT, rtol=1e-3)
@@ -72,6 +79,7 @@ def test_a_constant_error_is_bias_and_follows_nothing(unet, shifted):
     assert result.points.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_a_layer_that_multiplies_with_zero_is_not_sensitive(unet):
     params = jax.tree.map(lambda leaf: leaf, unet.model.params)
     dead = params["up_0_block_1"]["conv2"]
@@ -88,6 +96,7 @@ def test_a_layer_that_multiplies_with_zero_is_not_sensitive(unet):
     assert 0.2 < result.verdict["weights/share_of_top_5"] <= 1.0
 
 
+@pytest.mark.slow
 def test_bounds_cover_what_the_trajectories_hold(unet):
     lo, hi = activation_bounds(unet)["conv_in/conv:input"]
     assert (lo, hi) == (unet.trajectory.x.min(), unet.trajectory.x.max())
@@ -107,6 +116,7 @@ def test_uniform_values_use_a_whole_grid():
     assert half.sqnr_db < use.sqnr_db
 
 
+@pytest.mark.slow
 def test_more_bits_raise_the_signal_to_noise_ratio_by_six_decibels_each(unet):
     coarse, fine = (quantization_histograms(unet, bits=bits) for bits in ("w4a6", "w6a8"))
     for name, least in (("median_weight_sqnr", 8), ("median_activation_sqnr", 11)):
@@ -130,6 +140,7 @@ def test_power_laws_and_exponentials_are_told_apart():
     assert np.isnan(fit_power_law(np.full(100, 0.25))).all()
 
 
+@pytest.mark.slow
 def test_every_attention_layer_is_fitted_at_every_step(dit):
     result = softmax_power_law(dit)
     assert result.names == ("blocks_0/attn_pv", "blocks_1/attn_pv")
@@ -140,6 +151,7 @@ def test_every_attention_layer_is_fitted_at_every_step(dit):
         assert share[0] == 1.0
 
 
+@pytest.mark.slow
 def test_the_second_order_prediction_holds_for_small_perturbations(unet):
     result = taylor_argument(unet, settings=("w8a32", "w2a32", "w8a8"), evaluations=8)
     assert result.verdict["ratio_w8a32"] == pytest.approx(1.0, abs=0.05)
@@ -163,10 +175,42 @@ def test_pairs_are_compared_seed_by_seed():
     assert compare_pairs(fine, fine + 1, more_is_better=False).wins == 0.0
 
 
+def test_a_variant_nearer_to_real_images_is_found_nearer():
+    """Features of mean m and unit covariance are m^2 D from real ones of mean 0: 0, .25 D and D."""
+    rng, dim = np.random.default_rng(0), 4
+    real = moments_of(rng.normal(size=(20_000, dim)))
+    own = rng.normal(size=(2_000, dim))
+    features = {"full": own, "fine": own + 1.0, "coarse": own + 0.5}
+    found = compare_frechet(features, "fine", "coarse", real)
+    assert found["full"].estimate == pytest.approx(0.0, abs=0.02)
+    assert found["fine"].estimate == pytest.approx(dim, rel=0.05)
+    assert found["difference"].estimate == pytest.approx(-0.75 * dim, rel=0.05)
+    assert found["difference"].low < -0.75 * dim < found["difference"].high < -2.5
+    # Pairs of one noise: what both owe to it falls out of the difference.
+    alone = sum((found[n].high - found[n].estimate) ** 2 for n in ("fine", "coarse")) ** 0.5
+    assert found["difference"].high - found["difference"].estimate < 0.8 * alone
+    same = compare_frechet({**features, "coarse": own + 1.0}, "fine", "coarse", real)["difference"]
+    assert (same.low, same.estimate, same.high) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="in 4 features needs more than 4 samples and was given 4"):
+        compare_frechet({n: f[:4] for n, f in features.items()}, "fine", "coarse", real)
+
+
+def test_real_images_need_a_classifier_and_pairs_enough():
+    real = moments_of(np.eye(3))
+    pair = {"ode": {"fine": {}, "coarse": {}}}
+    with pytest.raises(ValueError, match="compares real images by a classifier"):
+        beneficial_noise({"ode": None}, pair, real=real)
+    with pytest.raises(ValueError, match="in 3 features needs more than that many pairs.* are 2"):
+        beneficial_noise({"ode": None}, pair, lambda x: (x, x), real=real, seeds=range(2))
+    with pytest.raises(ValueError, match="compares two variants"):
+        beneficial_noise({"ode": None}, {"ode": {"fine": {}}})
+
+
+@pytest.mark.slow
 def test_a_worse_variant_is_found_worse(unet, shifted):
     def classify(images):
         flat = jnp.asarray(images).reshape(len(images), -1)
-        return flat[:, :10], flat
+        return flat[:, :10], flat[:, :3]
 
     pair = {"fine": unet.full, "coarse": shifted}
     result = beneficial_noise({"ode": unet}, {"ode": pair}, classify)
@@ -174,6 +218,19 @@ def test_a_worse_variant_is_found_worse(unet, shifted):
     assert result.verdict["ode/distance/coarse_better"] == -1
     assert result.verdict["ode/distance/wins"] == 0.0
     np.testing.assert_allclose(result.values["ode/fine/distance"], 0.0)
+    assert result.verdict["measured_against"] == FULL_ONLY
+    assert result.frechet == {}
     assert beneficial_noise({"ode": unet}, {"ode": pair}).metrics == ("distance",)
-    with pytest.raises(ValueError, match="compares two variants"):
-        beneficial_noise({"ode": unet}, {"ode": {"fine": unet.full}})
+    # Real images as full precision draws them: what is shifted away from it is shifted from them.
+    real = moments_of(np.asarray(classify(rollout_states(unet, unet.full)[0])[1]))
+    seeds = range(4, 14)
+    near = beneficial_noise({"ode": unet}, {"ode": pair}, classify, real=real, seeds=seeds)
+    assert near.verdict["pairs"] == len(near.values["ode/fine/distance"]) == 10
+    assert near.verdict["measured_against"] == "full precision and real images"
+    assert near.frechet["ode/full"] == near.frechet["ode/fine"]
+    gap = near.frechet["ode/coarse"].estimate - near.frechet["ode/fine"].estimate
+    assert near.verdict["ode/frechet"] == pytest.approx(gap, rel=1e-6)
+    # The trajectories' own seeds come first, and pair by pair they are the same numbers.
+    np.testing.assert_allclose(
+        near.values["ode/coarse/distance"][:4], result.values["ode/coarse/distance"], rtol=1e-3
+    )

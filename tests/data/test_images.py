@@ -6,11 +6,13 @@ import struct
 
 import numpy as np
 import pytest
+import tensorflow_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from qdiff_jax.data import images
+from qdiff_jax.eval.real_images import image_stream
 
 
 def _write_idx(folder, stem, pixels, labels, compress):
@@ -140,6 +142,38 @@ def test_folders_are_classes(tmp_path):
 def test_tfds_source_says_how_to_prepare():
     with pytest.raises(ValueError, match="file_format='array_record'"):
         images.load_images("tfds:a_set_that_nobody_made")
+
+
+class _Prepared:
+    """A TFDS builder that holds one split."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def as_data_source(self, split):
+        return self.records[split]
+
+
+def test_a_prepared_tfds_set_is_read_without_tensorflow(monkeypatch, pixels):
+    asked = []
+    records = [{"image": x[..., None], "label": int(y)} for x, y in zip(pixels, LABELS)]
+
+    def builder(name, file_format):
+        asked.append((name, file_format))
+        return _Prepared({"train": records})
+
+    monkeypatch.setattr(tensorflow_datasets, "builder", builder)
+    found = images.load_images("tfds:fashion_mnist", "train", pad_to=32, limit=5)
+    np.testing.assert_array_equal(found.images[:, 2:30, 2:30, 0], pixels[:5])
+    np.testing.assert_array_equal(found.labels, LABELS[:5])
+    stream = np.concatenate(list(image_stream("tfds:fashion_mnist", "train", batch=4)))
+    np.testing.assert_array_equal(stream, pixels[..., None])
+    assert asked == [("fashion_mnist", "array_record")] * 2
+    # A split that was not prepared is the same mistake as a set that was not.
+    with pytest.raises(ValueError, match="'fashion_mnist' is not prepared as array_record"):
+        images.load_images("tfds:fashion_mnist", "test")
+    with pytest.raises(ValueError, match="'fashion_mnist' is not prepared as array_record"):
+        list(image_stream("tfds:fashion_mnist", "test"))
 
 
 @pytest.mark.parametrize("source", ["idx", "zip:file", "synthetic:0", "synthetic:many"])

@@ -1,5 +1,7 @@
 """plots: what each picture holds, that no text leaves it, and that misuse is explained."""
 
+import re
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -122,7 +124,7 @@ def test_ranges_shows_the_bits_that_one_shared_range_loses():
     assert {"wide", "steady", "constant", "\u22124 \u2026 4", "0 \u2026 1"} <= set(boxes)
 
 
-def test_pictures_are_written_as_readable_pngs(tmp_path):
+def test_pictures_are_written_as_readable_pngs_with_a_pdf_beside(tmp_path):
     lo, hi, names = ranges(3)
     written = [
         plots.plot_samples(images(), tmp_path / "new" / "samples.png"),
@@ -134,7 +136,23 @@ def test_pictures_are_written_as_readable_pngs(tmp_path):
         height, width, _ = imread(path).shape
         assert 250 < height < 4000
         assert 600 < width < 4000
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p not in written]
+        vector = path.with_suffix(".pdf").read_bytes()
+        assert vector.startswith(b"%PDF")
+        # The page has the picture's size, in points instead of pixels.
+        page = [float(v) for v in re.search(rb"/MediaBox \[ 0 0 (\S+) (\S+) \]", vector).groups()]
+        np.testing.assert_allclose(page, [width * 72 / 150, height * 72 / 150], atol=1)
+        assert b"/Type3" not in vector
+    there = {p for p in tmp_path.rglob("*") if p.is_file()}
+    assert there == {p.with_suffix(end) for p in written for end in (".png", ".pdf")}
+
+
+def test_equal_pictures_are_equal_files(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("a", "b"):
+        plots.plot_error(TIMESTEPS, curves(), tmp_path / f"{name}.png")
+    for end in ("png", "pdf"):
+        assert (tmp_path / f"a.{end}").read_bytes() == (tmp_path / f"b.{end}").read_bytes()
+    assert "glyph" not in caplog.text  # a font's subset is told glyph by glyph
 
 
 @pytest.mark.parametrize(
