@@ -6,10 +6,10 @@
 Papers: AdaRound (Nagel et al. 2020) with BRECQ's blocks (Li et al. 2021), GPTQ (Frantar et al. 2023),
 asymmetric targets as in GPTAQ (Li et al. 2025). Everything but the rounding is the main job's: 20 DDIM steps,
 16 trajectories of calibration, 16 held out, 64 rollouts, policy `common`. `model=` names one shipped model
-(default: both), `bits=` one width of `w4a32`, `w3a32`, `w4a8`, `w4a4` (default: all), `recipe=` one row of the
-table; `seeds=1` takes fewer than three. Hours in all on two cores; killed at any moment, the same command goes
-on, and other words with the same --out add to the table. Expected, from a prototype on another small U-Net:
-closed form at or below AdaRound of 1,000 steps in a tenth of its CPU seconds.
+(default: both), `bits=` one width of `w4a32`, `w3a32`, `w4a8`, `w4a4`, `w2a8` (default: all), `recipe=` one
+row of the table; `seeds=1` takes fewer than three. Hours in all on two cores; killed at any moment, the same
+command goes on, and other words with the same --out add to the table. Expected, from a prototype on another
+small U-Net: closed form at or below AdaRound of 1,000 steps in a tenth of its CPU seconds.
 `bench_rounding.py:smoke` runs four recipes on a miniature.
 """
 
@@ -19,7 +19,7 @@ from configs import quickstart
 from qdiff_jax.config import parse_arg
 
 MODELS = ("unet_fashion", "dit_fashion")
-BITS = ("w4a32", "w3a32", "w4a8", "w4a4")
+BITS = ("w4a32", "w3a32", "w4a8", "w4a4", "w2a8")
 
 
 def _adaround(steps, lr, schedule="cosine"):

@@ -15,8 +15,15 @@ from qdiff_jax.models.program import subtrees, units_with_projections
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.observers import minmax
 from qdiff_jax.observe.taps import Tap
+from qdiff_jax.quant.moments import chunk_moments
+from qdiff_jax.quant.qparams import from_range
+from qdiff_jax.quant.spec import QuantSpec
+from qdiff_jax.runtime.mesh import data_mesh
 from qdiff_jax.sites import SiteQuant, nest_sites
 from qdiff_jax.stages import calibrate, objective
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig, round_layer
+from qdiff_jax.stages.unit_moments import _level_function
+from qdiff_jax.stages.unit_structure import plan_unit, unit_layers
 from qdiff_jax.stages.unit_trees import (
     only_weights,
     soft_trees,
@@ -95,6 +102,46 @@ def reconstruction():
     return functools.partial(jax.lax.scan, step), (jax.eval_shape(start, net.params), xs)
 
 
+def closed_form_moments():
+    """The second moments of the closing convolution of a residual block, from one chunk of samples."""
+    net = network(SMALL)
+    unit = {u.name: u for u in units_with_projections(net.program)}["mid_block_2"]
+    side = (SMALL.resolution, SMALL.resolution, SMALL.channels)
+    shapes = {"temb": (4 * SMALL.channels,)}
+    inputs = tuple(jnp.zeros((6, *shapes.get(name, side))) for name in unit.inputs)
+    params = subtrees(net.params, unit)
+    keys = [layer.key for layer in unit_layers(unit.signature, params, inputs)]
+    plan = plan_unit(unit.signature, params, inputs, keys)
+    (level,) = (i for i, members in enumerate(plan.levels) if plan.layers[members[-1]].closes == 0)
+    run = _level_function(
+        unit.signature, plan, level, "block_fp_output", 2048, data_mesh(jax.devices()[:1])
+    )
+    step = jnp.zeros(6)
+    picks = [np.zeros((6, 4), np.int32) for _ in plan.levels[level]]
+    batch = {
+        "inputs": inputs,
+        "ctx": calibrate.StepContext(step, step.astype(jnp.int32), step.astype(jnp.int32)),
+        "picks": picks,
+        "targets": {},
+        "outputs": {"0": jnp.zeros((6, *side))},
+        "full_inputs": {},
+        "weights": jnp.ones(6),
+    }
+    return run, (params, tuple({} for _ in unit.nodes), batch)
+
+
+def closed_form_rounding():
+    """From moments to codes and bias: factors, target, GPTQ."""
+    rows, columns = 12, 5
+    grid = from_range(
+        QuantSpec(granularity="channel"), -jnp.ones(columns), jnp.ones(columns), 0, 15
+    )
+    kernel, bias = jnp.zeros((rows, columns)), jnp.zeros(columns)
+    moments = chunk_moments(jnp.eye(rows), jnp.zeros((rows, columns)), jnp.ones(rows))
+    config = ClosedFormConfig()
+    return lambda *given: round_layer(*given, config), (kernel, bias, grid, moments)
+
+
 def lowered(function, args, platform) -> str:
     exported = jax.export.export(jax.jit(function), platforms=[platform])(*args)
     assert exported.platforms == (platform,)
@@ -121,6 +168,13 @@ def test_sampling_with_packed_integers_multiplies_integers(platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_calibration_step(platform):
     assert "stablehlo.reduce" in lowered(*calibration(), platform)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_closed_form_rounding(platform):
+    assert "stablehlo.dot_general" in lowered(*closed_form_moments(), platform)
+    factor = {"tpu": "stablehlo.cholesky", "cuda": "cusolver_potrf"}[platform]
+    assert factor in lowered(*closed_form_rounding(), platform)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -39,6 +39,7 @@ from qdiff_jax.observe.capture import (
     slice_rows,
     start_stream,
 )
+from qdiff_jax.quant.hessian_size import hessian_parts
 from qdiff_jax.runtime.mesh import data_mesh
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.output_factors import output_factors
@@ -94,13 +95,15 @@ def closed_form(
     back to the latter, and the losses of its layers.
 
     Raises ValueError for units that do not cover the program, frozen units that are not there, weights
-    of the wrong length or sign, more devices than there are; FloatingPointError for moments that are
+    of the wrong length or sign, more devices than there are, coordinate descent on a layer whose Hessian has
+    to be cut; FloatingPointError for moments that are
     not finite.
     """
     check_order(model.program, units, ("x", "t", "y"))
     unknown = sorted(set(frozen_units) - {unit.name for unit in units})
     if unknown:
         raise ValueError(f"{name}: frozen_units {unknown} are not among the units of this pass.")
+    _check_descent(model.params, units, config, name)
     if config.devices > len(jax.devices()):
         raise ValueError(
             f"{name}: devices={config.devices} were asked for, but JAX sees {len(jax.devices())}."
@@ -232,6 +235,22 @@ def closed_form(
         return list(only_activations(subtrees(quant, unit)))
 
     return Stage(name, init, run, finish, done)
+
+
+def _check_descent(
+    params: Mapping, units: Sequence[Unit], config: ClosedFormConfig, name: str
+) -> None:
+    """Coordinate descent needs whole Hessians: said before the first unit is rounded."""
+    if not (config.sweeps or config.kronecker_sweeps):
+        return
+    own = {node: params[node] for unit in units for node in unit.nodes if node in params}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(own)[0]:
+        if path[-1].key == "kernel" and hessian_parts(leaf.shape, config.hessian_mib) > 1:
+            raise ValueError(
+                f"{name}: coordinate descent needs the whole Hessian of "
+                f"{'/'.join(entry.key for entry in path)} {leaf.shape}, and hessian_mib={config.hessian_mib} "
+                "has room for blocks of it only: raise it, or set sweeps and kronecker_sweeps to 0."
+            )
 
 
 def _checked_weights(weights, size: int, name: str) -> np.ndarray:

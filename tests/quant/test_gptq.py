@@ -98,6 +98,20 @@ def test_sequential_definition():
     assert np.mean(np.asarray(made) == held) > 0.99
 
 
+def test_act_order_is_the_sequential_definition_on_permuted_rows():
+    """Largest diagonal first; with one scale for each output the order of rows is free."""
+    w, h = layer()
+    grid = ranges(w, CHANNEL)
+    order = np.argsort(-np.diag(np.asarray(h)), kind="stable")
+    with jax.enable_x64(True):
+        h64, w64 = (jnp.asarray(np.asarray(v, np.float64)) for v in (h, w))
+        made = np.asarray(gptq(w64, h64, grid, act_order=True).codes)
+        sorted_h = h64[order][:, order]
+        wanted = np.asarray(gptq(w64[order], sorted_h, grid, act_order=False).codes)
+    np.testing.assert_array_equal(made[order], wanted)
+    assert (made != np.asarray(gptq(w, h, grid, act_order=False).codes)).any()
+
+
 @pytest.mark.parametrize("spec", [CHANNEL, GROUP])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_never_above_nearest_rounding(spec, bits):

@@ -15,6 +15,7 @@ from qdiff_jax.policy import ACTIVATION
 from qdiff_jax.quant.qparams import QParams, dynamic_qparams, from_range
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed, select
+from qdiff_jax.runtime.cache import compile_account
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages import unit_rounding
 from qdiff_jax.stages.closed_form import closed_form
@@ -108,6 +109,22 @@ class TestResult:
         pairs = zip(jax.tree.leaves(alone.quant), jax.tree.leaves(counted.quant), strict=True)
         for a, b in pairs:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+    def test_other_data_and_other_blocks_compile_nothing(self, whole):
+        """Three equal blocks share their programs; another set of the same sizes shares all of them."""
+        with compile_account() as account:
+            run_stage(stage(calibration=HELD_OUT), chain.state())
+        assert account.backend_compiles == 0
+        blocks = {unit.signature for unit in chain.UNITS if unit.name in "abc"}
+        assert len(blocks) == 1
+
+    @pytest.mark.slow
+    def test_gradients_and_sweeps_do_no_harm(self, whole, start):
+        for own in ({"kronecker_sweeps": 2}, {"sweeps": 2}):
+            state, report = run_stage(stage(dataclasses.replace(CONFIG, **own)), start)
+            error = chain.output_error(state.quant, HELD_OUT)
+            assert error < 1.2 * chain.output_error(whole[0].quant, HELD_OUT)
+            assert report["fell_back"] == []
 
 
 class TestTargets:
@@ -267,6 +284,12 @@ class TestFrozenAndRefused:
     def test_weights_of_the_wrong_length(self):
         with pytest.raises(ValueError, match="row_weights must be 64 non-negative"):
             stage(row_weights=np.ones(3))
+
+    def test_descent_without_room_for_a_whole_hessian(self):
+        wide = {**chain.model().params, "mix": {"conv": {"kernel": np.zeros((3, 3, 64, 8))}}}
+        config = dataclasses.replace(CONFIG, kronecker_sweeps=1, hessian_mib=5)
+        with pytest.raises(ValueError, match=r"whole Hessian of mix/conv/kernel .*hessian_mib=5"):
+            closed_form(chain.model()._replace(params=wide), chain.UNITS, CALIBRATION, config)
 
     def test_unknown_target_lists_those_there_are(self):
         with pytest.raises(ValueError, match="block_fp_output"):
