@@ -1,0 +1,149 @@
+"""Four troubles of quantized diffusion, before a method and after it, on one model and one sampler.
+
+Ranges of activations that move along the trajectory (TDQ, So et al. 2023; TFMQ-DM, Huang et al. 2024), errors
+that accumulate over the steps (PTQD, He et al. 2023), temporal features mistaken for those of another step
+(TFMQ-DM), and skip concatenations of two spreads (Q-Diffusion, Li et al. 2023): each measured on the bundles
+that methods leave, on full-precision trajectories that none was calibrated on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qdiff_jax.analysis.deviation import trajectory_deviation
+from qdiff_jax.analysis.observed import step_reports, step_values
+from qdiff_jax.analysis.skips import concatenating
+from qdiff_jax.analysis.subject import NotApplicable, Subject, is_temporal
+from qdiff_jax.analysis.temporal import temporal_information
+from qdiff_jax.observe.taps import Tap
+from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.quantizer import fake_quant
+from qdiff_jax.quant.timed import TimeIndexed, select, step_context
+from qdiff_jax.sites import flatten_sites
+
+_LEFT = ("input", "q", "softmax")
+_fake_quant = jax.jit(fake_quant)
+
+
+class Remedies(NamedTuple):
+    """S timesteps ascending, K layers that read a skip concatenation as it is.
+
+    verdict: "<variant>/<measure>" for each of the four. activations: variant -> [S], the median over
+    image-dependent activations of the relative squared error of their quantizer. accumulated: variant ->
+    [S], relative MSE of the state after each step of its own sampling. temporal: variant -> [S], 1 - cos of
+    temporal features. layers: [K] names; skips: variant -> [K], relative squared error of the map with the
+    smaller spread. Both are empty for a model without skips.
+    """
+
+    verdict: dict
+    timesteps: np.ndarray
+    activations: dict[str, np.ndarray]
+    accumulated: dict[str, np.ndarray]
+    temporal: dict[str, np.ndarray]
+    layers: tuple[str, ...]
+    skips: dict[str, np.ndarray]
+
+
+def remedies(
+    subject: Subject, variants: Mapping[str, dict], on_step: Callable | None = None
+) -> Remedies:
+    """The four measures of every variant ({name: variables}), all calibrated for the subject's sampler."""
+    activations = activation_error(subject, variants, on_step)
+    accumulated = trajectory_deviation(subject, variants).accumulated
+    times = np.asarray(subject.trajectory.t)
+    features = temporal_information(subject, variants, times)
+    try:
+        layers, skips = skip_error(subject, variants, on_step)
+    except NotApplicable:
+        layers, skips = (), {}
+    verdict = {}
+    for name in variants:
+        verdict[f"{name}/activations"] = float(np.median(activations[name]))
+        verdict[f"{name}/rollout"] = float(accumulated[name][0])
+        verdict[f"{name}/temporal"] = float(features.error[name].mean())
+        verdict[f"{name}/mismatch"] = features.verdict[f"{name}/mismatch"]
+        if layers:
+            verdict[f"{name}/skips"] = float(np.median(skips[name]))
+    return Remedies(verdict, times, activations, accumulated, features.error, layers, skips)
+
+
+def _quantizer(variables: Mapping, name: str, ctx: Any) -> QParams | None:
+    """The static quantizer of "site:operand" at a step; None where there is none, or another kind."""
+    site, _, operand = name.rpartition(":")
+    held = flatten_sites(variables["quant"]).get(site)
+    found = None if held is None else held.lhs if operand in _LEFT else held.rhs
+    if isinstance(found, TimeIndexed):
+        found = select(found, ctx)
+    return found if isinstance(found, QParams) and not found.spec.dynamic else None
+
+
+def _relative(values: np.ndarray, quantizer: QParams) -> float:
+    error = np.asarray(_fake_quant(quantizer, values), np.float64) - values
+    return float(np.square(error).sum() / max(np.square(values, dtype=np.float64).sum(), 1e-30))
+
+
+def activation_error(
+    subject: Subject, variants: Mapping[str, dict], on_step: Callable | None = None
+) -> dict[str, np.ndarray]:
+    """{variant: [S]}: at each step the median over activations that depend on the image of |x_q - x|^2 / |x|^2
+    on full-precision values. Of activations with one range per tensor in every variant."""
+    times = subject.trajectory.t
+    rows: dict[str, list] = {name: [] for name in variants}
+    reports = step_reports(subject, subject.sites, Tap("sample"), on_step)
+    for position, (t, report) in enumerate(zip(times, reports, strict=True)):
+        ctx = step_context(np.float32(t), np.int32(position))
+        held = {
+            name: {key: _quantizer(variables, key, ctx) for key in report}
+            for name, variables in variants.items()
+        }
+        shared = [
+            key
+            for key in report
+            if not is_temporal(subject.model, key)
+            and all(
+                q[key] is not None and q[key].spec.granularity == "tensor" for q in held.values()
+            )
+        ]
+        for name, quantizers in held.items():
+            found = [_relative(report[key]["sample"], quantizers[key]) for key in shared]
+            rows[name].append(np.median(found))
+    return {name: np.array(values) for name, values in rows.items()}
+
+
+def skip_error(
+    subject: Subject, variants: Mapping[str, dict], on_step: Callable | None = None
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """(layers [K], {variant: [K]}): relative squared error of the map with the smaller spread, under the input
+    quantizer of the shortcut that reads both, over all steps.
+
+    Raises NotApplicable for a model without skips.
+    """
+    pairs = concatenating(subject.model.program)
+    names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
+    layers = tuple(f"{block}/nin_shortcut" for block in pairs)
+    wrong = {name: np.zeros((len(layers), 2)) for name in variants}
+    whole = np.zeros((len(layers), 2))
+    for position, values in enumerate(step_values(subject, names, on_step)):
+        ctx = step_context(np.float32(subject.trajectory.t[position]), np.int32(position))
+        for k, (layer, pair) in enumerate(zip(layers, pairs.values(), strict=True)):
+            maps = [values[part] for part in pair]
+            both, boundary = np.concatenate(maps, axis=-1), maps[0].shape[-1]
+            whole[k] += [np.square(part, dtype=np.float64).sum() for part in maps]
+            for name, variables in variants.items():
+                quantizer = _quantizer(variables, f"{layer}:input", ctx)
+                if quantizer is None:
+                    continue
+                error = np.asarray(_fake_quant(quantizer, both), np.float64) - both
+                parts = np.split(np.square(error), [boundary], axis=-1)
+                wrong[name][k] += [part.sum() for part in parts]
+    smaller = whole.argmin(axis=1)[:, None]
+    base = np.take_along_axis(whole, smaller, axis=1)[:, 0]
+    found = {
+        name: np.take_along_axis(sums, smaller, axis=1)[:, 0] / np.maximum(base, 1e-30)
+        for name, sums in wrong.items()
+    }
+    return layers, found

@@ -1,0 +1,108 @@
+"""Before and after: errors of known quantizers, a split that serves both maps, and the command's picture."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import remedies as command
+from qdiff_jax.analysis import remedies as module
+from qdiff_jax.analysis.figures_remedies import remedies_figure
+from qdiff_jax.analysis.remedies import Remedies, activation_error, skip_error
+from qdiff_jax.analysis.subject import make_subject
+from qdiff_jax.diffusion.samplers import ddim
+from qdiff_jax.diffusion.timesteps import make_timesteps
+from qdiff_jax.models.registry import load
+from qdiff_jax.policy import ACTIVATION
+from qdiff_jax.quant.qparams import from_range
+from qdiff_jax.quant.spec import QuantSpec
+from qdiff_jax.quant.timed import from_ranges
+from qdiff_jax.sites import SiteQuant, nest_sites
+
+
+@pytest.fixture(scope="module")
+def subject():
+    diffusion = load("random:miniature")
+    plan = ddim(diffusion.schedule, make_timesteps("uniform", 1000, 2))
+    return make_subject(diffusion, plan, samples=2, calibration=1, batch=3)
+
+
+def variables(subject, make):
+    """Every input of a layer under make(site name); nothing else quantized."""
+    sites = {site.name: SiteQuant(lhs=make(site.name)) for site in subject.sites if site.has_weight}
+    return {"params": subject.model.params, "quant": nest_sites(sites)}
+
+
+def test_finer_grids_err_less_and_tables_are_read_at_their_step(subject):
+    times = np.asarray(subject.trajectory.t)
+    coarse = from_range(ACTIVATION, -8.0, 8.0, 0, 15)
+    fine = from_range(ACTIVATION, -8.0, 8.0, 0, 255)
+    ends = np.float32([8.0, 8.0])
+    table = from_ranges(ACTIVATION, -ends, ends, 0, np.float32([15, 255]), times, rule="step")
+    found = activation_error(
+        subject,
+        {
+            name: variables(subject, lambda _, q=q: q)
+            for name, q in (("c", coarse), ("f", fine), ("t", table))
+        },
+    )
+    assert (found["f"] < 0.05 * found["c"]).all()
+    np.testing.assert_allclose(found["t"], [found["c"][0], found["f"][1]], rtol=1e-5)
+
+
+def test_a_range_for_each_map_serves_the_smaller_one(subject):
+    width = subject.model.params["up_0_block_0"]["nin_shortcut"]["kernel"].shape[-2] // 2
+    split = QuantSpec(granularity="split", axis=-1, boundary=width)
+    one = variables(subject, lambda _: from_range(ACTIVATION, -400.0, 400.0, 0, 255))
+    found = {"one": one}
+    for name, ends in (("both", [40.0, 40.0]), ("h", [40.0, 400.0]), ("skip", [400.0, 40.0])):
+        ends = np.float32(ends)
+        found[name] = variables(subject, lambda _, e=ends: from_range(split, -e, e, 0, 255))
+    layers, error = skip_error(subject, found)
+    assert "up_0_block_0/nin_shortcut" in layers
+    assert (error["both"] < 0.1 * error["one"]).all()
+    # Whichever map is the smaller one, a finer range of its own serves it, and one of the other does not.
+    for k in range(len(layers)):
+        own = [error[name][k] < 0.1 * error["one"][k] for name in ("h", "skip")]
+        assert sorted(own) == [False, True]
+
+
+def test_the_picture_has_a_line_for_every_variant():
+    steps = np.float32([0.0, 300.0, 800.0])
+    lines = {"rtn": np.array([1e-2, 2e-2, 3e-2]), "tfmq": np.array([1e-3, 2e-3, 0.0])}
+    result = Remedies(
+        {},
+        steps,
+        lines,
+        lines,
+        lines,
+        ("up_0_block_0/nin_shortcut",),
+        {"rtn": [0.1], "tfmq": [0.01]},
+    )
+    figure = remedies_figure(
+        result._replace(skips={k: np.array(v) for k, v in result.skips.items()})
+    )
+    assert len(figure.axes) == 4
+    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == set(lines)
+    assert len(remedies_figure(result._replace(layers=(), skips={})).axes) == 3
+
+
+@pytest.mark.slow
+def test_the_command_on_a_run(smoke_run, tmp_path):
+    names = ["rtn_w4a8", "tfmq_w4a8"]
+    verdict = command.measure(smoke_run, names, 2, 2, tmp_path)
+    record = json.loads((tmp_path / "remedies.json").read_text())
+    assert record["verdict"] == verdict
+    assert set(record["temporal"]) == set(names)
+    with Image.open(tmp_path / "remedies.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+    with pytest.raises(ValueError, match="no finished variant 'tfmq_w4a4'; there are"):
+        command.measure(smoke_run, ["tfmq_w4a4"], 2, 2, tmp_path)
+
+
+def test_kinds_that_have_no_static_range_are_left_out(subject):
+    held = variables(subject, lambda _: None)
+    assert module._quantizer(held, "conv_in/conv:input", None) is None
+    assert jax.tree.leaves(held["quant"]) == []
