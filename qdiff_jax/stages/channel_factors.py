@@ -164,7 +164,17 @@ def move_channel_factors(
         params = {**carry.state.aux.get("params", {}), **carry.leaves}
         state = carry.state.replace(aux={**carry.state.aux, "params": params})
         exponents = {name: exponent for name, (exponent, _) in carry.chosen.items()}
-        return state, {"exponents": exponents, "worse_at_one": worse, "network_passes": 1.0}
+        taken = 1 if config.exponent != "search" else None
+        errors = {
+            name: {"without": float(e[0]), "taken": float(e[taken] if taken else e.min())}
+            for name, (_, e) in carry.chosen.items()
+        }
+        return state, {
+            "exponents": exponents,
+            "errors": errors,
+            "worse_at_one": worse,
+            "network_passes": 1.0,
+        }
 
     return Stage("calibrate_channel_factors", init, run, finish, done)
 

@@ -76,6 +76,16 @@ def test_the_table_is_what_the_network_says_and_mixed_steps_are_a_loop():
         np.testing.assert_array_equal(mixed[i], alone[0])
 
 
+def test_the_shared_ablation_has_one_step_for_all_timesteps():
+    arguments = dict(lo=-1.0, hi=2.0, mean_magnitude=0.5, deviation=0.5)
+    key, spec = jax.random.key(0), QuantSpec()
+    alone, shared = (time_scale(key, spec, 4, **arguments, shared=s) for s in (False, True))
+    steps = bake(shared, GRID).table.scale
+    assert len(np.unique(steps)) == 1
+    assert steps[0] == qparams_at(alone, jnp.float32(0.0)).scale
+    assert len(np.unique(bake(alone, GRID).table.scale)) > 1
+
+
 def test_exact_shift_holds_the_floor_of_silu_and_the_default_the_nearest_code():
     exact, default = scale(lo=-0.27, bits=4, exact=True), scale(lo=-0.27, bits=4)
     assert exact.spec.grid == "shifted"
