@@ -36,6 +36,7 @@ from experiments.quantize import quantize
 from experiments.quantize_config import QuantizeConfig, read_config
 from qdiff_jax.config import fingerprint, flatten, load_config
 from qdiff_jax.runtime.cache import enable_compile_cache
+from qdiff_jax.runtime.programs import release_programs
 from qdiff_jax.runtime.progress import log_progress
 
 SHARED_FILES = (
@@ -143,6 +144,7 @@ def run_once(run: Run, out: pathlib.Path, command: str) -> pathlib.Path:
     share(out, run, workdir)
     if not is_finished(run, workdir):
         quantize(run.config, workdir, f"{command} --workdir={workdir}")
+        release_programs()  # dozens of runs compile more than a process may map
         share(out, run, workdir)
     return workdir
 

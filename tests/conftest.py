@@ -7,6 +7,8 @@ import tempfile
 import jax
 import pytest
 
+from qdiff_jax.runtime.programs import release_programs
+
 from . import main_job
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -20,6 +22,13 @@ _cache = os.environ.get(
 pathlib.Path(_cache).mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """The suite compiles more programs than a process may map."""
+    yield
+    release_programs()
 
 
 @pytest.fixture(scope="session")
