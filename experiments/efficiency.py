@@ -29,7 +29,7 @@ from qdiff_jax.eval.frechet import distance_to
 from qdiff_jax.eval.kid import mmd2
 from qdiff_jax.eval.moments import moments_of
 from qdiff_jax.eval.paired import WINDOW, mse, ssim
-from qdiff_jax.eval.precision_recall import precision_recall
+from qdiff_jax.eval.precision_recall import precision_recall, recall_alone
 from qdiff_jax.eval.shards import read_shards
 from qdiff_jax.observe.archive import save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
@@ -85,7 +85,7 @@ def metrics_of(
         return mmd2(variants[v].features[i], real.features[: 4 * len(i)])
 
     def recall(v, i):
-        return precision_recall(variants[v].features[i], real.features).recall
+        return recall_alone(variants[v].features[i], real.features)
 
     found["Frechet distance"] = Metric(frechet, True, False)
     found["kernel distance"] = Metric(kernel, True, False, costly=True)

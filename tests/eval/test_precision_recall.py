@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdiff_jax.eval.precision_recall import precision_recall, precision_recall_intervals
+from qdiff_jax.eval.precision_recall import (
+    precision_recall,
+    precision_recall_intervals,
+    recall_alone,
+)
 from qdiff_jax.runtime.mesh import data_mesh
 
 from ..parity import eval_inputs
@@ -156,3 +160,14 @@ def test_misuse_is_explained():
         precision_recall(GENERATED, REAL, dtype="bfloat16")
     with pytest.raises(ValueError, match="not finite"):
         precision_recall(GENERATED * np.nan, REAL)
+
+
+def test_recall_alone_is_the_recall():
+    rng = np.random.default_rng(5)
+    real, generated = rng.standard_normal((300, 8)), 0.7 * rng.standard_normal((90, 8)) + 0.2
+    whole = precision_recall(generated, real)
+    assert 0.0 < whole.recall < 1.0
+    assert recall_alone(generated, real) == whole.recall
+    assert recall_alone(generated, real, block=64) == whole.recall
+    with pytest.raises(ValueError, match="more than 3 vectors"):
+        recall_alone(generated[:3], real)
