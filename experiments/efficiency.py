@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from experiments.evaluate_config import check_alike, read_config, read_result
 from experiments.evaluate_real import described, load_judge, real_images, with_classes
-from qdiff_jax.analysis.column import column, dress, legend, line_style, save
+from qdiff_jax.analysis.column import COLOURS, column, dress, legend, line_style, save
 from qdiff_jax.data.images import to_unit_range
 from qdiff_jax.eval.described import Described
 from qdiff_jax.eval.efficiency import Efficiency, samples_needed
@@ -111,13 +111,16 @@ def _mean_of(values: list[np.ndarray]):
 
 def draw(found: dict[str, Efficiency], path: pathlib.Path) -> None:
     """Share of right orders against number of samples, one line a metric; PNG and PDF."""
-    figure, (axes,) = column((2.6,))
+    figure, (axes,) = column((3.1,))
     for index, (name, result) in enumerate(found.items()):
-        axes.plot(result.sizes, 100 * result.correct, label=name, **line_style(index))
+        style = line_style(index)
+        if index >= len(COLOURS):  # a colour's second curve
+            style["markerfacecolor"] = "white"
+        axes.plot(result.sizes, 100 * result.correct, label=name, **style)
     axes.axhline(95, color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     dress(axes, "samples", "draws in the right order (%)")
-    legend(axes)
+    legend(axes, loc="upper left", bbox_to_anchor=(-0.1, -0.2), ncols=2, columnspacing=1.0)
     save(figure, path)
 
 

@@ -119,9 +119,11 @@ def precision_recall_intervals(
     for flags in inside:
         counted = mean_interval(flags[:, 0].astype(np.float64), level=level)
         halves = flags[:, 1:].mean(axis=0).reshape(cuts, 2)
-        intervals.append(
-            halves_interval(counted.estimate, halves, level=level, error=counted.standard_error)
+        around = halves_interval(
+            counted.estimate, halves, level=level, error=counted.standard_error
         )
+        # A share: where it is near to nothing, half of a symmetric interval would be below.
+        intervals.append(around._replace(low=max(around.low, 0.0), high=min(around.high, 1.0)))
     return values, *intervals
 
 
