@@ -19,8 +19,6 @@ from qdiff_jax.sites import flatten_sites
 
 from ..main_job import ROOT
 
-pytestmark = pytest.mark.slow
-
 CONFIGS = ROOT / "configs" / "methods"
 TIMES = np.float32([100.0, 900.0])
 WORDS = ("w4a8", "w8a8,laptop", "w4a4,smoke", "w4a32,model=dit,smoke")
@@ -114,6 +112,7 @@ def test_every_word_of_the_config_is_read(name, words):
         assert settings.tcaq == TcaqConfig()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["adaround", "closed_form"])
 @pytest.mark.parametrize("name", ["tdq", "tcaq"])
 def test_the_whole_method_runs_to_a_bundle_and_a_report(name, rounding, tmp_path):
