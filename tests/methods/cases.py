@@ -4,6 +4,7 @@ With zero steps no optimizer step is compiled, and what is left of a method are 
 and its unit-by-unit walk; with `STEPS` it optimizes too.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -79,8 +80,10 @@ CASES = {
     # The base method reports its four batches, then the statistics their three steps.
     "ptqd": Case("ptqd", reports=5),
     "tdq": Case("tdq"),
-    # After the four batches of the channel factors: in those of the activation ranges.
-    "tcaq": Case("tcaq", reports=6),
+    # Channel factors compile two programs for each block and one for each layer; their stage has default
+    # tests on a chain. Their four batches are reported before those of the activation ranges.
+    "tcaq": Case("tcaq", options={"tcaq": TcaqConfig(tcr=False)}),
+    "tcaq whole": Case("tcaq", slow=True, reports=6),
 }
 
 
@@ -136,7 +139,7 @@ def plan(name: str = "common", w_bits: int = 4, a_bits: int | None = 8) -> SiteP
 
 def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0) -> MethodSettings:
     case = CASES[name]
-    return MethodSettings(
+    made = MethodSettings(
         weights=ReconstructConfig(
             steps=steps,
             batch_size=8,
@@ -151,9 +154,10 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
         closed_form=ClosedFormConfig(walk_batch=12, check_samples=12, devices=devices),
         batch_ranges=BatchRangeConfig(values=32, candidates=10),
         tdq=TdqConfig(scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8)),
-        tcaq=TcaqConfig(rounds=1 if steps else 0),
         **case.options,
     )
+    # Rounds sample the network, which compiles it once more.
+    return dataclasses.replace(made, tcaq=dataclasses.replace(made.tcaq, rounds=min(steps, 1)))
 
 
 def method(name: str, steps: int, on_progress: Callable | None = None, **own) -> Method:

@@ -31,8 +31,8 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(name, reports, tmp_pat
 @pytest.mark.parametrize(
     ("name", "stage", "reports"),
     [
-        ("tcaq", "resample_1", 0),
-        ("tcaq", "tcaq_round_1", 2),
+        ("tcaq whole", "resample_1", 0),
+        ("tcaq whole", "tcaq_round_1", 2),
         ("tdq", "reconstruct_time_scales", 4),
         ("qdiffusion", "brecq_activation_steps", 2),
         ("ptqd", "calibrate_correction", 1),
@@ -65,6 +65,13 @@ def test_eight_devices_give_the_codes_of_one(name):
     assert made.keys() == alone.keys()
     equal = np.concatenate([(made[site] == alone[site]).ravel() for site in made])
     assert equal.mean() >= (1.0 if name == "closed_form" else 0.999)
+
+
+def test_channel_factors_have_changed_parameters():
+    """Without which the checks of leaves that a method has tuned would have nothing to look at."""
+    tuned = outcome("tcaq whole", STEPS).state.aux["params"]
+    assert any(path.endswith("/divisor") for path in tuned)
+    assert any(path.endswith("/kernel") for path in tuned)
 
 
 def weights(quant) -> dict[str, np.ndarray]:
