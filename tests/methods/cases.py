@@ -85,6 +85,7 @@ CASES = {
     "tcaq": Case("tcaq", options={"tcaq": TcaqConfig(tcr=False)}),
     "tcaq whole": Case("tcaq", slow=True, reports=6),
 }
+LEARNING = tuple(n for n, case in CASES.items() if case.entry not in ("rtn", "ptq4dm", "ptqd"))
 
 
 class Outcome(NamedTuple):
@@ -103,9 +104,10 @@ def calibration() -> CalibrationSet:
     """8 samples of every step, shuffled."""
     rng = np.random.default_rng(3)
     index = rng.permutation(np.repeat(np.arange(3, dtype=np.int32), 8))
-    x = rng.standard_normal((24, 4, 4, 3)).astype(np.float32) * (1 + index[:, None, None, None])
+    z = rng.standard_normal((24, 4, 4, 3)).astype(np.float32)
     y = rng.integers(0, 4, 24).astype(np.int32)
-    return CalibrationSet(x, TIMESTEPS[index], index, np.zeros(24, np.int32), y, np.zeros_like(x))
+    x = z * np.float32(1 + index)[:, None, None, None]
+    return CalibrationSet(x, TIMESTEPS[index], index, np.zeros(24, np.int32), y, z)
 
 
 @functools.cache
@@ -152,6 +154,7 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
         activations=ActivationConfig(batch_size=6, margin=1.5),
         activation_steps=2 if steps and case.entry == "qdiffusion" else 0,
         closed_form=ClosedFormConfig(walk_batch=12, check_samples=12, devices=devices),
+        tune_steps=steps,
         batch_ranges=BatchRangeConfig(values=32, candidates=10),
         tdq=TdqConfig(scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8)),
         **case.options,

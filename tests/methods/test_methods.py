@@ -28,6 +28,7 @@ from .cases import (
     CONFIG,
     KEPT_INPUT,
     KEPT_WEIGHT,
+    LEARNING,
     STEPS,
     TIMESTEPS,
     begin,
@@ -56,8 +57,8 @@ def runs(default=tuple(CASES)):
         pytest.param(
             name, steps, marks=SLOW if steps or CASES[name].slow or name not in default else ()
         )
-        for steps in (0, STEPS)
-        for name in CASES
+        for steps, names in ((0, CASES), (STEPS, LEARNING))
+        for name in names
     ]
     return pytest.mark.parametrize(("name", "steps"), made)
 

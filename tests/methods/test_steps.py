@@ -10,16 +10,13 @@ from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.stage import run_stage
 
 from ..stages.chain import leaves_equal
-from .cases import CASES, STEPS, begin, finish, kill, method, model, outcome, plan, resume
+from .cases import CASES, LEARNING, STEPS, begin, finish, kill, method, model, outcome, plan, resume
 
 pytestmark = pytest.mark.slow
 
-# Nothing is learned in these: their few reports are the batches of the calibration, see `test_methods`.
-LEARNS_NOTHING = ("rtn", "ptq4dm", "ptqd")
-
 
 @pytest.mark.parametrize("reports", [2, 11])
-@pytest.mark.parametrize("name", [n for n in CASES if n not in LEARNS_NOTHING])
+@pytest.mark.parametrize("name", LEARNING)
 def test_killed_anywhere_and_resumed_equals_uninterrupted(name, reports, tmp_path):
     kill(name, STEPS, tmp_path, reports)
     resumed = resume(name, STEPS, tmp_path).state
@@ -36,6 +33,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(name, reports, tmp_pat
         ("tdq", "reconstruct_time_scales", 4),
         ("qdiffusion", "brecq_activation_steps", 2),
         ("ptqd", "calibrate_correction", 1),
+        ("closed_form", "tune", 1),
     ],
 )
 def test_killed_in_a_late_stage_and_resumed_equals_uninterrupted(name, stage, reports, tmp_path):
