@@ -104,6 +104,6 @@ def test_as_the_rounding_of_other_methods(method):
 
 @pytest.mark.parametrize("method", [brecq, tfmq])
 def test_unknown_rounding_lists_those_there_are(method):
-    sets = (images("dit"), images("dit"), TIMESTEPS)
+    sets = (images("unet"), images("unet"), TIMESTEPS)
     with pytest.raises(ValueError, match=r"rounding 'gptq' is unknown.*closed_form"):
-        method(network("dit"), *sets, rounding="gptq")
+        method(network("unet"), *sets, rounding="gptq")

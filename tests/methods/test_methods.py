@@ -209,7 +209,7 @@ def compiled():
 
     def listen(event, seconds, **about):
         if event == BACKEND_COMPILE:
-            names.append(about["fun_name"].removeprefix("jit_").removeprefix("jit(").rstrip(")"))
+            names.append(str(about.get("fun_name")).removeprefix("jit_").removeprefix("jit(").rstrip(")"))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
