@@ -209,13 +209,24 @@ def compiled():
 
     def listen(event, seconds, **about):
         if event == BACKEND_COMPILE:
-            names.append(str(about.get("fun_name")).removeprefix("jit_").removeprefix("jit(").rstrip(")"))
+            names.append(
+                str(about.get("fun_name")).removeprefix("jit_").removeprefix("jit(").rstrip(")")
+            )
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         yield names
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_compiled_programs_are_seen_by_name():
+    def fresh(x):
+        return x + 1
+
+    with compiled() as names:
+        jax.jit(fresh)(np.float32(0))
+    assert names == ["fresh"]
 
 
 @runs()
