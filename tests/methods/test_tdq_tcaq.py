@@ -56,6 +56,7 @@ def test_tdq_has_a_post_training_and_an_aware_form():
         "reconstruct_time_scales",
     ]
     assert names(made("tdq", tdq=TdqConfig(mode="qat"))) == [
+        "per_tensor_weights",
         "calibrate_weights",
         "calibrate_time_scales",
         "train_time_scales",
