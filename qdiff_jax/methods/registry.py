@@ -46,7 +46,8 @@ class MethodSettings:
     rounding: how methods that reconstruct weights round them, "adaround" (the papers, by `weights`) or
     "closed_form" (by `closed_form`).
     tune_steps: of end-to-end tuning after the method closed_form. split: which layers Q-Diffusion splits
-    at a skip, "both", "shortcut" or "none".
+    at a skip, "both", "shortcut" or "none". batch_ranges: PTQ4DM's search of activation ranges, but for
+    its batch size, which is that of `activations`.
     """
 
     weight_method: str = "mse"
@@ -61,6 +62,7 @@ class MethodSettings:
     closed_form: ClosedFormConfig = ClosedFormConfig()
     tune_steps: int = 0
     split: str = "both"
+    batch_ranges: BatchRangeConfig = BatchRangeConfig()
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
@@ -119,7 +121,8 @@ def _qdiffusion(model, sets, settings, **own):
 
 
 def _ptq4dm(model, sets, settings, **own):
-    ranges = BatchRangeConfig(batch_size=settings.activations.batch_size)
+    size = settings.activations.batch_size
+    ranges = dataclasses.replace(settings.batch_ranges, batch_size=size)
     return ptq4dm(model, sets.weights, activations=ranges, **own)
 
 

@@ -16,8 +16,6 @@ from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.observe.archive import load_arrays
 from qdiff_jax.sites import flatten_sites
 
-pytestmark = pytest.mark.slow
-
 METHODS = pathlib.Path(__file__).parents[2] / "configs" / "methods"
 NAMES = ("qdiffusion", "ptq4dm")
 
@@ -41,6 +39,7 @@ def run(arg, workdir):
     return bundle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_smoke_run_and_its_bundle_in_integers(name, tmp_path):
     bundle = run(f"{name}.py:smoke", tmp_path)

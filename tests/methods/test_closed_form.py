@@ -24,8 +24,6 @@ from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage
 
 from .. import tiny_unet
 
-pytestmark = pytest.mark.slow
-
 TIMESTEPS = np.float32([100.0, 500.0, 900.0])
 ACTIVATIONS = ActivationConfig(observer="minmax", batch_size=24)
 ROUNDING = ClosedFormConfig(walk_batch=24, check_samples=24)
@@ -81,7 +79,8 @@ def run(name: str, method, a_bits, **options) -> float:
     return error(name, state.quant)
 
 
-@pytest.mark.parametrize("name", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "unet"])
 @pytest.mark.parametrize("a_bits", [None, 8])
 def test_far_below_nearest_rounding(name, a_bits):
     made = run(name, closed_form, a_bits, rounding=ROUNDING)
@@ -105,6 +104,6 @@ def test_as_the_rounding_of_other_methods(method):
 
 @pytest.mark.parametrize("method", [brecq, tfmq])
 def test_unknown_rounding_lists_those_there_are(method):
-    sets = (images("dit"), images("dit"), TIMESTEPS)
+    sets = (images("unet"), images("unet"), TIMESTEPS)
     with pytest.raises(ValueError, match=r"rounding 'gptq' is unknown.*closed_form"):
-        method(network("dit"), *sets, rounding="gptq")
+        method(network("unet"), *sets, rounding="gptq")

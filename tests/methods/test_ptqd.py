@@ -17,8 +17,7 @@ from qdiff_jax.diffusion.samplers import ddim, ddpm
 from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.eval import variant
 from qdiff_jax.export.bundle import load_bundle, stored_bytes
-from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
-from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.ptqd import ptqd
 from qdiff_jax.methods.run import load_for_sampling
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.quantization_noise import Paired, paired
@@ -29,9 +28,7 @@ from qdiff_jax.stages.correct import variance_says
 from qdiff_jax.stages.stage import Method, run_stage
 
 from .. import main_job
-from . import test_methods, test_orderings
-
-pytestmark = pytest.mark.slow
+from . import cases, test_orderings
 
 CONFIG = str(main_job.ROOT / "configs" / "methods" / "ptqd.py")
 BITS = ("w4a8", "w8a8", "w4a4", "w4a32")
@@ -51,6 +48,7 @@ def stage_report(run, name):
     return next(report for key, report in stages.items() if key.endswith(name))
 
 
+@pytest.mark.slow
 def test_the_bundle_holds_the_correction_of_every_step(run):
     bundle = load_bundle(run / "bundle")
     table, report = bundle.correction.table, stage_report(run, "calibrate_correction")
@@ -63,6 +61,7 @@ def test_the_bundle_holds_the_correction_of_every_step(run):
     assert "base=rtn" in bundle.manifest["extra"]["notes"]
 
 
+@pytest.mark.slow
 def test_a_new_process_samples_with_the_correction_bit_for_bit(run, tmp_path):
     main_job.run("sample", bundle=run / "bundle", out=tmp_path)
     (mine, theirs) = (np.load(folder / "samples.npz")["x"] for folder in (tmp_path, run))
@@ -72,6 +71,7 @@ def test_a_new_process_samples_with_the_correction_bit_for_bit(run, tmp_path):
     assert loaded.hooks.init(mine)["table"] is loaded.correction
 
 
+@pytest.mark.slow
 def test_bits_by_step_are_in_the_quantizers_of_the_target_activations_alone(run):
     bundle, report = load_bundle(run / "bundle"), stage_report(run, "calibrate_step_bits")
     assert report["bits"] == sorted(report["bits"], reverse=True)
@@ -92,8 +92,8 @@ def test_bits_by_step_are_in_the_quantizers_of_the_target_activations_alone(run)
 def pairs_of(plan, schedule) -> Paired:
     """Pairs on the network of the methods' common suite: its own estimates, 3 steps of 4 samples."""
     trajectory = record_trajectories(
-        predictor(test_methods.model().module),
-        {"params": test_methods.model().params, "quant": {}},
+        predictor(cases.model().module),
+        {"params": cases.model().params, "quant": {}},
         plan,
         jax.random.key(0),
         range(4),
@@ -103,29 +103,12 @@ def pairs_of(plan, schedule) -> Paired:
     return paired(trajectory, None, plan, schedule)
 
 
-@pytest.fixture(scope="module")
-def source():
+@pytest.mark.slow
+def test_without_quantization_the_correction_is_the_identity():
     schedule = make_schedule("linear")
-    return pairs_of(ddim(schedule, test_methods.TIMESTEPS), schedule)
-
-
-def method(source, on_progress=None, **options) -> Method:
-    sets = test_methods.CalibrationSets(
-        test_methods.calibration(),
-        test_methods.calibration(),
-        test_methods.TIMESTEPS,
-        paired=source,
-    )
-    settings = MethodSettings(
-        activations=test_methods.ActivationConfig(batch_size=6), ptqd=PTQDConfig(**options)
-    )
-    return build("ptqd", test_methods.model(), sets, settings, on_progress)
-
-
-def test_without_quantization_the_correction_is_the_identity(source):
-    base = Method("nothing", ())
-    made = ptqd(test_methods.model(), base, source)
-    state, report = run_stage(made.stages[-1], test_methods.begin())
+    source = pairs_of(ddim(schedule, cases.TIMESTEPS), schedule)
+    made = ptqd(cases.model(), Method("nothing", ()), source)
+    state, report = run_stage(made.stages[-1], cases.begin(cases.plan()))
     table = state.aux["correction"].table
     np.testing.assert_allclose(table.scale, 1.0, atol=1e-6)
     np.testing.assert_allclose(table.shift, 0.0, atol=1e-6)
@@ -134,24 +117,14 @@ def test_without_quantization_the_correction_is_the_identity(source):
     assert "deterministic" in made.notes
 
 
-def test_interrupted_in_the_statistics_and_resumed_equals_uninterrupted(source, tmp_path):
-    whole = test_methods.finish(method(source), test_methods.begin()).state
-
-    def kill(done, total, **shown):
-        if total == 3 and done == 2:  # of the steps, after the four batches of the base
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        test_methods.finish(method(source, kill), test_methods.begin(), tmp_path)
+def test_killed_in_the_statistics_it_keeps_the_steps_that_are_done(tmp_path):
+    """What is resumed from them is compared in the common suite."""
+    cases.kill("ptqd", 0, tmp_path, cases.CASES["ptqd"].reports)
     assert len(np.load(next(tmp_path.glob("*/statistics.npz")))["slope"]) == 2
-    resumed = test_methods.finish(method(source), test_methods.begin(), tmp_path).state
-    assert test_methods.leaves_equal(resumed.aux["correction"], whole.aux["correction"])
-    assert test_methods.leaves_equal(resumed.quant, whole.quant)
 
 
-def test_what_becomes_of_the_variance_is_said(source):
-    schedule = make_schedule("linear")
-    noisy = source._replace(plan=ddpm(schedule, test_methods.TIMESTEPS))
+def test_what_becomes_of_the_variance_is_said():
+    noisy = cases.pairs()._replace(plan=ddpm(make_schedule("linear"), cases.TIMESTEPS))
     assert "whole residual variance at 2 of 2 steps" in variance_says(noisy, np.zeros(3), True)
     assert "at 0 of 2 steps" in variance_says(noisy, np.full(3, 1e3), True)
     assert "nominal noise" in variance_says(noisy, np.zeros(3), False)
@@ -167,15 +140,6 @@ def test_the_config_says_what_to_run_and_what_to_expect():
             (values,) = config.variants.values()
             assert f"w{values.w_bits}a{values.a_bits}" == bits
             assert config.model == f"{model}_fashion"
-
-
-def test_wrong_options_are_refused():
-    for options in ({"variant": "code"}, {"step_bits": (4, 9)}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match=rf"ptqd\.{next(iter(options))}"):
-            PTQDConfig(**options)
-    sets = CalibrationSets(None, None, test_methods.TIMESTEPS)
-    with pytest.raises(ValueError, match="needs paired estimates"):
-        build("ptqd", test_methods.model(), sets, MethodSettings())
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Q-Diffusion and PTQ4DM from plan to bundle on a small network; split sites simulated and in integers."""
+"""What Q-Diffusion and PTQ4DM do beside the common suite: two ranges where maps meet, ranges averaged over
+batches; split sites simulated and in integers."""
 
 import functools
 
@@ -6,105 +7,72 @@ import jax
 import numpy as np
 import pytest
 
-from qdiff_jax.export.bundle import load_bundle, save_bundle
 from qdiff_jax.export.integer import check_executable
-from qdiff_jax.export.qtensor import QTensor, codes
-from qdiff_jax.methods.ptq4dm import ptq4dm
+from qdiff_jax.export.qtensor import codes
 from qdiff_jax.methods.qdiffusion import qdiffusion
 from qdiff_jax.observe.capture import batch_bounds
-from qdiff_jax.policy import make_plan, policy
 from qdiff_jax.quant.quantizer import codes as nearest_codes
 from qdiff_jax.quant.ranges import weight_qparams
 from qdiff_jax.quant.timed import select, step_context
-from qdiff_jax.sites import flatten_sites, list_sites, nest_sites
-from qdiff_jax.stages.batch_ranges import BatchRangeConfig
+from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.stages.batch_ranges import BatchRangeConfig, calibrate_by_batch
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
-from qdiff_jax.stages.reconstruct import ReconstructConfig
-from qdiff_jax.stages.stage import fold_weights, initial_state, kernel_at
+from qdiff_jax.stages.stage import kernel_at, run_stage
 
 from .. import tiny_unet
-from ..stages.chain import leaves_equal
-from .test_methods import CONFIG, TIMESTEPS, calibration, finish, model
-
-pytestmark = pytest.mark.slow
+from .cases import (
+    CASES,
+    CONFIG,
+    KEPT_INPUT,
+    STEPS,
+    TIMESTEPS,
+    begin,
+    calibration,
+    finish,
+    model,
+    outcome,
+    plan,
+)
 
 SPLIT = {f"up_0_block_{i}/{op}" for i in (0, 1) for op in ("conv1", "nin_shortcut")}
-EVERY = pytest.mark.parametrize("name", ["qdiffusion", "ptq4dm"])
-
-
-@functools.cache
-def plan():
-    x, t = tiny_unet.inputs(CONFIG, 1)
-    sites = list_sites(model().module, x, t, np.zeros(1, np.int32))
-    return make_plan(sites, policy("official:qdiffusion", sites, 4, 8))
-
-
-def method(name, steps=4, on_progress=None, **own):
-    if name == "ptq4dm":
-        ranges = BatchRangeConfig(batch_size=6, values=32, candidates=10)
-        return ptq4dm(model(), calibration(), activations=ranges, on_progress=on_progress)
-    weights = ReconstructConfig(
-        steps=steps, batch_size=8, lr=5e-2, schedule="cosine", walk_batch=12
-    )
-    scales = ReconstructConfig(
-        steps=2, batch_size=8, walk_batch=12, trains="scales", inputs="full_precision", p=2.4
-    )
-    return qdiffusion(
-        model(),
-        calibration(),
-        TIMESTEPS,
-        weights=weights,
-        activations=ActivationConfig(batch_size=6),
-        activation_steps=scales if steps else None,
-        on_progress=on_progress,
-        **own,
-    )
-
-
-def begin():
-    return initial_state(plan(), jax.random.key(5), "a" * 64)
-
-
-@functools.cache
-def outcome(name):
-    return finish(method(name), begin())
-
-
-@EVERY
-def test_every_weight_holds_codes_of_its_plan(name):
-    state = outcome(name).state
-    flat = flatten_sites(state.quant)
-    for entry in state.plan.quantized("weight"):
-        tensor = jax.device_get(flat[entry.site].rhs)
-        assert isinstance(tensor, QTensor)
-        assert tensor.qparams.spec == entry.spec
-        held = codes(tensor)
-        assert (held.min() >= entry.codes[0]) & (held.max() <= entry.codes[1])
-        assert entry.spec.symmetric == entry.spec.signed == (name == "ptq4dm")
-    for entry in state.plan.quantized("input", "q", "k", "v", "softmax"):
-        site = flat[entry.site]
-        made = site.lhs if entry.operand in ("input", "q", "softmax") else site.rhs
-        assert made.spec == entry.spec
-        assert (np.asarray(made.scale) > 0).all()
 
 
 def test_two_ranges_where_maps_meet_and_one_elsewhere():
-    outcome_ = outcome("qdiffusion")
-    for site, held in flatten_sites(outcome_.state.quant).items():
+    made = outcome("qdiffusion")
+    for site, held in flatten_sites(made.state.quant).items():
         if site in SPLIT:
-            assert held.lhs.scale.shape == (2,)
             assert held.rhs.qparams.scale.shape == (2, CONFIG.channels)
-            assert held.lhs.scale[0] != held.lhs.scale[1]
-        else:
+            if site != KEPT_INPUT:
+                assert held.lhs.scale.shape == (2,)
+                assert held.lhs.scale[0] != held.lhs.scale[1]
+        elif held.lhs is not None:
             assert held.lhs.scale.shape == ()
-    assert set(outcome_.reports["split_skips"]["split"]) == SPLIT
+    assert set(made.reports["split_skips"]["split"]) == SPLIT
     assert not flatten_sites(outcome("ptq4dm").state.quant)["up_0_block_0/conv1"].lhs.scale.shape
 
 
+def test_weights_of_ptq4dm_are_symmetric():
+    weights = outcome("ptq4dm").state.plan.quantized("weight")
+    assert all(entry.spec.symmetric and entry.spec.signed for entry in weights)
+    before = plan(CASES["ptq4dm"].policy).quantized("weight")
+    assert not any(entry.spec.symmetric for entry in before)
+
+
+@pytest.mark.slow
 def test_split_weights_are_rounded_in_closed_form_too():
-    own = dict(rounding="closed_form", closed_form=ClosedFormConfig(walk_batch=12))
-    made = finish(method("qdiffusion", **own), begin())
+    made = finish(
+        qdiffusion(
+            model(),
+            calibration(),
+            TIMESTEPS,
+            activations=ActivationConfig(batch_size=6),
+            activation_steps=None,
+            rounding="closed_form",
+            closed_form=ClosedFormConfig(walk_batch=12),
+        ),
+        begin(plan("official:qdiffusion")),
+    )
     flat = flatten_sites(made.state.quant)
     layers = {
         name: layer
@@ -123,77 +91,42 @@ def test_split_weights_are_rounded_in_closed_form_too():
     assert moved
 
 
-def test_zero_steps_of_reconstruction_are_nearest_rounding():
-    state = finish(method("qdiffusion", steps=0), begin()).state
-    flat = flatten_sites(state.quant)
-    for entry in state.plan.quantized("weight"):
-        kernel = kernel_at(model().params, entry.site)
-        wanted = nearest_codes(weight_qparams(kernel, entry.spec, entry.bits), kernel)
-        np.testing.assert_array_equal(codes(flat[entry.site].rhs), wanted)
-
-
-def forward(params, quant):
-    x, y = calibration().x[:2], calibration().y[:2]
-    variables = {"params": params, "quant": select(quant, step_context(TIMESTEPS[1], 1))}
-    t = np.full(2, TIMESTEPS[1])
-    return np.asarray(tiny_unet.forward(CONFIG)(variables, x, t, y))
-
-
-@EVERY
-def test_folded_packed_reloaded_and_executed_agree(name, tmp_path):
-    state = outcome(name).state
-    save_bundle(
-        tmp_path / "bundle",
-        params=model().params,
-        quant=state.quant,
-        plan_json=state.plan.to_json(),
-        model_config={"family": "unet_ddpm"},
-        schedule_config={},
-        sampler_config={},
-        source={"sha256": state.source},
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qdiffusion", "ptq4dm"])
+def test_packed_weights_and_split_sites_execute_in_integers(name):
+    state = outcome(name, STEPS).state
+    # A kept operand has no codes: its sites stay simulated.
+    ready = {
+        site: held.replace(execute=held.lhs is not None and held.rhs is not None)
+        for site, held in flatten_sites(state.quant).items()
+    }
+    executed = nest_sites(ready)
+    check_executable(executed)
+    x, y, t = calibration().x[:2], calibration().y[:2], np.full(2, TIMESTEPS[1])
+    ctx = step_context(TIMESTEPS[1], 1)
+    simulated, integers = (
+        np.asarray(
+            tiny_unet.forward(CONFIG)(
+                {"params": model().params, "quant": select(quant, ctx)}, x, t, y
+            )
+        )
+        for quant in (state.quant, executed)
     )
-    bundle = load_bundle(tmp_path / "bundle")
-    assert leaves_equal(bundle.quant, state.quant)
-    packed = forward(model().params, state.quant)
-    assert np.isfinite(packed).all()
-    np.testing.assert_array_equal(forward(*fold_weights(bundle.params, bundle.quant)), packed)
-    check_executable(bundle.quant)
-    ready = {n: s.replace(execute=True) for n, s in flatten_sites(bundle.quant).items()}
-    executed = forward(bundle.params, nest_sites(ready))
     # Codes next to a rounding tie may fall either way; a wrong scale would be far off.
-    assert np.abs(executed - packed).max() < 0.05 * np.abs(packed).max()
-    assert np.square(executed - packed).mean() < 1e-4 * np.square(packed).mean()
-
-
-@EVERY
-def test_interrupted_and_resumed_equals_uninterrupted(name, tmp_path):
-    left = iter(range(2))
-
-    def kill(done, total, **shown):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        finish(method(name, on_progress=kill), begin(), tmp_path, chunk=1)
-    resumed = finish(method(name), begin(), tmp_path)
-    assert leaves_equal(resumed.state.quant, outcome(name).state.quant)
+    assert np.abs(integers - simulated).max() < 0.05 * np.abs(simulated).max()
+    assert np.square(integers - simulated).mean() < 1e-4 * np.square(simulated).mean()
 
 
 def test_ranges_averaged_over_batches_follow_their_momentum():
     """0.9 of the old and 0.1 of the new, the first batch as it is: recomputed batch by batch."""
+
+    state, made = outcome("ptq4dm")
+    config = BatchRangeConfig(batch_size=6, values=32, candidates=10)
     ranges = []
     for start, stop in batch_bounds(24, 6):
         part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], calibration())
-        config = BatchRangeConfig(batch_size=6, values=32, candidates=10)
-        report = finish(ptq4dm(model(), part, activations=config), begin()).reports
-        ranges.append(report["calibrate_activations"]["ranges"]["mid_block_1/conv1:input"][1])
+        _, report = run_stage(calibrate_by_batch(model(), part, config), state)
+        ranges.append(report["ranges"]["mid_block_1/conv1:input"][1])
     wanted = functools.reduce(lambda old, new: 0.9 * old + 0.1 * new, ranges)
-    made = outcome("ptq4dm").reports["calibrate_activations"]["ranges"]["mid_block_1/conv1:input"]
-    np.testing.assert_allclose(made[1], wanted, rtol=1e-5)
-
-
-def test_other_roundings_are_refused():
-    with pytest.raises(ValueError, match="rounding 'nearest' is unknown"):
-        qdiffusion(model(), calibration(), TIMESTEPS, rounding="nearest")
-    with pytest.raises(ValueError, match="ptq4dm rounds to the nearest code, not by 'adaround'"):
-        ptq4dm(model(), calibration(), rounding="adaround")
+    seen = made["calibrate_activations"]["ranges"]["mid_block_1/conv1:input"]
+    np.testing.assert_allclose(seen[1], wanted, rtol=1e-5)

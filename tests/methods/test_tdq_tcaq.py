@@ -16,10 +16,10 @@ from qdiff_jax.models.registry import miniature
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.quant.timed import TimeIndexed
 from qdiff_jax.sites import flatten_sites
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 
 from ..main_job import ROOT
-
-pytestmark = pytest.mark.slow
+from .cases import pairs
 
 CONFIGS = ROOT / "configs" / "methods"
 TIMES = np.float32([100.0, 900.0])
@@ -48,13 +48,15 @@ def test_tdq_has_a_post_training_and_an_aware_form():
         "calibrate_time_scales",
         "reconstruct_time_scales",
     ]
-    assert names(made("tdq", rounding="closed_form")) == [
+    solve = ClosedFormConfig(walk_batch=2)
+    assert names(made("tdq", rounding="closed_form", closed_form=solve)) == [
         "calibrate_time_scales",
         "calibrate_weights",
         "tdq_weights",
         "reconstruct_time_scales",
     ]
     assert names(made("tdq", tdq=TdqConfig(mode="qat"))) == [
+        "per_tensor_weights",
         "calibrate_weights",
         "calibrate_time_scales",
         "train_time_scales",
@@ -63,7 +65,7 @@ def test_tdq_has_a_post_training_and_an_aware_form():
 
 def test_tcaq_is_made_of_parts_that_can_be_left_out():
     sets = (miniature().model, calibration(), calibration(), TIMES)
-    full = tcaq(*sets, source=object())
+    full = tcaq(*sets, source=pairs())
     assert names(full) == [
         "calibrate_channel_factors",
         "calibrate_weights",
@@ -75,9 +77,7 @@ def test_tcaq_is_made_of_parts_that_can_be_left_out():
         "resample_2",
         "tcaq_round_2",
     ]
-    solved = names(
-        tcaq(*sets, source=object(), rounding="closed_form", config=TcaqConfig(rounds=1))
-    )
+    solved = names(tcaq(*sets, source=pairs(), rounding="closed_form", config=TcaqConfig(rounds=1)))
     assert solved[4:] == [
         "tcaq_weights_0",
         "tcaq_round_0",
@@ -114,6 +114,7 @@ def test_every_word_of_the_config_is_read(name, words):
         assert settings.tcaq == TcaqConfig()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["adaround", "closed_form"])
 @pytest.mark.parametrize("name", ["tdq", "tcaq"])
 def test_the_whole_method_runs_to_a_bundle_and_a_report(name, rounding, tmp_path):

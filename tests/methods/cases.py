@@ -1,0 +1,216 @@
+"""Every method of the registry on one small network: the cases of the common suite, each run once.
+
+With zero steps no optimizer step is compiled, and what is left of a method are its stages, its ranges
+and its unit-by-unit walk; with `STEPS` it optimizes too.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from qdiff_jax.diffusion.samplers import ddim
+from qdiff_jax.diffusion.schedule import make_schedule
+from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.tcaq import TcaqConfig
+from qdiff_jax.methods.tdq import TdqConfig
+from qdiff_jax.models.unet_ddpm import UNetConfig
+from qdiff_jax.observe.quantization_noise import Paired, paired
+from qdiff_jax.observe.selectors import CalibrationSet
+from qdiff_jax.observe.trajectory import Trajectory
+from qdiff_jax.policy import Rule, SitePlan, make_plan, policy
+from qdiff_jax.sites import list_sites
+from qdiff_jax.stages.batch_ranges import BatchRangeConfig
+from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.reconstruct import ReconstructConfig
+from qdiff_jax.stages.stage import (
+    Method,
+    Model,
+    QuantState,
+    initial_state,
+    run_stage,
+    tuned_params,
+)
+from qdiff_jax.stages.time_scales import TimeScaleConfig
+
+from .. import tiny_unet
+
+# Residual blocks, skips, attention and time projections, conditional on a class; one resolution.
+CONFIG = UNetConfig(
+    channels=8,
+    multipliers=(1,),
+    res_blocks=1,
+    attention_resolutions=(),
+    resolution=4,
+    groups=4,
+    num_classes=3,
+)
+TIMESTEPS = np.float32([100.0, 500.0, 900.0])
+KEPT_WEIGHT, KEPT_INPUT = "mid_block_1/conv2", "up_0_block_1/conv1"
+STEPS = 8
+
+
+class Case(NamedTuple):
+    """entry: of the registry. policy: the one it runs under when nothing else is asked. options: of
+    `MethodSettings`. slow: whether all its tests are. reports: progress reports until the run is
+    killed where a part of the calibration is done."""
+
+    entry: str
+    policy: str = "common"
+    options: Mapping[str, Any] = {}
+    slow: bool = False
+    reports: int = 2
+
+
+CASES = {
+    "rtn": Case("rtn"),
+    "brecq": Case("brecq"),
+    "tfmq": Case("tfmq"),
+    # The same weights and another set of step tables, which cost a compile of the network.
+    "tfmq faithful": Case("tfmq", options={"variant": "faithful"}, slow=True),
+    "qdiffusion": Case("qdiffusion", "official:qdiffusion"),
+    "ptq4dm": Case("ptq4dm", "official:ptq4dm"),
+    # A program for each shape of a layer, minutes of compiling; the stage has default tests on a chain.
+    "closed_form": Case("closed_form", slow=True),
+    # The base method reports its four batches, then the statistics their three steps.
+    "ptqd": Case("ptqd", reports=5),
+    "tdq": Case("tdq"),
+    # Channel factors compile two programs for each block and one for each layer; their stage has default
+    # tests on a chain. Their four batches are reported before those of the activation ranges.
+    "tcaq": Case("tcaq", options={"tcaq": TcaqConfig(tcr=False)}),
+    "tcaq whole": Case("tcaq", slow=True, reports=6),
+}
+LEARNING = tuple(n for n, case in CASES.items() if case.entry not in ("rtn", "ptq4dm", "ptqd"))
+
+
+class Outcome(NamedTuple):
+    state: QuantState
+    reports: dict
+
+
+@functools.cache
+def model() -> Model:
+    net = tiny_unet.network(CONFIG)
+    return Model(net.module, net.program, net.params)
+
+
+@functools.cache
+def calibration() -> CalibrationSet:
+    """8 samples of every step, shuffled."""
+    rng = np.random.default_rng(3)
+    index = rng.permutation(np.repeat(np.arange(3, dtype=np.int32), 8))
+    z = rng.standard_normal((24, 4, 4, 3)).astype(np.float32)
+    y = rng.integers(0, 4, 24).astype(np.int32)
+    x = z * np.float32(1 + index)[:, None, None, None]
+    return CalibrationSet(x, TIMESTEPS[index], index, np.zeros(24, np.int32), y, z)
+
+
+@functools.cache
+def pairs() -> Paired:
+    """States and full-precision estimates of 4 samples at the 3 steps: drawn, not recorded."""
+    schedule = make_schedule("linear")
+    sampler = ddim(schedule, TIMESTEPS)
+    x, eps = np.random.default_rng(4).standard_normal((2, 3, 4, 4, 4, 3)).astype(np.float32)
+    trajectory = Trajectory(
+        x=x,
+        t=TIMESTEPS,
+        index=np.arange(3, dtype=np.int32),
+        y=np.arange(4, dtype=np.int32) % 3,
+        eps=eps,
+        branch=np.zeros(4, np.int32),
+        sample=np.arange(4),
+    )
+    return paired(trajectory, None, sampler, schedule)
+
+
+@functools.cache
+def plan(name: str = "common", w_bits: int = 4, a_bits: int | None = 8) -> SitePlan:
+    """A named policy, but for one weight and one activation that stay in full precision."""
+    x, t = tiny_unet.inputs(CONFIG, 1)
+    sites = list_sites(model().module, x, t, np.zeros(1, np.int32))
+    kept = [Rule("kept weight", KEPT_WEIGHT, ("weight",), None, None)]
+    if a_bits is not None:
+        kept.append(Rule("kept input", KEPT_INPUT, ("input",), None, None))
+    return make_plan(sites, (*kept, *policy(name, sites, w_bits, a_bits)))
+
+
+def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0) -> MethodSettings:
+    case = CASES[name]
+    made = MethodSettings(
+        weights=ReconstructConfig(
+            steps=steps,
+            batch_size=8,
+            lr=5e-2,
+            schedule="cosine",
+            walk_batch=12,
+            save_seconds=save_seconds,
+            devices=devices,
+        ),
+        activations=ActivationConfig(batch_size=6, margin=1.5),
+        activation_steps=2 if steps and case.entry == "qdiffusion" else 0,
+        closed_form=ClosedFormConfig(walk_batch=12, check_samples=12, devices=devices),
+        tune_steps=steps,
+        batch_ranges=BatchRangeConfig(values=32, candidates=10),
+        tdq=TdqConfig(scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8)),
+        **case.options,
+    )
+    # Rounds sample the network, which compiles it once more.
+    return dataclasses.replace(made, tcaq=dataclasses.replace(made.tcaq, rounds=min(steps, 1)))
+
+
+def method(name: str, steps: int, on_progress: Callable | None = None, **own) -> Method:
+    """own: devices and save_seconds of `settings`."""
+    sets = CalibrationSets(calibration(), calibration(), TIMESTEPS, paired=pairs())
+    return build(CASES[name].entry, model(), sets, settings(name, steps, **own), on_progress)
+
+
+def begin(planned: SitePlan, seed: int = 5) -> QuantState:
+    return initial_state(planned, jax.random.key(seed), "a" * 64)
+
+
+def finish(made: Method, state: QuantState, store=None, chunk=3, entered=lambda stage: None):
+    """The outcome of all stages in order. entered: is told the name of every stage that begins."""
+    reports = {}
+    for i, stage in enumerate(made.stages):
+        entered(stage.name)
+        folder = None if store is None else store / f"{i}_{stage.name}"
+        state, reports[stage.name] = run_stage(stage, state, folder, chunk=chunk)
+    return Outcome(state, reports)
+
+
+@functools.cache
+def outcome(name: str, steps: int = 0, policy_name: str | None = None, a_bits: int | None = 8):
+    """Of a case, run once. policy_name: in place of the case's own."""
+    planned = plan(policy_name or CASES[name].policy, 4, a_bits)
+    return finish(method(name, steps), begin(planned))
+
+
+def kill(name: str, steps: int, store, reports: int, stage: str | None = None) -> None:
+    """Run a case until the report after so many (of that stage, or of all), where it is killed."""
+    left, running = [reports], []
+
+    def on_progress(done, total, **shown):
+        left[0] -= stage in (None, running[-1])
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    made = method(name, steps, on_progress, save_seconds=0.0)
+    # Without steps a chunk is a batch of the calibration, and one after the other is saved.
+    chunk = 3 if steps else 1
+    with pytest.raises(KeyboardInterrupt):
+        finish(made, begin(plan(CASES[name].policy)), store, chunk, running.append)
+
+
+def resume(name: str, steps: int, store) -> Outcome:
+    """The case from the start of the method, on what a killed run has left in the store."""
+    return finish(method(name, steps), begin(plan(CASES[name].policy)), store)
+
+
+def parameters(state: QuantState) -> dict:
+    """The full-precision parameters that the codes of a state are for."""
+    return tuned_params(model().params, state.aux)
