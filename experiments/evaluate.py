@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from experiments.evaluate_captions import Captions, load_captions, measure_captions
@@ -129,7 +130,16 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
 
 
 def _measure(config: EvaluateConfig, subject: Subject, judge: Judge, real: Real, paths) -> dict:
-    generated = described(judge, _stream(paths), tool=config.tool, count=config.samples)
+    mesh = _mesh()
+    devices = 1 if mesh is None else mesh.size
+    generated = described(
+        judge,
+        _stream(paths),
+        tool=config.tool,
+        count=config.samples,
+        batch=devices * -(-64 // devices),
+        mesh=mesh,
+    )
     reference = real.reference and real.reference.described
     floor = real.floor and real.floor.described
     generated, reference, floor = with_classes(judge, subject.classes, generated, reference, floor)
@@ -142,6 +152,7 @@ def _measure(config: EvaluateConfig, subject: Subject, judge: Judge, real: Real,
             tool=config.tool,
             k=config.neighbours,
             extrapolate=config.extrapolate and real.published is None,
+            mesh=mesh,
         )
     if real.published is not None:
         spatial = not config.tool or find_tool(config.tool).spatial
@@ -185,9 +196,13 @@ def _draw(config: EvaluateConfig, subject: Subject, plan: SamplerPlan, workdir: 
             guidance_scale=config.sampler.guidance_scale,
             hooks=hooks_of(subject.correction, plan),
             on_shard=tell,
-            # Several CPU devices share the same cores and gain nothing.
-            mesh=None if jax.default_backend() == "cpu" else data_mesh(),
+            mesh=_mesh(),
         )
+
+
+def _mesh() -> Mesh | None:
+    """Every accelerator; several CPU devices share the same cores and gain nothing."""
+    return None if jax.default_backend() == "cpu" else data_mesh()
 
 
 def compare(workdirs: list[str], out: str | pathlib.Path) -> str:
