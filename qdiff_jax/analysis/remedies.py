@@ -22,10 +22,10 @@ from qdiff_jax.analysis.temporal import temporal_information
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import fake_quant
-from qdiff_jax.quant.timed import TimeIndexed, select, step_context
+from qdiff_jax.quant.timed import select, step_context
 from qdiff_jax.sites import flatten_sites
+from qdiff_jax.stages.time_scales import LEFT
 
-_LEFT = ("input", "q", "softmax")
 _fake_quant = jax.jit(fake_quant)
 
 
@@ -71,13 +71,16 @@ def remedies(
     return Remedies(verdict, times, activations, accumulated, features.error, layers, skips)
 
 
-def _quantizer(variables: Mapping, name: str, ctx: Any) -> QParams | None:
-    """The static quantizer of "site:operand" at a step; None where there is none, or another kind."""
+def _quantizers(variants: Mapping[str, dict], ctx: Any) -> dict[str, dict[str, Any]]:
+    """{variant: {site: SiteQuant}} as they are at a step."""
+    return {name: flatten_sites(select(v["quant"], ctx)) for name, v in variants.items()}
+
+
+def _quantizer(sites: Mapping[str, Any], name: str) -> QParams | None:
+    """The static quantizer of "site:operand"; None where there is none, or another kind."""
     site, _, operand = name.rpartition(":")
-    held = flatten_sites(variables["quant"]).get(site)
-    found = None if held is None else held.lhs if operand in _LEFT else held.rhs
-    if isinstance(found, TimeIndexed):
-        found = select(found, ctx)
+    held = sites.get(site)
+    found = None if held is None else held.lhs if operand in LEFT else held.rhs
     return found if isinstance(found, QParams) and not found.spec.dynamic else None
 
 
@@ -97,8 +100,8 @@ def activation_error(
     for position, (t, report) in enumerate(zip(times, reports, strict=True)):
         ctx = step_context(np.float32(t), np.int32(position))
         held = {
-            name: {key: _quantizer(variables, key, ctx) for key in report}
-            for name, variables in variants.items()
+            name: {key: _quantizer(sites, key) for key in report}
+            for name, sites in _quantizers(variants, ctx).items()
         }
         shared = [
             key
@@ -129,12 +132,13 @@ def skip_error(
     whole = np.zeros((len(layers), 2))
     for position, values in enumerate(step_values(subject, names, on_step)):
         ctx = step_context(np.float32(subject.trajectory.t[position]), np.int32(position))
+        held = _quantizers(variants, ctx)
         for k, (layer, pair) in enumerate(zip(layers, pairs.values(), strict=True)):
             maps = [values[part] for part in pair]
             both, boundary = np.concatenate(maps, axis=-1), maps[0].shape[-1]
             whole[k] += [np.square(part, dtype=np.float64).sum() for part in maps]
-            for name, variables in variants.items():
-                quantizer = _quantizer(variables, f"{layer}:input", ctx)
+            for name, sites in held.items():
+                quantizer = _quantizer(sites, f"{layer}:input")
                 if quantizer is None:
                     continue
                 error = np.asarray(_fake_quant(quantizer, both), np.float64) - both

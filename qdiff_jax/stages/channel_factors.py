@@ -164,9 +164,9 @@ def move_channel_factors(
         params = {**carry.state.aux.get("params", {}), **carry.leaves}
         state = carry.state.replace(aux={**carry.state.aux, "params": params})
         exponents = {name: exponent for name, (exponent, _) in carry.chosen.items()}
-        taken = 1 if config.exponent != "search" else None
+        searched = config.exponent == "search"
         errors = {
-            name: {"without": float(e[0]), "taken": float(e[taken] if taken else e.min())}
+            name: {"without": float(e[0]), "taken": float(e.min() if searched else e[1])}
             for name, (_, e) in carry.chosen.items()
         }
         return state, {

@@ -19,7 +19,7 @@ from qdiff_jax.policy import ACTIVATION
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import from_ranges
-from qdiff_jax.sites import SiteQuant, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 
 
 @pytest.fixture(scope="module")
@@ -104,5 +104,5 @@ def test_the_command_on_a_run(smoke_run, tmp_path):
 
 def test_kinds_that_have_no_static_range_are_left_out(subject):
     held = variables(subject, lambda _: None)
-    assert module._quantizer(held, "conv_in/conv:input", None) is None
+    assert module._quantizer(flatten_sites(held["quant"]), "conv_in/conv:input") is None
     assert jax.tree.leaves(held["quant"]) == []
