@@ -7,11 +7,14 @@ Papers: AdaRound (Nagel et al. 2020) with BRECQ's blocks (Li et al. 2021), GPTQ 
 asymmetric targets as in GPTAQ (Li et al. 2025). Everything but the rounding is the main job's: 20 DDIM steps,
 16 trajectories of calibration, 16 held out, 64 rollouts, policy `common`. `model=` names one shipped model
 (default: both), `bits=` one width of `w4a32`, `w3a32`, `w4a8`, `w4a4`, `w2a8` (default: all), `recipe=` one
-row of the table; `seeds=1` takes fewer than three. Hours in all on two cores; killed at any moment, the same
-command goes on, and other words with the same --out add to the table. Expected, from a prototype on another
-small U-Net: closed form at or below AdaRound of 1,000 steps in a tenth of its CPU seconds.
+row of the table or a pattern such as `adaround 1000*`; `seeds=1` takes fewer than three. Hours in all on two
+cores; killed at any moment, the same command goes on, and other words with the same --out add to the table.
+Expected, from a prototype on another small U-Net: closed form at or below AdaRound of 1,000 steps in a tenth of
+its CPU seconds.
 `bench_rounding.py:smoke` runs four recipes on a miniature.
 """
+
+import fnmatch
 
 import ml_collections
 
@@ -34,25 +37,23 @@ def _closed_form(target, **settings):
 
 RECIPES = {
     "nearest": {"method": "rtn", "set": {}},
-    **{f"adaround {n}, 1e-3": _adaround(n, 1e-3, "constant") for n in (50, 200, 1000)},
-    **{f"adaround {n}, 1e-2": _adaround(n, 1e-2) for n in (50, 200, 1000)},
-    **{f"adaround {n}, 3e-2": _adaround(n, 3e-2) for n in (50, 200, 1000)},
-    "adaround 5000, 1e-2": _adaround(5000, 1e-2),
+    **{f"adaround {n} at 1e-3": _adaround(n, 1e-3, "constant") for n in (50, 200, 1000)},
+    **{f"adaround {n} at 1e-2": _adaround(n, 1e-2) for n in (50, 200, 1000)},
+    **{f"adaround {n} at 3e-2": _adaround(n, 3e-2) for n in (50, 200, 1000)},
+    "adaround 5000 at 1e-2": _adaround(5000, 1e-2),
     "gptq": _closed_form("layer_quantized_input", refit_bias=False),
     "gptq + bias": _closed_form("layer_quantized_input"),
     "asym1 + bias": _closed_form("layer_fp_output"),
     "asym2 + bias": _closed_form("block_fp_output"),
-    "asym2 + bias, steps by c^2": _closed_form("block_fp_output", step_weights="eps_coefficient"),
-    "asym2 + bias, steps by sensitivity": _closed_form(
-        "block_fp_output", step_weights="sensitivity"
-    ),
+    "asym2 + bias by c^2": _closed_form("block_fp_output", step_weights="eps_coefficient"),
+    "asym2 + bias by sensitivity": _closed_form("block_fp_output", step_weights="sensitivity"),
     # Parts of the Hessian: taps of a convolution, groups of a dense layer's inputs (quant.hessian_size).
-    "asym2 + bias, Hessian in 5 MiB": _closed_form("block_fp_output", hessian_mib=5),
-    "asym2 + bias, Hessian in 1 MiB": _closed_form("block_fp_output", hessian_mib=1),
+    "asym2 + bias in 5 MiB": _closed_form("block_fp_output", hessian_mib=5),
+    "asym2 + bias in 1 MiB": _closed_form("block_fp_output", hessian_mib=1),
     "asym2 + bias + kronecker": _closed_form("block_fp_output", kronecker_sweeps=2),
     "asym2 + bias + tuning": _closed_form("block_fp_output", tune_steps=50),
 }
-SMOKE = ("nearest", "adaround 50, 1e-2", "gptq", "asym2 + bias + tuning")
+SMOKE = ("nearest", "adaround 50 at 1e-2", "gptq", "asym2 + bias + tuning")
 
 
 def get_config(arg=None):
@@ -71,12 +72,12 @@ def get_config(arg=None):
     config.models = MODELS if arg.model == "both" else (arg.model,)
     config.bits = BITS if arg.bits == "all" else (arg.bits,)
     config.seeds = tuple(range(arg.seeds))
-    names = tuple(RECIPES) if arg.recipe == "all" else (arg.recipe,)
+    pattern = "*" if arg.recipe == "all" else arg.recipe
+    names = tuple(name for name in RECIPES if fnmatch.fnmatchcase(name, pattern))
     if arg.smoke:
         config.models, config.bits, config.seeds = ("random:miniature",), ("w4a8",), (0,)
         names = SMOKE
-    unknown = [name for name in names if name not in RECIPES]
-    if unknown:
-        raise ValueError(f"recipe={unknown[0]!r} is unknown; there are {list(RECIPES)}.")
+    if not names:
+        raise ValueError(f"recipe={arg.recipe!r} is unknown; there are {list(RECIPES)}.")
     config.recipes = tuple((name, RECIPES[name]) for name in names)
     return config

@@ -151,7 +151,8 @@ CLAIMS = {
             "PTQD",
             {"slope": "correlated part", "bias": "bias", "all": "all terms"}[term],
             "ptqd",
-            f"terms={term}",
+            # The same words as other claims use for the same run.
+            "" if term == "all" else f"terms={term}",
             "method=rtn",
             "w4a8",
             "ImageNet W4A8: FID within 0.06 of full precision, with all of it",
@@ -198,7 +199,7 @@ CLAIMS = {
         )
         for name, method, file, words in (
             ("brecq", "BRECQ", "baseline", "method=brecq,"),
-            ("qdiffusion", "Q-Diffusion", "qdiffusion", ""),
+            ("qdiffusion", "Q-Diffusion", "qdiffusion", "split=both,"),
             ("tfmq", "TFMQ-DM", "tfmq", ""),
         )
     },

@@ -172,6 +172,9 @@ def compare(
     runs = [make_run(path, overrides or {}) for path in given]
     check_alike(runs)
     if judging is not None:
+        # Real images are described once for all variants, unless the caller names another folder.
+        known = {"cache": str(out / "real"), **judging.overrides}
+        judging = judging._replace(overrides=known)
         check_judging(runs, judging)
     finished = []
     for position, run in enumerate(runs):

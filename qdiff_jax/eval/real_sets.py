@@ -19,8 +19,8 @@ import numpy as np
 from qdiff_jax.eval.described import Described, Spatial, describe
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.moments import Moments
-from qdiff_jax.eval.real_images import labelled_stream, source_fingerprint
-from qdiff_jax.eval.reference import Origin
+from qdiff_jax.eval.real_images import labelled_stream
+from qdiff_jax.eval.reference import Origin, cached_file, origin_of
 
 
 class RealSet(NamedTuple):
@@ -56,13 +56,10 @@ def real_set(
 
     Raises ValueError for a source that cannot be read or a damaged cache file.
     """
-    preparation = "none" if crop is None else f"{crop} to {size}"
-    origin = Origin(f"{source} {split}", network.name, network.fingerprint, tool, 0, preparation)
+    origin = origin_of(source, split, network, tool, crop, size)
     path = None
     if cache is not None:
-        content = source_fingerprint(source, split)
-        key = hashlib.sha256(json.dumps([origin, content, limit]).encode()).hexdigest()[:16]
-        path = pathlib.Path(cache) / f"real_{key}.npz"
+        path = cached_file(cache, "real", origin, source, split, limit)
         if path.exists():
             return _load(path)
     digest = hashlib.sha256()

@@ -134,6 +134,23 @@ def gather(origin: Origin, batches: Iterable[Features], *, keep: int = 0) -> Ref
     return Reference(origin._replace(count=count), moments, features)
 
 
+def origin_of(
+    source: str, split: str, network: Any, tool: str, crop: str | None, size: int | None
+) -> Origin:
+    """The origin of one split of a source before it is counted."""
+    preparation = "none" if crop is None else f"{crop} crop to {size}"
+    return Origin(f"{source} {split}", network.name, network.fingerprint, tool, 0, preparation)
+
+
+def cached_file(
+    cache: str | pathlib.Path, kind: str, origin: Origin, source: str, split: str, *rest: Any
+) -> pathlib.Path:
+    """Where a cache holds what was made of a source: another name for other content, origin or `rest`."""
+    content = source_fingerprint(source, split)
+    key = hashlib.sha256(json.dumps([origin, content, *rest]).encode()).hexdigest()[:16]
+    return pathlib.Path(cache) / f"{kind}_{key}.npz"
+
+
 def reference_statistics(
     network: Any,
     source: str,
@@ -163,13 +180,10 @@ def reference_statistics(
 
     Raises ValueError for a source that cannot be read or a damaged cache file.
     """
-    preparation = "none" if crop is None else f"{crop} crop to {size}"
-    origin = Origin(f"{source} {split}", network.name, network.fingerprint, tool, 0, preparation)
+    origin = origin_of(source, split, network, tool, crop, size)
     path = None
     if cache is not None:
-        content = source_fingerprint(source, split)
-        key = hashlib.sha256(json.dumps([origin, content, limit, keep]).encode()).hexdigest()[:16]
-        path = pathlib.Path(cache) / f"reference_{key}.npz"
+        path = cached_file(cache, "reference", origin, source, split, limit, keep)
         if path.exists():
             return load_reference(path)
     if prepare is None:

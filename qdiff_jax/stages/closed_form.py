@@ -41,7 +41,7 @@ from qdiff_jax.observe.capture import (
 )
 from qdiff_jax.quant.hessian_size import hessian_parts
 from qdiff_jax.runtime.mesh import data_mesh
-from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig, check_descent
 from qdiff_jax.stages.output_factors import output_factors
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.unit_moments import Sampling, full_pass
@@ -103,7 +103,7 @@ def closed_form(
     unknown = sorted(set(frozen_units) - {unit.name for unit in units})
     if unknown:
         raise ValueError(f"{name}: frozen_units {unknown} are not among the units of this pass.")
-    _check_descent(model.params, units, config, name)
+    _check_descents(model.params, units, config, name)
     if config.devices > len(jax.devices()):
         raise ValueError(
             f"{name}: devices={config.devices} were asked for, but JAX sees {len(jax.devices())}."
@@ -237,20 +237,15 @@ def closed_form(
     return Stage(name, init, run, finish, done)
 
 
-def _check_descent(
+def _check_descents(
     params: Mapping, units: Sequence[Unit], config: ClosedFormConfig, name: str
 ) -> None:
-    """Coordinate descent needs whole Hessians: said before the first unit is rounded."""
-    if not (config.sweeps or config.kronecker_sweeps):
-        return
+    """Of every layer, before the first unit is rounded."""
     own = {node: params[node] for unit in units for node in unit.nodes if node in params}
     for path, leaf in jax.tree_util.tree_flatten_with_path(own)[0]:
-        if path[-1].key == "kernel" and hessian_parts(leaf.shape, config.hessian_mib) > 1:
-            raise ValueError(
-                f"{name}: coordinate descent needs the whole Hessian of "
-                f"{'/'.join(entry.key for entry in path)} {leaf.shape}, and hessian_mib={config.hessian_mib} "
-                "has room for blocks of it only: raise it, or set sweeps and kronecker_sweeps to 0."
-            )
+        if path[-1].key == "kernel":
+            where = f"{'/'.join(entry.key for entry in path)} {leaf.shape} in {name}"
+            check_descent(config, hessian_parts(leaf.shape, config.hessian_mib) > 1, where)
 
 
 def _checked_weights(weights, size: int, name: str) -> np.ndarray:

@@ -95,6 +95,15 @@ class LayerResult(NamedTuple):
     damping: jax.Array
 
 
+def check_descent(config: ClosedFormConfig, in_blocks: bool, where: str) -> None:
+    """Raise ValueError if coordinate descent is asked for where there are only blocks of the Hessian."""
+    if in_blocks and (config.sweeps or config.kronecker_sweeps):
+        raise ValueError(
+            f"coordinate descent needs the whole Hessian of {where}, and hessian_mib={config.hessian_mib} "
+            "has room for blocks of it only: raise it, or set sweeps and kronecker_sweeps to 0."
+        )
+
+
 def round_layer(
     kernel: jax.Array,
     bias: jax.Array,
@@ -107,12 +116,7 @@ def round_layer(
 
     output_factor: [N, N], for `kronecker_sweeps`. Solved in float64 where JAX has it enabled.
     """
-    if moments.spread.ndim == 3 and (config.sweeps or config.kronecker_sweeps):
-        raise ValueError(
-            f"coordinate descent needs the whole Hessian of a kernel {kernel.shape}, and "
-            f"hessian_mib={config.hessian_mib} has room for blocks of it only: raise it, or set sweeps and "
-            "kronecker_sweeps to 0."
-        )
+    check_descent(config, moments.spread.ndim == 3, f"a kernel {kernel.shape}")
     centred = config.refit_bias
     double = bool(jax.config.jax_enable_x64) and jax.default_backend() == "cpu"
     h, order, ridged, upper, used = _factors(

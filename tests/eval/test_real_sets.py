@@ -46,7 +46,7 @@ def test_a_folder_is_cropped_and_its_folders_are_the_classes(folder):
     expected = probe(np.stack([crop_resize(image, 16) for image in images.values()]))
     np.testing.assert_array_equal(found.described.features, expected["pool"])
     np.testing.assert_array_equal(found.described.labels, [0, 0, 2])
-    assert found.origin.preparation == "lsun to 16"
+    assert found.origin.preparation == "lsun crop to 16"
     assert found.origin.count == 3
 
 

@@ -51,8 +51,8 @@ def test_every_recipe_makes_a_config_that_is_valid():
     assert by_recipe["adaround 200, 3e-2"].reconstruct.lr == 3e-2
     assert by_recipe["asym1 + bias"].closed_form.target == "layer_fp_output"
     assert not by_recipe["gptq"].closed_form.refit_bias
-    assert by_recipe["asym2 + bias, steps by c^2"].closed_form.step_weights == "eps_coefficient"
-    assert by_recipe["asym2 + bias, Hessian in 1 MiB"].closed_form.hessian_mib == 1
+    assert by_recipe["asym2 + bias by c^2"].closed_form.step_weights == "eps_coefficient"
+    assert by_recipe["asym2 + bias in 1 MiB"].closed_form.hessian_mib == 1
 
 
 def test_an_unknown_recipe_lists_those_there_are():
