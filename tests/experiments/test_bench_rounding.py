@@ -48,7 +48,7 @@ def test_every_recipe_makes_a_config_that_is_valid():
     made = cells(load_config(f"{CONFIG}:model=unet_fashion,bits=w4a32,seeds=2"))
     assert len({cell.name for cell in made}) == len(made) == 2 * 21
     by_recipe = {cell.row["recipe"]: cell.config for cell in made}
-    assert by_recipe["adaround 200, 3e-2"].reconstruct.lr == 3e-2
+    assert by_recipe["adaround 200 at 3e-2"].reconstruct.lr == 3e-2
     assert by_recipe["asym1 + bias"].closed_form.target == "layer_fp_output"
     assert not by_recipe["gptq"].closed_form.refit_bias
     assert by_recipe["asym2 + bias by c^2"].closed_form.step_weights == "eps_coefficient"
