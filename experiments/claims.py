@@ -23,6 +23,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.compare import Run, make_run, run_once
+from experiments.quantize_config import read_config
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.report import read_report
 from qdiff_jax.eval.samples import Samples
@@ -54,8 +55,17 @@ def runs_of(claim: Claim, config: ConfigDict) -> list[tuple[Run, Run]]:
     for seed in config.seeds:
         overrides = {"evaluation.samples": int(config.samples), "seed": int(seed)}
         pair = (make_run(path, overrides) for path in (claim.with_it, claim.without))
-        pairs.append(tuple(run._replace(name=f"{run.name}-seed{seed}") for run in pair))
+        pairs.append(tuple(_alone(run, f"{run.name}-seed{seed}") for run in pair))
     return pairs
+
+
+def _alone(run: Run, name: str) -> Run:
+    """A config's method without the round-to-nearest beside it, which comes first and which no claim reads."""
+    own = run.config.copy_and_resolve_references()
+    with own.unlocked():
+        method = list(own.variants)[-1]
+        own.variants = ConfigDict({method: own.variants[method]})
+    return Run(name, run.given, own, read_config(own))
 
 
 def errors(workdir: pathlib.Path, name: str) -> np.ndarray:
@@ -76,8 +86,7 @@ def measure(
     for pair in pairs:
         seen, found = [], []
         for run in pair:
-            # In the order of the report: a config's method comes after round-to-nearest beside it.
-            name = list(run.parsed.variants)[-1]
+            (name,) = run.parsed.variants
             workdir = run_once(run, out, f"python -m experiments.claims ({run.given})")
             seen.append(errors(workdir, name))
             records = read_report(workdir / "report.json")["variants"]

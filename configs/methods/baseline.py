@@ -7,7 +7,7 @@ As in configs/quickstart.py, but with the words of the other configs of this fol
 bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`; `method=rtn` (default), `method=brecq`, `method=tfmq`,
 `method=closed_form`; `rounding=closed_form` under BRECQ and TFMQ-DM; `model=unet` (default), `model=dit`.
 Papers' settings (20,000 steps a unit, 5,000
-for BRECQ's activations: hours on a CPU) unless `laptop` (150 steps a unit); `smoke` runs in seconds
+for BRECQ's activations: hours on a CPU) unless `laptop` (150 steps of 16 a unit); `smoke` runs in seconds
 (`baseline.py:smoke`). Expected of `laptop`: the rows of the README's first table.
 """
 

@@ -10,7 +10,7 @@ report says so); `mixed` for 4 to 8 activation bits by step; `faithful` for the 
 `rounding=closed_form` under BRECQ and TFMQ-DM.
 20 steps on the quadratic grid and 16 trajectories (the paper's code takes 1,024:
 `--config.calibration.samples=1024`), with the papers' 20,000 steps a unit under BRECQ and TFMQ-DM: hours on a
-CPU with those. `laptop` takes 150 steps a unit; `smoke` runs in seconds (`ptqd.py:smoke`).
+CPU with those. `laptop` takes 150 steps of 16 a unit; `smoke` runs in seconds (`ptqd.py:smoke`).
 
 Expected of `ptqd.py:w4a8,laptop` on two CPU cores: less than 10 minutes; the teacher-forced eps error below
 that of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bit activations only the first

@@ -8,7 +8,7 @@ behind the colon: bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (
 every layer; `softmax=target` for softmax outputs at the target bits (policy `official:tcaq`);
 `rounding=closed_form` solves the weights anew in every round, before its activation steps.
 20,000 steps a unit and 5,000 more in each round: hours on a CPU. Round-to-nearest stands beside it.
-`laptop` takes 100 steps a unit and 25 in each round (150 where there are none); `smoke` runs in seconds.
+`laptop` takes 100 steps of 16 a unit and 25 in each round (150 where there are none); `smoke` runs in seconds.
 
 Expected of `tcaq.py:w4a8,laptop` on two CPU cores: less than 10 minutes; teacher-forced and rollout errors
 below those of round-to-nearest. The paper's gain is largest at 4-bit activations.
