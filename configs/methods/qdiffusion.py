@@ -9,8 +9,8 @@ split is left out, which the log says); `split=both` (default: first convolution
 block), `split=shortcut` (the official code), `split=none` (the ablation); `rounding=closed_form`
 solves the same blocks instead of AdaRound's steps.
 The paper's sizes: 20 steps x 256 trajectories, 20,000 steps a unit at 1e-3, 5,000 steps of activation
-scales at 4e-4: hours on a CPU. `laptop` takes 16 trajectories and 150 steps of 16 a unit; `smoke` runs in seconds
-(`qdiffusion.py:smoke`).
+scales at 4e-4: hours on a CPU. `laptop` takes 16 trajectories and 150 steps of 16 a unit; `smoke` runs in
+seconds (`qdiffusion.py:smoke`).
 
 Expected of `qdiffusion.py:w4a8,laptop` on two CPU cores: less than 10 minutes, an eps error below that of
 round-to-nearest under the same policy.

@@ -8,8 +8,8 @@ reconstruction, 20,000 steps a unit, then the networks) or `mode=qat` (everythin
 batch 128; without images, on the full-precision prediction); `rounding=closed_form` solves the
 weights of `ptq`; `shared` learns one step size for all timesteps (the ablation). Round-to-nearest stands
 beside it.
-`laptop` takes 150 steps of 16 a unit for the weights and 100 for the networks, or 300 steps of training; `smoke`
-runs in seconds.
+`laptop` takes 150 steps of 16 a unit for the weights and 100 for the networks, or 300 steps of training;
+`smoke` runs in seconds.
 
 Expected of `tdq.py:w4a8,laptop` on two CPU cores: less than 10 minutes, and a teacher-forced eps error below
 that of round-to-nearest. The networks matter at few activation bits (`w4a4`); at 8 bits ranges hardly do.
