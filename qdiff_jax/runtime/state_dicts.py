@@ -35,7 +35,7 @@ FOLDER_FILES = (
     "pytorch_model.bin.index.json",
 )
 # Types that are widened to float32 when read; float64 and integers stay as they are.
-_NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_NARROW = ("float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +164,11 @@ def _safetensors(path: pathlib.Path) -> dict[str, LazyTensor]:
         with safe_open(path, framework="numpy") as file:
             for key in file.keys():
                 part = file.get_slice(key)
+                dtype = part.get_dtype()
+                if dtype not in _DTYPES:
+                    raise ValueError(f"{path} stores {key} as {dtype}, which is not read.")
                 read = functools.partial(_read_safetensors, path, key)
-                found[key] = _lazy(part.get_shape(), _dtype(part.get_dtype()), read)
+                found[key] = _lazy(part.get_shape(), _DTYPES[dtype], read)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}); download or copy it again."
@@ -179,17 +182,22 @@ def _read_safetensors(path: pathlib.Path, key: str) -> np.ndarray:
         return file.get_tensor(key)
 
 
-_SAFETENSORS = {
+# The dtypes of safetensors by NumPy's names.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
     "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
     "BOOL": "bool",
 }
-
-
-def _dtype(code: str) -> str:
-    letters = {"F": "float", "I": "int", "U": "uint"}
-    return _SAFETENSORS.get(code) or letters.get(code[0], code[0]) + code[1:]
 
 
 def _torch(path: pathlib.Path, entry: str | None) -> dict[str, LazyTensor]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from qdiff_jax.runtime.state_dicts import load_config, load_state_dict, to_device
+from qdiff_jax.models.port.strict import take, with_moving_average
+from qdiff_jax.runtime.state_dicts import LazyTensor, load_config, load_state_dict, to_device
 from qdiff_jax.runtime.torch_files import load_torch
 from qdiff_jax.runtime.torch_pickle import Deferred
 
@@ -247,6 +248,23 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
             np.asarray(state["w"])
 
 
+def test_moving_averages_are_chosen_without_reading(tmp_path):
+    """A checkpoint as LDM's: of both sets of weights only the chosen one is ever read."""
+    names = (
+        "model.a.w",
+        "model_ema.aw",
+        "model_ema.decay",
+        "model_ema.num_updates",
+        "scale_factor",
+    )
+    tensors = {name: ("FloatStorage", RAMP[i : i + 1]) for i, name in enumerate(names)}
+    state = load_state_dict(archive(tmp_path / "model.ckpt", {"state_dict": tensors}))
+    parts = take(with_moving_average(state), {"unet": "model."}, keep=("scale_factor",))
+    assert all(isinstance(t, LazyTensor) for part in parts.values() for t in part.values())
+    equal(parts["unet"], {"a.w": RAMP[1:2]})
+    equal(parts[""], {"scale_factor": RAMP[4:5]})
+
+
 def test_to_device_empties_the_tree():
     tree = {"a": {"kernel": RAMP.reshape(4, 6).T, "bias": RAMP[:2]}, "b": RAMP[:1]}
     leaves = {"a": dict(tree["a"]), "b": tree["b"]}
@@ -267,3 +285,18 @@ def test_configs(tmp_path):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"act_fn": "silu"}')
     assert load_config(tmp_path) == load_config(tmp_path / "config.json") == {"act_fn": "silu"}
+
+
+def test_a_dtype_that_is_not_read(tmp_path):
+    header = json.dumps({"w": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(ValueError, match="stores w as C64, which is not read"):
+        load_state_dict(path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "uint16"])
+def test_dtypes_of_safetensors(dtype, tmp_path):
+    value = np.array([0, 1, 1], dtype)
+    safetensors.numpy.save_file({"w": value}, tmp_path / "w.safetensors")
+    equal(load_state_dict(tmp_path / "w.safetensors"), {"w": value})
