@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,6 @@ def test_unusable_vocabularies(vocabulary, tmp_path):
 
 def test_without_sentencepiece(tmp_path, monkeypatch):
     (tmp_path / "spiece.model").write_bytes(b"")
-    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match=r"pip install 'qdiff_jax\[t5\]'"):
         load_t5_tokenizer(tmp_path)
