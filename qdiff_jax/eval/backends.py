@@ -17,14 +17,17 @@ from absl import logging
 from qdiff_jax.data.images import to_unit_range
 from qdiff_jax.eval.hub import on_disk
 from qdiff_jax.eval.networks import clip_images, efficientnet, inception
-from qdiff_jax.eval.networks.clip import VIT_B32, VIT_L14, TextTower, VisionTower
-from qdiff_jax.eval.networks.clip_tokenizer import load_tokenizer, tokenize
-from qdiff_jax.eval.networks.clip_weights import clip_params
-from qdiff_jax.eval.networks.state_dict import FOLDER_FILES, fingerprint, read_tensors
+from qdiff_jax.eval.networks.state_dict import fingerprint, read_tensors
 from qdiff_jax.eval.resize import resize
 from qdiff_jax.eval.tools import find_tool, preprocess
 from qdiff_jax.models import registry
+from qdiff_jax.models.clip import VIT_B32, VIT_L14, TextTower, VisionTower
+from qdiff_jax.models.clip_tokenizer import load_tokenizer, tokenize
+from qdiff_jax.models.port.clip import clip_params
 from qdiff_jax.runtime.weights import load_weights
+
+# Of a repository on the hub that is named without a file.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 CLIP_CONFIGS = {"clip-vit-b32": VIT_B32, "clip-vit-l14": VIT_L14}
 _CLASSIFIER = "classifier_fashion"
@@ -116,7 +119,7 @@ def caption_network(name: str, weights, vocabulary) -> CaptionNetwork:
             f"{config.vocabulary}; give CLIP's own."
         )
     params = clip_params(read_tensors(source), config, source)["text"]
-    module = TextTower(config)
+    module = TextTower(config.text_config)
 
     def apply(captions: Sequence[str]) -> dict[str, jax.Array]:
         ids = tokenize(tokenizer, captions, config.positions)
@@ -198,7 +201,7 @@ def _check(images: jax.Array, name: str, shape: tuple[int, int, int]) -> None:
 def _given(name: str, weights) -> pathlib.Path:
     if weights is None:
         raise ValueError(f"{name} needs the path of its weights: {_SOURCES[name]}.")
-    return on_disk(weights, any_of=FOLDER_FILES)
+    return on_disk(weights, any_of=_HUB_FILES)
 
 
 def _inception(name: str, weights) -> FeatureNetwork:

@@ -13,22 +13,33 @@ import pathlib
 import pickle
 import zipfile
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from qdiff_jax.runtime.torch_pickle import DTYPES, Storage, storage_entry, storage_values, unpickle
+from qdiff_jax.runtime.torch_pickle import (
+    DTYPES,
+    Later,
+    Storage,
+    storage_entry,
+    storage_values,
+    unpickle,
+)
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
-def load_torch(path) -> Any:
+def load_torch(path, later: bool = False) -> Any:
     """Reads a file written by `torch.save`.
 
     Tensors and parameters become read-only NumPy arrays on the same values: bfloat16 as float32, any
     other dtype as it is. Dicts are `dict` or `OrderedDict`, lists, tuples, sets and scalars are Python's;
     objects of other classes (an optimizer's, a training framework's) are `Unknown`.
+
+    Args:
+      later: leave every tensor in the file, as a `torch_pickle.Deferred` to be read one at a time.
 
     Raises:
       ValueError: there is no such file; it is truncated, no checkpoint at all, or of a kind that this
@@ -39,9 +50,15 @@ def load_torch(path) -> Any:
         raise ValueError(f"there is no checkpoint file {path}; check the path.")
     with open(path, "rb") as file:
         head = file.read(512)
-    _refuse_other_files(head, path)
+    refuse_other_files(head, path)
+    if head[8:10] == b'{"':
+        raise ValueError(
+            f"{path} is a safetensors file, not a checkpoint of torch; read it with "
+            "runtime.state_dicts.load_state_dict."
+        )
     try:
-        return _read_zip(path) if head.startswith(b"PK\x03\x04") else _read_legacy(path)
+        read = _read_zip if head.startswith(b"PK\x03\x04") else _read_legacy
+        return read(path, later)
     except _UNPICKLING_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise ValueError(
@@ -66,7 +83,8 @@ _UNPICKLING_ERRORS = (
 )
 
 
-def _refuse_other_files(head: bytes, path: pathlib.Path) -> None:
+def refuse_other_files(head: bytes, path: pathlib.Path) -> None:
+    """ValueError if a file that begins with `head` (its first 512 bytes) is clearly no weights file."""
     text = head.lstrip().lower()
     if not head:
         raise ValueError(f"{path} is empty; download or copy it again.")
@@ -82,11 +100,9 @@ def _refuse_other_files(head: bytes, path: pathlib.Path) -> None:
             f"{path} is a checkpoint in the tar format of PyTorch before 0.1.10, which is not read; load "
             "it with torch and save it again."
         )
-    if head[8:10] == b'{"':
-        raise ValueError(f"{path} is a safetensors file; read it with safetensors.numpy.load_file.")
 
 
-def _read_zip(path: pathlib.Path) -> Any:
+def _read_zip(path: pathlib.Path, later: bool) -> Any:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         root = names[0].split("/", 1)[0] if names else ""
@@ -109,7 +125,11 @@ def _read_zip(path: pathlib.Path) -> Any:
                     raise ValueError(
                         f"storage {key} has {info.file_size} bytes where {count} x {dtype} belong"
                     )
-                cache[key] = Storage(dtype, storage_values(archive.read(info), dtype, order))
+                if later:
+                    read = _entry_reader(path, archive, info, dtype, order)
+                    cache[key] = Storage(dtype, Later(count, read))
+                else:
+                    cache[key] = Storage(dtype, storage_values(archive.read(info), dtype, order))
             if cache[key].dtype != dtype:
                 raise ValueError(f"storage {key} is both {cache[key].dtype} and {dtype}")
             return cache[key]
@@ -117,7 +137,44 @@ def _read_zip(path: pathlib.Path) -> Any:
         return unpickle(io.BytesIO(archive.read(f"{root}/data.pkl")), storage)
 
 
-def _read_legacy(path: pathlib.Path) -> Any:
+def _entry_reader(
+    path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, dtype: str, order: str
+) -> Callable[[], np.ndarray]:
+    """Reads one storage without the archive's directory, whose parsing for each tensor would take longer
+    than the tensors."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed, which torch.save does not do")
+    header = 30  # bytes, of which the last four are the lengths of the name and of the extra field
+    archive.fp.seek(info.header_offset)
+    local = archive.fp.read(header)
+    if len(local) < header or not local.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{info.filename} is not where the archive says")
+    lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    start = info.header_offset + header + lengths
+
+    def read() -> np.ndarray:
+        raw = _bytes_at(path, start, info.file_size)
+        if zlib.crc32(raw) != info.CRC:
+            raise ValueError(
+                f"{path} is damaged in {info.filename} (wrong checksum); download or copy it again."
+            )
+        return storage_values(raw, dtype, order)
+
+    return read
+
+
+def _bytes_at(path: pathlib.Path, start: int, length: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        raw = file.read(length)
+    if len(raw) < length:
+        raise ValueError(
+            f"{path} ends {length - len(raw)} bytes too early; it was changed meanwhile."
+        )
+    return raw
+
+
+def _read_legacy(path: pathlib.Path, later: bool) -> Any:
     """The storages come after the object: one pass finds which, the second builds with them."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -137,14 +194,20 @@ def _read_legacy(path: pathlib.Path) -> Any:
             return Storage(dtype, None)
 
         unpickle(file, listed)
-        stored: dict[str, np.ndarray] = {}
+        stored: dict[str, np.ndarray | Later] = {}
         for key in unpickle(file, _no_storage):
             header = file.read(8)
             count = int.from_bytes(header, order, signed=True)
             wanted = count * np.dtype(DTYPES[entries[key]]).itemsize
             if len(header) < 8 or not 0 <= wanted <= size - file.tell():
                 raise ValueError(f"the file ends within storage {key}")
-            stored[key] = storage_values(file.read(wanted), entries[key], order)
+            if later:
+                stored[key] = Later(
+                    count, _range_reader(path, file.tell(), wanted, entries[key], order)
+                )
+                file.seek(wanted, io.SEEK_CUR)
+            else:
+                stored[key] = storage_values(file.read(wanted), entries[key], order)
 
         def storage(pid) -> Storage:
             dtype, key, _ = storage_entry(pid)
@@ -154,13 +217,26 @@ def _read_legacy(path: pathlib.Path) -> Any:
             # A storage may be a window of another: (its key, offset, length).
             if len(pid) > 5 and pid[5] is not None:
                 _, offset, length = pid[5]
-                if not 0 <= offset <= offset + length <= len(values):
+                count = values.count if later else len(values)
+                if not 0 <= offset <= offset + length <= count:
                     raise ValueError(f"a window reaches beyond storage {key}")
-                values = values[offset : offset + length]
+                values = _window(values, offset, length)
             return Storage(dtype, values)
 
         file.seek(start)
         return unpickle(file, storage)
+
+
+def _range_reader(
+    path: pathlib.Path, start: int, length: int, dtype: str, order: str
+) -> Callable[[], np.ndarray]:
+    return lambda: storage_values(_bytes_at(path, start, length), dtype, order)
+
+
+def _window(values: np.ndarray | Later, offset: int, length: int) -> np.ndarray | Later:
+    if isinstance(values, Later):
+        return Later(length, lambda: values.read()[offset : offset + length])
+    return values[offset : offset + length]
 
 
 def _no_storage(pid):

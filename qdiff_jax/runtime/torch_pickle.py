@@ -94,11 +94,26 @@ class _Dtype(NamedTuple):
     name: str
 
 
+class Later(NamedTuple):
+    """Values [count] that are read when asked for, anew each time."""
+
+    count: int
+    read: Callable[[], np.ndarray]
+
+
 class Storage(NamedTuple):
     """The values of one storage; None on the pass that only lists what the file holds."""
 
     dtype: str
-    values: np.ndarray | None
+    values: np.ndarray | Later | None
+
+
+class Deferred(NamedTuple):
+    """A tensor that `read` reads from its file, anew each time. dtype: torch's name of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
 
 
 def storage_values(raw: bytes, dtype: str, order: str) -> np.ndarray:
@@ -122,27 +137,42 @@ def storage_entry(pid) -> tuple[str, str, int]:
 
 
 def _rebuild_tensor(storage, offset, size, stride, *_unused):
-    """A view of the storage, refused where it would reach beyond it."""
+    """A view of the storage, refused where it would reach beyond it; of one read later, a `Deferred`."""
     values = storage.values
     if values is None:
         return None
+    later = isinstance(values, Later)
+    count = values.count if later else len(values)
     size, stride = tuple(map(int, size)), tuple(map(int, stride))
     if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
         raise ValueError(f"impossible tensor: size {size}, stride {stride}, offset {offset}")
+    if 0 not in size and offset + sum((n - 1) * s for n, s in zip(size, stride)) >= count:
+        raise ValueError(f"a tensor of size {size} reaches beyond its {count} values")
+    if later:
+        return Deferred(size, storage.dtype, lambda: _view(values.read(), offset, size, stride))
+    return _view(values, offset, size, stride)
+
+
+def _view(values, offset, size, stride):
     if 0 in size:
         return np.zeros(size, values.dtype)
-    if offset + sum((n - 1) * step for n, step in zip(size, stride)) >= len(values):
-        raise ValueError(f"a tensor of size {size} reaches beyond its {len(values)} values")
     steps = tuple(step * values.itemsize for step in stride)
     return np.lib.stride_tricks.as_strided(values[offset:], size, steps, writeable=False)
 
 
 def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, *_unused):
     """Tensors whose storage is bytes and whose dtype stands beside it."""
-    if storage.values is not None:
-        raw = storage.values.tobytes()
-        storage = Storage(dtype.name, storage_values(raw, dtype.name, _NATIVE_ORDER))
-    return _rebuild_tensor(storage, offset, size, stride)
+
+    def typed(values):
+        return storage_values(values.tobytes(), dtype.name, _NATIVE_ORDER)
+
+    values = storage.values
+    if isinstance(values, Later):
+        count = values.count // np.dtype(DTYPES[dtype.name]).itemsize
+        values = Later(count, lambda: typed(storage.values.read()))
+    elif values is not None:
+        values = typed(values)
+    return _rebuild_tensor(Storage(dtype.name, values), offset, size, stride)
 
 
 _NATIVE_ORDER = "little" if np.dtype("<i4") == np.dtype("i4") else "big"

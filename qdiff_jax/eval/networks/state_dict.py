@@ -1,63 +1,19 @@
 """State dicts of PyTorch networks as parameter trees of ours, strict in both directions."""
 
 import hashlib
-import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError
 
-from qdiff_jax.runtime.torch_files import load_torch
+from qdiff_jax.runtime.state_dicts import load_state_dict
 from qdiff_jax.runtime.weights import fit_weights
-
-# What Hugging Face calls the weights in a model's folder, the first one there is taken.
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_tensors(path) -> dict[str, np.ndarray]:
-    """The named tensors of a weights file: .safetensors, or what `torch.save` wrote.
-
-    path: the file, or a folder with `model.safetensors` or `pytorch_model.bin`. In a checkpoint of torch
-    the state dict may lie under "state_dict", and names may begin with "module.", as data parallelism
-    leaves them.
-
-    Raises:
-      ValueError: no such file, a damaged one, or one without named tensors.
-    """
-    path = pathlib.Path(path)
-    if path.is_dir():
-        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-        if not files:
-            raise ValueError(f"the folder {path} has none of {', '.join(FOLDER_FILES)}.")
-        path = files[0]
-    if path.suffix != ".safetensors":
-        return _state_dict(load_torch(path), path)
-    if not path.is_file():
-        raise ValueError(f"there is no weights file {path}; check the path.")
-    try:
-        return safetensors.numpy.load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or no safetensors file ({error}); download or copy it again."
-        ) from error
-
-
-def _state_dict(checkpoint: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
-    found = checkpoint
-    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
-    if (
-        not isinstance(found, Mapping)
-        or not found
-        or not all(isinstance(k, str) and isinstance(v, np.ndarray) for k, v in found.items())
-    ):
-        raise ValueError(f"{path} holds no state dict (named tensors); export one from the model.")
-    prefix = "module." if all(key.startswith("module.") for key in found) else ""
-    return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
+    """The named tensors of a weights file or folder, as `load_state_dict` finds them, read at once."""
+    return {key: np.asarray(tensor) for key, tensor in load_state_dict(path).items()}
 
 
 def to_parameters(

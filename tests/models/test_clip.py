@@ -1,5 +1,6 @@
 """CLIP's towers against transformers and against OpenAI's layout, on seeded weights."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -9,21 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdiff_jax.eval.networks.clip import (
+from qdiff_jax.eval.networks.clip_images import preprocess
+from qdiff_jax.models.clip import (
+    SD_TEXT,
     VIT_B32,
     VIT_L14,
     ClipConfig,
+    TextConfig,
     TextTower,
     TowerConfig,
     VisionTower,
     clip_shapes,
+    text_shapes,
 )
-from qdiff_jax.eval.networks.clip_images import preprocess
-from qdiff_jax.eval.networks.clip_weights import clip_params
+from qdiff_jax.models.port.clip import clip_params, text_config, text_params
 
-from ...parity.networks import seeded
+from ..parity.networks import seeded
 
-CASE = pathlib.Path(__file__).parents[2] / "parity" / "networks" / "clip.npz"
+CASE = pathlib.Path(__file__).parents[1] / "parity" / "networks" / "clip.npz"
 TINY = ClipConfig(
     TowerConfig(32, 2, 4),
     TowerConfig(24, 2, 3),
@@ -56,7 +60,7 @@ def test_the_features_of_both_towers(layout):
     images = seeded.normal("image", (2, 24, 24, 3)).astype(np.float32)
     found = {
         "image": run(VisionTower(TINY), params["vision"], jnp.asarray(images)),
-        "text": run(TextTower(TINY), params["text"], jnp.asarray(stored()["ids"])),
+        "text": run(TextTower(TINY.text_config), params["text"], jnp.asarray(stored()["ids"])),
     }
     compared = 0
     for key, expected in stored().items():
@@ -78,7 +82,7 @@ def test_the_embeddings_at_the_published_sizes(name, config):
     picture = jnp.asarray(seeded.pictures(224)[:1])
     found = {
         "image": run(VisionTower(config), params["vision"], picture),
-        "text": run(TextTower(config), params["text"], jnp.asarray(case["ids"])),
+        "text": run(TextTower(config.text_config), params["text"], jnp.asarray(case["ids"])),
     }
     for tower, features in found.items():
         expected = case[tower]
@@ -98,12 +102,12 @@ def test_strict_both_ways(layout):
     whole = tensors(layout)
     extra = {"text_model.embeddings.position_ids": np.arange(12)[None]}  # old files carry it
     clip_params({**whole, **extra}, TINY, "f")
-    with pytest.raises(ValueError, match=r"in 1 parameters \(.*wanted none"):
+    with pytest.raises(ValueError, match=r"1 tensors without a parameter: vis.*projection\.bias"):
         clip_params({**whole, "visual_projection.bias": np.zeros(20)}, TINY, "f")
     lacking = [key for key in whole if "layers.1.mlp.fc1" in key or "resblocks.1.mlp.c_fc" in key]
     for key in lacking:
         del whole[key]
-    with pytest.raises(ValueError, match=r"in 2 parameters \(text/block_1/fc1|vision/block_1/fc1"):
+    with pytest.raises(ValueError, match=r"4 parameters without a tensor: .*/block_1/fc1/"):
         clip_params(whole, TINY, "f")
 
 
@@ -112,7 +116,7 @@ def test_wrong_inputs():
     with pytest.raises(ValueError, match=r"images \[B, 24, 24, 3\], got"):
         run(VisionTower(TINY), params["vision"], jnp.zeros((1, 32, 32, 3)))
     with pytest.raises(ValueError, match="N <= 12"):
-        run(TextTower(TINY), params["text"], jnp.zeros((1, 13), jnp.int32))
+        run(TextTower(TINY.text_config), params["text"], jnp.zeros((1, 13), jnp.int32))
 
 
 @pytest.mark.parametrize("name", ["down", "up"])
@@ -127,3 +131,69 @@ def test_preprocessing_of_grey_images_and_of_floats():
     np.testing.assert_array_equal(preprocess(grey, 24), preprocess(np.repeat(grey, 3, -1), 24))
     with pytest.raises(ValueError, match="uint8"):
         preprocess(grey.astype(np.float32), 24)
+
+
+@functools.cache
+def text_case():
+    with np.load(CASE.with_name("text_encoders.npz"), allow_pickle=False) as file:
+        case = {k.removeprefix("clip/"): file[k] for k in file.files if k.startswith("clip/")}
+    meta = json.loads(str(case.pop("meta")))
+    return case, text_config(meta["config"]), seeded.state_dict(meta["manifest"])
+
+
+def test_the_hidden_states_that_condition_a_diffusion_model():
+    """Without a projection, within 4 times what transformers' float32 is from its float64, also in the
+    padding, which may be the end (Stable Diffusion) or 0 (OpenAI)."""
+    case, config, state = text_case()
+    assert config == TextConfig(TowerConfig(24, 2, 3, 40), vocabulary=50, positions=12)
+    params = text_params(state, config)
+    found = run(TextTower(config), params, case["ids"])
+    assert set(found) == {"hidden", "pool"}
+    hidden = np.asarray(found["hidden"])
+    assert np.abs(hidden - case["hidden"]).max() < 4 * case["float32_error"]
+    # The same caption, filled up in the two ways: equal up to its end, different behind.
+    np.testing.assert_allclose(hidden[0, :5], hidden[1, :5], atol=1e-6)
+    assert np.abs(hidden[0, 5:] - hidden[1, 5:]).max() > 0.1
+    np.testing.assert_array_equal(found["pool"][0], hidden[0, 4])
+
+
+def test_where_a_text_tower_is_found():
+    _, config, state = text_case()
+    params = text_params(state, config)
+    assert all(key.startswith("text_model.") for key in state)
+    bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+    stable_diffusion = {f"cond_stage_model.transformer.{k}": v for k, v in state.items()}
+    stable_diffusion["cond_stage_model.transformer.text_model.embeddings.position_ids"] = np.arange(
+        12
+    )
+    stable_diffusion["model.diffusion_model.out.2.bias"] = np.zeros(4)
+    for other in (bare, stable_diffusion):
+        jax.tree.map(np.testing.assert_array_equal, params, text_params(other, config))
+    with pytest.raises(ValueError, match=r"1 tensors without a parameter: text_projection\.weight"):
+        text_params(state | {"text_projection.weight": np.zeros((20, 24))}, config)
+    projected = dataclasses.replace(config, embedding_dim=20)
+    both = text_params(bare | {"text_projection.weight": np.ones((20, 24))}, projected)
+    assert both["projection"]["kernel"].shape == (24, 20)
+
+
+def test_the_text_tower_of_stable_diffusion():
+    shapes = text_shapes(SD_TEXT)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 123_060_480
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "t5"}, "f describes a t5"),
+        ({"hidden_act": "gelu"}, "not built here: hidden_act='gelu'"),  # that of Stable Diffusion 2
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),
+    ],
+)
+def test_text_configs_of_other_models(change, message):
+    with np.load(CASE.with_name("text_encoders.npz"), allow_pickle=False) as file:
+        fields = json.loads(str(file["clip/meta"]))["config"]
+    assert (
+        text_config(fields | {"architectures": ["CLIPTextModelWithProjection"]}).embedding_dim == 20
+    )
+    with pytest.raises(ValueError, match=message):
+        text_config(fields | change, "f")

@@ -7,9 +7,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from qdiff_jax.eval.networks.clip_tokenizer import encode, load_tokenizer, tokenize
+from qdiff_jax.models.clip_tokenizer import encode, load_tokenizer, tokenize
 
-CASE = pathlib.Path(__file__).parents[2] / "parity" / "networks" / "clip_tokenizer.json"
+CASE = pathlib.Path(__file__).parents[1] / "parity" / "networks" / "clip_tokenizer.json"
 STORED = json.loads(CASE.read_text())
 END = STORED["vocab"]["<|endoftext|>"]
 

@@ -1,4 +1,4 @@
-"""CLIP's two towers: images and captions to vectors whose cosine is the CLIP score.
+"""CLIP's two towers: captions to what conditions Stable Diffusion, both to the vectors of the CLIP score.
 
 Radford et al. 2021, arXiv 2103.00020. The activation is x sigmoid(1.702 x), as in OpenAI's weights.
 Weights that others trained under the same names with the exact GELU (most of LAION's) have the same
@@ -18,11 +18,26 @@ _PRECISION = lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
-    """A transformer: width, number of layers and of heads."""
+    """A transformer: width, number of layers and of heads; `hidden` of the perceptron, 0: 4 x width."""
 
     width: int
     layers: int
     heads: int
+    hidden: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text tower. `embedding_dim` 0: without a projection, as Stable Diffusion has it.
+
+    vocabulary: number of token ids; the last one ends a caption. positions: the longest caption, in
+    tokens.
+    """
+
+    tower: TowerConfig
+    embedding_dim: int = 0
+    vocabulary: int = 49408
+    positions: int = 77
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +60,18 @@ class ClipConfig:
     vocabulary: int = 49408
     positions: int = 77
 
+    @property
+    def text_config(self) -> TextConfig:
+        return TextConfig(self.text, self.embedding_dim, self.vocabulary, self.positions)
+
 
 # The published sizes, with which OpenAI's weights come.
 VIT_B32 = ClipConfig(TowerConfig(768, 12, 12), TowerConfig(512, 12, 8), embedding_dim=512, patch=32)
 VIT_L14 = ClipConfig(
     TowerConfig(1024, 24, 16), TowerConfig(768, 12, 12), embedding_dim=768, patch=14
 )
+# What Stable Diffusion 1.x is conditioned on: the text tower of ViT-L/14 without its projection.
+SD_TEXT = TextConfig(VIT_L14.text)
 
 
 def _norm(name, x):
@@ -63,27 +84,28 @@ def _dense(name, x, features, bias=True):
 
 
 class Block(nn.Module):
-    """x [B, N, width] -> the same shape: attention, then a perceptron of four times the width."""
+    """x [B, N, width] -> the same shape: attention, then a perceptron."""
 
-    heads: int
+    tower: TowerConfig
     causal: bool
 
     @nn.compact
     def __call__(self, x):
         batch, length, width = x.shape
+        heads = self.tower.heads
         h = _norm("norm1", x)
         query, key, value = (
-            _dense(name, h, width).reshape(batch, length, self.heads, -1)
+            _dense(name, h, width).reshape(batch, length, heads, -1)
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=_PRECISION)
-        scores = scores * (width // self.heads) ** -0.5
+        scores = scores * (width // heads) ** -0.5
         if self.causal:
             visible = jnp.tril(jnp.ones((1, 1, length, length), bool))
             scores = jnp.where(visible, scores, -jnp.inf)
         h = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value, precision=_PRECISION)
         x = x + _dense("out", h.reshape(x.shape), width)
-        h = _dense("fc1", _norm("norm2", x), 4 * width)
+        h = _dense("fc1", _norm("norm2", x), self.tower.hidden or 4 * width)
         return x + _dense("fc2", h * jax.nn.sigmoid(1.702 * h), width)
 
 
@@ -114,7 +136,7 @@ class VisionTower(nn.Module):
         x = x + self.param("position_embedding", normal, x.shape[1:])[None]
         x = _norm("pre_norm", x)
         for i in range(tower.layers):
-            x = Block(tower.heads, causal=False, name=f"block_{i}")(x)
+            x = Block(tower, causal=False, name=f"block_{i}")(x)
         pool = _norm("post_norm", x[:, 0])
         return {
             "pool": pool,
@@ -123,17 +145,20 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids [B, N] int32, N <= positions -> {"pool" [B, width], "embedding" [B, embedding_dim]}.
+    """Token ids [B, N] int32, N <= positions -> {"hidden" [B, N, width], "pool" [B, width], and, with a
+    projection, "embedding" [B, embedding_dim]}.
 
-    Read at the first token that ends the caption, the largest id of the vocabulary; what stands behind
-    it (padding, of either convention) has no influence.
+    "hidden" are all positions after the last normalization. Padding is attended to by later positions,
+    as in the published models, so that "hidden" behind the caption's end depends on what it is filled up
+    with. "pool" is "hidden" at the first token that ends the caption, the largest id of the vocabulary;
+    no padding, of either convention, has influence on it.
     """
 
-    config: ClipConfig
+    config: TextConfig
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> dict[str, jax.Array]:
-        config, tower = self.config, self.config.text
+        config, tower = self.config, self.config.tower
         if ids.ndim != 2 or ids.shape[1] > config.positions:
             raise ValueError(
                 f"captions are token ids [B, N] with N <= {config.positions}, got {ids.shape}."
@@ -143,14 +168,21 @@ class TextTower(nn.Module):
         positions = self.param("position_embedding", normal, (config.positions, tower.width))
         x = tokens[ids] + positions[None, : ids.shape[1]]
         for i in range(tower.layers):
-            x = Block(tower.heads, causal=True, name=f"block_{i}")(x)
+            x = Block(tower, causal=True, name=f"block_{i}")(x)
         x = _norm("final_norm", x)
         end = jnp.argmax(ids, axis=1)
         pool = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        return {
-            "pool": pool,
-            "embedding": _dense("projection", pool, config.embedding_dim, bias=False),
-        }
+        outputs = {"hidden": x, "pool": pool}
+        if config.embedding_dim:
+            outputs["embedding"] = _dense("projection", pool, config.embedding_dim, bias=False)
+        return outputs
+
+
+@functools.cache
+def text_shapes(config: TextConfig) -> dict:
+    """The text tower's parameter shapes; nothing is computed."""
+    ids = jax.ShapeDtypeStruct((1, config.positions), jnp.int32)
+    return jax.eval_shape(TextTower(config).init, jax.random.key(0), ids)["params"]
 
 
 @functools.cache
@@ -158,8 +190,7 @@ def clip_shapes(config: ClipConfig) -> dict:
     """The parameters' shapes, {"vision": ..., "text": ...}."""
     key = jax.random.key(0)
     image = jax.ShapeDtypeStruct((1, config.size, config.size, 3), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, config.positions), jnp.int32)
     return {
         "vision": jax.eval_shape(VisionTower(config).init, key, image)["params"],
-        "text": jax.eval_shape(TextTower(config).init, key, ids)["params"],
+        "text": text_shapes(config.text_config),
     }
