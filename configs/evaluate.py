@@ -49,6 +49,7 @@ def get_config(arg=None):
     config.neighbours = 3
     config.extrapolate = False
     config.cache = ""
+    config.uint8 = "round"
     config.lpips = dict(net="", trunk="", linear="")
     config.clip = dict(captions="", network="clip-vit-b32", weights="", vocabulary="")
     config.data = dict(

@@ -197,6 +197,7 @@ def _draw(config: EvaluateConfig, subject: Subject, plan: SamplerPlan, workdir: 
             hooks=hooks_of(subject.correction, plan),
             on_shard=tell,
             mesh=_mesh(),
+            uint8_rule=config.uint8,
         )
 
 

@@ -37,7 +37,9 @@ ONE_SET = {"ptq4dm", "qdiffusion"}
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """guidance_scale: classifier-free guidance; negative for none (labels as they are). tensor_bits: of
-    the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision."""
+    the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision. offset: added
+    to every timestep (1 in the latent diffusion code). final, variance: options of samplers that have
+    them, "" for the sampler's own default."""
 
     name: str = "ddim"
     spacing: str = "uniform"
@@ -45,15 +47,23 @@ class SamplerConfig:
     eta: float = 0.0
     guidance_scale: float = -1.0
     tensor_bits: int = 0
+    offset: int = 0
+    final: str = ""
+    variance: str = ""
 
     def as_json(self) -> dict:
         options = {"eta": self.eta} if self.name == "ddim" else {}
+        given = {"final": self.final, "variance": self.variance}
+        options.update({name: value for name, value in given.items() if value})
+        # What is at its default is not written, so that older bundles and results compare equal.
+        grid = {"grid": {"offset": self.offset}} if self.offset else {}
         return {
             "name": self.name,
             "spacing": self.spacing,
             "steps": self.steps,
             "options": options,
             "guidance_scale": self.guidance_scale,
+            **grid,
         }
 
 

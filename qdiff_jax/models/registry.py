@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.config import to_dataclass
-from qdiff_jax.diffusion.schedule import NoiseSchedule, make_schedule
+from qdiff_jax.diffusion.schedule import NoiseSchedule, schedule_of
 from qdiff_jax.export.bundle import file_sha256
 from qdiff_jax.models.classifier import Classifier, ClassifierConfig
 from qdiff_jax.models.dit import DiTConfig
@@ -123,7 +123,7 @@ def _assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
     schedule = source["schedule"]
     return DiffusionModel(
         Model(make_module(config), program_of(config), params),
-        make_schedule(schedule["schedule"], schedule["timesteps"]),
+        schedule_of(schedule),
         model_json(config),
         config.num_classes,
         source,
