@@ -32,6 +32,7 @@ from qdiff_jax.operators import PV, QK, Operator
 from qdiff_jax.sites import op
 
 _LN_EPS = 1e-6
+SEMANTICS = ("official", "diffusers")
 _FREQUENCIES = 256  # width of the timestep sinusoid, whatever the model's
 
 # Initial values as published: what closes a residual branch starts at zero, so that each block
@@ -43,13 +44,18 @@ _ZERO = nn.initializers.zeros_init()
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the network. The published ImageNet model is `DiTConfig.xl_2(resolution)`.
+    """Sizes of the network. The published ImageNet models are `DiTConfig.xl_2(32)` and, for 512 x 512
+    images, `DiTConfig.xl_2(64)`.
 
     resolution: side of the (latent) image. mlp_ratio: width of the MLP by that of the tokens.
     num_classes: None for an unconditional model; otherwise classes 0..num_classes-1 and the null
     class num_classes. learn_sigma: the output has 2 * in_channels channels, noise estimate first and
     the variance's interpolation weight behind. dtype: "float32" or "bfloat16", the compute type;
-    parameters are float32. Raises ValueError for sizes that do not divide or an unknown dtype.
+    parameters are float32. semantics: "official" is the network of the released weights and of every
+    published figure. "diffusers" computes what diffusers' DiTTransformer2DModel does with the same
+    weights: another network, whose timestep frequencies end at 1/10000 (k / (dim/2 - 1)) and whose
+    LayerNorm before the MLP has eps 1e-5; only for comparison with that class.
+    Raises ValueError for sizes that do not divide, an unknown dtype or unknown semantics.
     """
 
     width: int = 1152
@@ -62,6 +68,7 @@ class DiTConfig:
     num_classes: int | None = 1000
     learn_sigma: bool = True
     dtype: str = "float32"
+    semantics: str = "official"
 
     @staticmethod
     def xl_2(resolution: int = 32) -> DiTConfig:
@@ -83,15 +90,17 @@ class DiTConfig:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is not one of 'float32', 'bfloat16'.")
+        if self.semantics not in SEMANTICS:
+            raise ValueError(f"semantics {self.semantics!r} is not one of {SEMANTICS}.")
 
 
-def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
+def timestep_embedding(t: jax.Array, dim: int, shift: int = 0) -> jax.Array:
     """Sinusoidal embedding [B, dim] of (fractional) timesteps t [B], as in the DiT checkpoints.
 
-    f_k = exp(-ln(10000) k / (dim/2)), order [cos, sin].
+    f_k = exp(-ln(10000) k / (dim/2 - shift)), order [cos, sin].
     """
     half = dim // 2
-    freqs = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000.0) / half))
+    freqs = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000.0) / (half - shift)))
     args = t.astype(jnp.float32)[:, None] * freqs[None, :]
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=1)
 
@@ -108,17 +117,17 @@ def position_table(width: int, side: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
+def layer_norm(x: jax.Array, eps: float = _LN_EPS) -> jax.Array:
     """LayerNorm over the last axis without affine parameters, in float32 whatever x is."""
     h = x.astype(jnp.float32)
     h = h - jnp.mean(h, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(h), axis=-1, keepdims=True)
-    return (h * jax.lax.rsqrt(variance + _LN_EPS)).astype(x.dtype)
+    return (h * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float = _LN_EPS) -> jax.Array:
     """LN(x) (1 + scale) + shift for tokens x [B, N, D] and shift, scale [B, D]."""
-    return layer_norm(x) * (1.0 + scale[:, None, :]) + shift[:, None, :]
+    return layer_norm(x, eps) * (1.0 + scale[:, None, :]) + shift[:, None, :]
 
 
 class PatchEmbed(nn.Module):
@@ -150,10 +159,11 @@ class ConditionEmbedder(nn.Module):
     width: int
     num_classes: int | None
     dtype: str
+    freq_shift: int = 0
 
     @nn.compact
     def __call__(self, t, y=None, train=False):
-        c = timestep_embedding(t, _FREQUENCIES).astype(self.dtype)
+        c = timestep_embedding(t, _FREQUENCIES, self.freq_shift).astype(self.dtype)
         c = dense(self, "mlp_0", c, self.width, init=_NORMAL)
         c = dense(self, "mlp_2", nn.silu(c), self.width, init=_NORMAL)
         if self.num_classes is not None:
@@ -178,6 +188,7 @@ class DiTBlock(nn.Module):
 
     heads: int
     hidden: int
+    mlp_eps: float = _LN_EPS
 
     @nn.compact
     def __call__(self, x, modulation, train=False):
@@ -190,7 +201,8 @@ class DiTBlock(nn.Module):
         weights = nn.softmax(logits, axis=-1).astype(x.dtype)
         h = op(self, "attn_pv", PV, weights, v).swapaxes(1, 2).reshape(x.shape)
         x = x + gate_a[:, None, :] * dense(self, "attn_proj", h, width, init=_XAVIER)
-        h = dense(self, "mlp_fc1", modulate(x, shift_m, scale_m), self.hidden, init=_XAVIER)
+        h = modulate(x, shift_m, scale_m, self.mlp_eps)
+        h = dense(self, "mlp_fc1", h, self.hidden, init=_XAVIER)
         h = dense(self, "mlp_fc2", nn.gelu(h, approximate=True), width, init=_XAVIER)
         return x + gate_m[:, None, :] * h
 
@@ -216,7 +228,8 @@ def dit_program(config: DiTConfig) -> tuple[Node, ...]:
     """The block program: inputs "x" [B, H, W, C], "t" [B] and, conditional, "y" [B]."""
     c = config
     conditions = ("t",) if c.num_classes is None else ("t", "y")
-    embedder = ConditionEmbedder(c.width, c.num_classes, c.dtype, parent=None)
+    shift, mlp_eps = (0, _LN_EPS) if c.semantics == "official" else (1, 1e-5)
+    embedder = ConditionEmbedder(c.width, c.num_classes, c.dtype, shift, parent=None)
     temporal = [Node("t_embedder", embedder, conditions)]
     body = [Node("x_embedder", PatchEmbed(c.width, c.patch, c.dtype, parent=None), ("x",))]
 
@@ -227,7 +240,7 @@ def dit_program(config: DiTConfig) -> tuple[Node, ...]:
 
     for i in range(c.depth):
         hidden = int(c.width * c.mlp_ratio)
-        modulated(f"blocks_{i}", DiTBlock(c.heads, hidden, parent=None), 6)
+        modulated(f"blocks_{i}", DiTBlock(c.heads, hidden, mlp_eps, parent=None), 6)
     modulated("final_layer", FinalLayer(c.patch, c.out_channels, parent=None), 2)
     program = (*temporal, *body)
     validate(program, ("x", "t", "y"))
