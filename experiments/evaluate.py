@@ -194,6 +194,7 @@ def _draw(config: EvaluateConfig, subject: Subject, plan: SamplerPlan, workdir: 
             shape=subject.shape,
             classes=subject.classes,
             guidance_scale=config.sampler.guidance_scale,
+            guided_channels=config.sampler.guided_channels,
             hooks=hooks_of(subject.correction, plan),
             on_shard=tell,
             mesh=_mesh(),

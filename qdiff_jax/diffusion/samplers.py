@@ -90,6 +90,7 @@ def ddim(
 
 
 _VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+LEARNED_RANGE = "ddpm_learned_range"  # the name of the one sampler that reads a variance
 
 
 def ddpm_rows(
@@ -146,7 +147,7 @@ def _ddpm_step(split: Split):
 
 
 def _ddpm_sampler(prediction: str, learned: bool) -> Sampler:
-    name, read = ("ddpm_learned_range", _read_learned_range) if learned else ("ddpm", read_plain)
+    name, read = (LEARNED_RANGE, _read_learned_range) if learned else ("ddpm", read_plain)
     return Sampler(name, no_memory, read, _ddpm_step(SPLITS[prediction]))
 
 

@@ -89,12 +89,13 @@ def sample_shards(
     on_shard: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
     uint8_rule: str = "round",
+    guided_channels: int = 0,
 ) -> list[pathlib.Path]:
     """Draws the shards that are not on disk yet; returns the files of all of them, in order.
 
     Classes come in turn, so that every shard of a multiple of them is balanced. on_shard: called with
     the number of samples there are after each shard. mesh: as in `sample`.
-    uint8_rule: of `data.images.to_uint8`. Raises ValueError as
+    uint8_rule: of `data.images.to_uint8`. guided_channels: as in `draw_samples`. Raises ValueError as
     `sample` and `shard_paths` do and for samples that are not finite, and OSError for a full disk.
     """
     to_uint8(np.zeros(1), uint8_rule)  # an unknown rule is refused before anything is drawn
@@ -112,6 +113,7 @@ def sample_shards(
                 shape=shape,
                 classes=classes,
                 guidance_scale=guidance_scale,
+                guided_channels=guided_channels,
                 first=indices.start,
                 hooks=hooks,
                 mesh=mesh,
