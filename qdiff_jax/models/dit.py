@@ -106,14 +106,19 @@ def timestep_embedding(t: jax.Array, dim: int, shift: int = 0) -> jax.Array:
 
 
 def position_table(width: int, side: int) -> np.ndarray:
-    """The fixed position embedding [side * side, width] float32, tokens in row-major order.
+    """The fixed position embedding [side * side, width] float32, tokens in row-major order."""
+    return sincos_positions(width, np.arange(side), np.arange(side))
+
+
+def sincos_positions(width: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Position embedding [R * C, width] float32 of the places rows [R] x columns [C], row-major.
 
     The first half encodes the column, the second the row, each [sin, cos] with
     omega_k = 10000^(-k / (width/4)); computed in float64.
     """
     omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
-    rows, columns = np.divmod(np.arange(side * side), side)
-    parts = [f(np.outer(place, omega)) for place in (columns, rows) for f in (np.sin, np.cos)]
+    places = np.tile(columns, len(rows)), np.repeat(rows, len(columns))
+    parts = [f(np.outer(place, omega)) for place in places for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
@@ -207,6 +212,12 @@ class DiTBlock(nn.Module):
         return x + gate_m[:, None, :] * h
 
 
+def unpatchify(tokens: jax.Array, rows: int, columns: int, patch: int) -> jax.Array:
+    """Tokens [B, rows * columns, patch * patch * C] as an image [B, H, W, C] float32, channel fastest."""
+    h = tokens.reshape(tokens.shape[0], rows, columns, patch, patch, -1).swapaxes(2, 3)
+    return h.reshape(h.shape[0], rows * patch, columns * patch, -1).astype(jnp.float32)
+
+
 class FinalLayer(nn.Module):
     """Modulated LayerNorm, a dense layer, and patches put back: [B, H, W, out_channels] float32."""
 
@@ -219,8 +230,7 @@ class FinalLayer(nn.Module):
         p, channels = self.patch, self.out_channels
         h = dense(self, "linear", modulate(x, shift, scale), p * p * channels, init=_ZERO)
         side = math.isqrt(x.shape[1])
-        h = h.reshape(x.shape[0], side, side, p, p, channels).swapaxes(2, 3)
-        return h.reshape(x.shape[0], side * p, side * p, channels).astype(jnp.float32)
+        return unpatchify(h, side, side, p)
 
 
 @functools.cache
