@@ -151,13 +151,16 @@ class TimeEmbedder(nn.Module):
         embedding = self._embed("", t, self.width)
         if y is None:
             return embedding
-        batch, third = t.shape[0], self.width // 3
-        sizes = self._embed("csize_", y["resolution"].reshape(-1), third).reshape(batch, -1)
-        shape = self._embed("ar_", y["aspect_ratio"].reshape(-1), third).reshape(batch, -1)
-        return embedding + jnp.concatenate([sizes, shape], axis=-1)
+        # Height and width stay rows of their sample: ranges and step tables count samples.
+        parts = [
+            self._embed(name, y[value], self.width // 3).reshape(t.shape[0], -1)
+            for name, value in (("csize_", "resolution"), ("ar_", "aspect_ratio"))
+        ]
+        return embedding + jnp.concatenate(parts, axis=-1)
 
     def _embed(self, name, values, width):
-        h = timestep_embedding(values, _FREQUENCIES).astype(self.dtype)
+        h = timestep_embedding(values.reshape(-1), _FREQUENCIES).astype(self.dtype)
+        h = h.reshape(*values.shape, _FREQUENCIES)
         h = dense(self, f"{name}mlp_0", h, width, init=_NORMAL)
         return dense(self, f"{name}mlp_2", nn.silu(h), width, init=_NORMAL)
 
