@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qdiff_jax.diffusion.euler import sigma_at
 from qdiff_jax.diffusion.flow import dynamic_mu, flow_euler, flow_sigmas
 from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.diffusion.samplers import make_plan
@@ -82,11 +83,11 @@ DETERMINISTIC = {
         lower_order_final=False,
         prediction="v",
     ),
-    "euler_linspace": plan("euler", SCALED, "linspace_fractional", 10),
+    "euler_linspace": plan("euler", SCALED, "linspace_fractional", 11),
     "euler_leading": plan("euler", SCALED, "leading", 10, offset=1, start="unit"),
     "euler_trailing": plan("euler", SCALED, "trailing", 10),
-    "euler_v": plan("euler", SCALED, "linspace_fractional", 10, prediction="v"),
-    "k_euler": plan("euler", SCALED, "linspace_fractional", 10, interpolation="log_sigma"),
+    "euler_v": plan("euler", SCALED, "linspace_fractional", 11, prediction="v"),
+    "k_euler": plan("euler", SCALED, "linspace_fractional", 11, interpolation="log_sigma"),
     "flow": flow_euler(flow_sigmas(10)),
     "flow_shift3": flow_euler(flow_sigmas(10, shift=3.0)),
     "flow_dynamic": flow_euler(TRAILING),
@@ -149,6 +150,16 @@ def test_a_stochastic_sampler_follows_the_reference_given_its_noise(name):
         visit = jax.tree.map(lambda row: row[j], (ours.index, ours.rows))  # noqa: B023
         x = advance(visit, x, reference["noise"][i])
     assert error(np.asarray(x), reference["final"]) < 1e-5
+
+
+def test_sigma_between_two_training_steps():
+    """Halfway: the mean in diffusers, the geometric mean in k-diffusion."""
+    ends = sigma_at(SCALED, np.array([0.0, 1.0]), "sigma")
+    np.testing.assert_allclose(ends**2, (1 / SCALED.alpha_bar - 1)[:2], rtol=1e-9)
+    middle = np.array([0.5])
+    assert sigma_at(SCALED, middle, "sigma")[0] == pytest.approx(ends.mean())
+    assert sigma_at(SCALED, middle, "log_sigma")[0] == pytest.approx(np.sqrt(ends.prod()))
+    assert ends.mean() > 1.01 * np.sqrt(ends.prod())
 
 
 def test_sigmas_of_flow_matching():

@@ -138,7 +138,9 @@ def cases():
         grid = {"timestep_spacing": spacing, "steps_offset": offset}
         solver = DPMSolverMultistepScheduler(**SD, **grid)
         yield f"dpmpp_{spacing}", run(solver, 16 if spacing == "linspace" else 10)
-        yield f"euler_{spacing}", run(EulerDiscreteScheduler(**SD, **grid), 10)
+        # 11 steps of a linspace grid are fractional; 10 happen to be integers.
+        steps = 11 if spacing == "linspace" else 10
+        yield f"euler_{spacing}", run(EulerDiscreteScheduler(**SD, **grid), steps)
     last = {"final_sigmas_type": "sigma_min"}
     solver = DPMSolverMultistepScheduler(
         **SD, **last, prediction_type="v_prediction", lower_order_final=False
@@ -146,7 +148,7 @@ def cases():
     yield "dpmpp_v_sigma_min", run(solver, 10)
     solver = DPMSolverMultistepScheduler(**SD, **last, euler_at_final=True)
     yield "dpmpp_euler_at_final", run(solver, 16)
-    yield "euler_v", run(EulerDiscreteScheduler(**SD, prediction_type="v_prediction"), 10)
+    yield "euler_v", run(EulerDiscreteScheduler(**SD, prediction_type="v_prediction"), 11)
     yield "flow", run(FlowMatchEulerDiscreteScheduler(), 10)
     yield "flow_shift3", run(FlowMatchEulerDiscreteScheduler(shift=3.0), 10)
     dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -154,7 +156,7 @@ def cases():
     yield "flow_dynamic", run(dynamic, 10, set_to=given)
     yield "compvis_dpm_20", compvis_dpm(20, scaled)
     yield "compvis_dpm_10", compvis_dpm(10, scaled)
-    yield "k_euler", k_euler(10, scaled)
+    yield "k_euler", k_euler(11, scaled)
 
 
 def main():
