@@ -41,7 +41,16 @@ def get_config(arg=None):
     config.batch = 10 if guided else 20  # what two CPU cores do fastest; hundreds on a GPU or TPU
     scale = arg.guidance if guided else -1.0
     config.sampler = dict(
-        name=name, spacing=spacing, steps=steps, eta=0.0, guidance_scale=scale, tensor_bits=0
+        name=name,
+        spacing=spacing,
+        steps=steps,
+        eta=0.0,
+        guidance_scale=scale,
+        tensor_bits=0,
+        offset=0,
+        final="",
+        variance="",
+        guided_channels=0,
     )
     config.network = "classifier_fashion"
     config.network_weights = ""
@@ -49,6 +58,7 @@ def get_config(arg=None):
     config.neighbours = 3
     config.extrapolate = False
     config.cache = ""
+    config.uint8 = "round"
     config.lpips = dict(net="", trunk="", linear="")
     config.clip = dict(captions="", network="clip-vit-b32", weights="", vocabulary="")
     config.data = dict(

@@ -194,9 +194,11 @@ def _draw(config: EvaluateConfig, subject: Subject, plan: SamplerPlan, workdir: 
             shape=subject.shape,
             classes=subject.classes,
             guidance_scale=config.sampler.guidance_scale,
+            guided_channels=config.sampler.guided_channels,
             hooks=hooks_of(subject.correction, plan),
             on_shard=tell,
             mesh=_mesh(),
+            uint8_rule=config.uint8,
         )
 
 

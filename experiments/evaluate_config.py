@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.quantize_config import SamplerConfig
 from qdiff_jax.config import to_dataclass
+from qdiff_jax.data.images import UINT8_RULES
 from qdiff_jax.eval.resize import CROPS
 from qdiff_jax.observe.archive import load_record
 
@@ -72,7 +73,7 @@ class EvaluateConfig:
     batch: how many, per file and per network call. network: see `eval.backends`; tool: whose resizing
     ("" where the network needs none). neighbours: k of precision and recall. extrapolate: also report the
     Frechet distance at infinitely many samples. cache: folder for the features of real images ("" for
-    none)."""
+    none). uint8: the rule by which samples become bytes, see `data.images.to_uint8`."""
 
     model: str
     seed: int
@@ -89,6 +90,7 @@ class EvaluateConfig:
     neighbours: int = 3
     extrapolate: bool = False
     cache: str = ""
+    uint8: str = "round"
     lpips: LpipsConfig = LpipsConfig()
     clip: ClipConfig = ClipConfig()
 
@@ -118,6 +120,10 @@ def read_config(config: Any) -> EvaluateConfig:
         )
     if config.batch < 1 or config.neighbours < 1:
         raise ValueError("config.batch and config.neighbours must be at least 1.")
+    if config.uint8 not in UINT8_RULES:
+        raise ValueError(
+            f"config.uint8={config.uint8!r} is not known; use one of {list(UINT8_RULES)}."
+        )
     _check_data(config.data)
     lpips = config.lpips
     if lpips.net and not (lpips.trunk and lpips.linear):
@@ -174,7 +180,10 @@ def protocol(config: EvaluateConfig, fingerprint: str, origin: str, schedule: Ma
     evaluations have is added to it under further names (the paired model, published statistics, LPIPS,
     captions).
     """
+    # Results from before there was a choice say nothing of it.
+    rule = {} if config.uint8 == "round" else {"uint8": config.uint8}
     return {
+        **rule,
         "sampler": config.sampler.as_json(),
         "schedule": dict(schedule),
         "samples": config.samples,

@@ -37,7 +37,10 @@ ONE_SET = {"ptq4dm", "qdiffusion"}
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """guidance_scale: classifier-free guidance; negative for none (labels as they are). tensor_bits: of
-    the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision."""
+    the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision. offset: added
+    to every timestep (1 in the latent diffusion code). final, variance: options of samplers that have
+    them, "" for the sampler's own default. guided_channels: how many leading channels are guided, 0 for
+    all of the noise estimate (DiT's code: 3)."""
 
     name: str = "ddim"
     spacing: str = "uniform"
@@ -45,15 +48,26 @@ class SamplerConfig:
     eta: float = 0.0
     guidance_scale: float = -1.0
     tensor_bits: int = 0
+    offset: int = 0
+    final: str = ""
+    variance: str = ""
+    guided_channels: int = 0
 
     def as_json(self) -> dict:
         options = {"eta": self.eta} if self.name == "ddim" else {}
+        given = {"final": self.final, "variance": self.variance}
+        options.update({name: value for name, value in given.items() if value})
+        # What is at its default is not written, so that older bundles and results compare equal.
+        more = {"grid": {"offset": self.offset}} if self.offset else {}
+        if self.guided_channels:
+            more["guided_channels"] = self.guided_channels
         return {
             "name": self.name,
             "spacing": self.spacing,
             "steps": self.steps,
             "options": options,
             "guidance_scale": self.guidance_scale,
+            **more,
         }
 
 
@@ -215,6 +229,9 @@ def read_config(config: Any) -> QuantizeConfig:
     choices = {
         "calibration.selector": (config.calibration.selector, ("uniform", *DRAWING)),
         "sampler.tensor_bits": (config.sampler.tensor_bits, (0, *range(2, 9))),
+        # Its recordings and corrections know the noise estimate alone, guided in all channels.
+        "sampler.variance": (config.sampler.variance, ("", "fixed_small", "fixed_large")),
+        "sampler.guided_channels": (config.sampler.guided_channels, (0,)),
         "qdiffusion_split": (config.qdiffusion_split, SPLITS),
         "closed_form.step_weights": (config.closed_form.step_weights, RULES),
     }

@@ -14,6 +14,7 @@ A path may hold `{split}`, replaced by the split's name: `npz:/data/cifar10_{spl
 """
 
 import functools
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -93,10 +94,34 @@ def to_unit_range(images):
     return images.astype(np.float32) * (2.0 / 255.0) - 1.0
 
 
-def to_uint8(images) -> np.ndarray:
-    """float [...] in [-1, 1] (clipped) to uint8; the inverse of `to_unit_range` up to rounding."""
-    scaled = (np.asarray(images, np.float32) + 1.0) * 127.5
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+# float32 [...] nominally in [-1, 1] to the numbers that are cut to bytes: below 0 and above 255 clipped,
+# the fraction dropped.
+UINT8_RULES = types.MappingProxyType(
+    {
+        "round": lambda x: np.rint((x + 1.0) * np.float32(127.5)),
+        "trunc_127.5": lambda x: (x + 1.0) * np.float32(127.5),
+        "trunc_255": lambda x: np.clip((x + 1.0) * np.float32(0.5), 0.0, 1.0) * np.float32(255.0),
+        "dit": lambda x: np.float32(127.5) * x + np.float32(128.0),
+    }
+)
+
+
+def to_uint8(images, rule: str = "round") -> np.ndarray:
+    """float [...] in [-1, 1] (clipped) to uint8, by the rule of a published code.
+
+    - "round": to the nearest; the inverse of `to_unit_range`. diffusers, and the code of DDIM: its
+      floor(255 (x + 1) / 2 + 1/2) differs where float32 rounds to a half, and nowhere else.
+    - "trunc_127.5": (x + 1) 127.5 cut; the unconditional script of the latent diffusion code.
+    - "trunc_255": clip((x + 1) / 2) 255 cut; its ImageNet script and Stable Diffusion's.
+    - "dit": 127.5 x + 128 cut; DiT. Half a grey level brighter than the cuts above.
+
+    Metrics see the difference: a published figure is measured on images of its own code's rule.
+    Raises ValueError for an unknown rule.
+    """
+    if rule not in UINT8_RULES:
+        raise ValueError(f"unknown rule to uint8 '{rule}'; the names are {list(UINT8_RULES)}.")
+    scaled = UINT8_RULES[rule](np.asarray(images, np.float32))
+    return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
 def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:

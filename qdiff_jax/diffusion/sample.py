@@ -131,7 +131,7 @@ def sample_scan(
     Returns (x [B, ...], recorded), recorded None or (x [S, B, ...], eps [S, B, R, ...]) ascending.
     """
     keys = sample_keys(key, indices)
-    x = _start(keys, shape, noise)
+    x = _start(keys, shape, noise, plan.start_scale)
     state = hooks.init(x) if hook_state is None else hook_state
     carry = _Carry(_Fixed(variables, keys, y, guidance), x, plan.sampler.init(x), state)
     step = make_step(predict, plan.sampler, hooks.before, hooks.after, record)
@@ -139,10 +139,13 @@ def sample_scan(
     return carry.x, jax.tree.map(lambda rows: rows[::-1], outputs) if record else None
 
 
-def _start(keys: jax.Array, shape: tuple[int, ...] | None, noise: Any) -> jax.Array:
+def _start(
+    keys: jax.Array, shape: tuple[int, ...] | None, noise: Any, scale: jax.Array
+) -> jax.Array:
     if (shape is None) == (noise is None):
         raise ValueError("give either the shape of one sample or the initial noise, and not both.")
-    return initial_noise(keys, tuple(shape)) if noise is None else jnp.asarray(noise, jnp.float32)
+    drawn = initial_noise(keys, tuple(shape)) if noise is None else jnp.asarray(noise, jnp.float32)
+    return scale * drawn
 
 
 _sample_keys = jax.jit(sample_keys)
@@ -176,7 +179,8 @@ def sample(
         the plan before anything runs.
       plan: from `samplers`. key: one key. indices: [N] integers >= 0; sample i depends on key and
         indices[i] alone (and on its label).
-      shape: of one sample, x_T is drawn from the key; or noise: [N, ...] x_T itself.
+      shape: of one sample, x_T is drawn from the key; or noise: [N, ...] the standard normal in its
+        place. Both are multiplied by the plan's start_scale, which is 1 but for Euler.
       y: None or pytree with leaves [N, ...]. guidance: from `guidance.classifier_free`, or None.
       hooks: corrections; `hooks.init` runs once per batch, on the host.
       record: True to return every visited step, or the step indices to keep. One batch with all its
@@ -213,6 +217,7 @@ def sample(
     if mesh is not None and batch_size is None:
         size = -(-size // mesh.size) * mesh.size
     step = make_step(predict, plan.sampler, hooks.before, hooks.after, kept is not None)
+    start_scale = np.float32(plan.start_scale)
     images, states, outputs = [], [], []
     for first in range(0, total, size):
         count = min(size, total - first)
@@ -220,7 +225,7 @@ def sample(
         batch = jax.tree.map(lambda leaf: leaf[rows], (indices.astype(np.uint32), noise, y))  # noqa: B023
         batch = jax.tree.map(jnp.asarray, batch) if mesh is None else shard_batch(batch, mesh)
         keys = _sample_keys(key, batch[0])
-        x = _jitted_start(keys, None if shape is None else tuple(shape), batch[1])
+        x = _jitted_start(keys, None if shape is None else tuple(shape), batch[1], start_scale)
         fixed = _Fixed(variables, keys, batch[2], guidance)
         state = hooks.init(x) if mesh is None else _on_mesh(hooks.init(x), mesh)
         carry = _Carry(fixed, x, plan.sampler.init(x), state)

@@ -1,107 +1,44 @@
-"""Samplers as data: one row of coefficients per step, and a plain function that applies a row.
+"""The samplers of noise schedules: DDIM, DDPM and DPM-Solver++(2M), and every sampler by its name.
 
-A sampler is a pair of pure functions; everything that depends on the schedule is computed once, in
-float64, on the host and held in a `SamplerPlan` whose arrays are arguments of the compiled step. So
-another schedule, eta or variance of equal length compiles nothing, and statistics that depend on
-the schedule (how strongly the network's error enters the next state) are read off the plan.
-
-Step index j is the position on the ascending grid of timesteps; `alpha_bar_prev(j)` is
-`alpha_bar[timesteps[j - 1]]`, and what follows the last visited step (j = 0) is an option: "one"
-(alpha_bar = 1, a clean image; DDIM, diffusers with `set_alpha_to_one`) or "first" (alpha_bar of
-training timestep 0; the latent diffusion code).
+What a sampler and its plan are is said in `plans`. PLMS and Euler have files of their own, and so
+have flow-matching models (`flow`), which know no alpha_bar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from qdiff_jax.diffusion.schedule import NoiseSchedule, alpha_bar_at
-
-
-class Sampler(NamedTuple):
-    """How one row of coefficients advances the state; functions only, hence hashable and static.
-
-    init(x) -> state: the memory of a multistep solver, `()` for the others. x is x_T.
-    read(row, output) -> (eps, sigma): what the network returned, as noise estimate and the standard
-        deviation of this step's fresh noise (scalar, or of the shape of x when it is predicted).
-    step(row, state, x, eps, sigma, noise) -> (state, x_prev). sigma is what `read` or a hook after
-        it says, never taken from the row again; noise is a standard normal of the shape of x.
-    """
-
-    name: str
-    init: Callable[[jax.Array], Any]
-    read: Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]
-    step: Callable[..., tuple[Any, jax.Array]]
-
-
-@struct.dataclass
-class SamplerPlan:
-    """A sampler on a grid of S timesteps. Every array leads with S, in ascending order of timestep.
-
-    timesteps: [S] float32, what the network is given. index: [S] int32, 0..S-1. rows: the sampler's
-    coefficients, name -> [S] float32; always with "sigma", the nominal noise level sigma_j, and
-    "eps_coefficient", c_j: by how much x_prev changes per unit of the noise estimate of this step
-    (negative; zero between repeated timesteps). A residual error of variance v in the estimate adds
-    c_j^2 v to the variance of x_prev.
-    """
-
-    timesteps: Any
-    index: Any
-    rows: dict[str, Any]
-    sampler: Sampler = struct.field(pytree_node=False)
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
-
-
-def _alpha_bars(
-    schedule: NoiseSchedule, timesteps: np.ndarray, final: str, distinct: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(alpha_bar, alpha_bar_prev) on the grid, float64; distinct names who cannot repeat a step."""
-    timesteps = np.asarray(timesteps, np.float64)
-    if timesteps.ndim != 1 or not len(timesteps) or np.any(np.diff(timesteps) < 0):
-        raise ValueError("timesteps must be a non-empty vector in ascending order.")
-    if distinct and np.any(np.diff(timesteps) == 0):
-        raise ValueError(
-            f"{distinct} cannot visit a timestep twice, but this grid repeats one; take another "
-            "spacing than 'quad' or fewer steps."
-        )
-    if final not in ("one", "first"):
-        raise ValueError(f"final must be 'one' or 'first', got '{final}'.")
-    alpha_bar = alpha_bar_at(schedule, timesteps)
-    last = 1.0 if final == "one" else schedule.alpha_bar[0]
-    return alpha_bar, np.concatenate([[last], alpha_bar[:-1]])
-
-
-def _plan(sampler: Sampler, timesteps: np.ndarray, rows: dict[str, np.ndarray]) -> SamplerPlan:
-    return SamplerPlan(
-        timesteps=np.asarray(timesteps, np.float32),
-        index=np.arange(len(timesteps), dtype=np.int32),
-        rows={name: np.asarray(row, np.float32) for name, row in rows.items()},
-        sampler=sampler,
-    )
-
-
-def _no_memory(x: jax.Array) -> tuple:
-    return ()
-
-
-def _read_plain(row: dict, output: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return output, row["sigma"]
+from qdiff_jax.diffusion.euler import euler
+from qdiff_jax.diffusion.plans import (
+    SPLITS,
+    Sampler,
+    SamplerPlan,
+    Split,
+    alpha_bars,
+    eps_slope,
+    no_memory,
+    plan_of,
+    read_plain,
+)
+from qdiff_jax.diffusion.plms import plms
+from qdiff_jax.diffusion.schedule import NoiseSchedule
 
 
 def ddim_rows(
-    schedule: NoiseSchedule, timesteps: np.ndarray, *, eta: float = 0.0, final: str = "one"
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray,
+    *,
+    eta: float = 0.0,
+    final: str = "one",
+    prediction: str = "eps",
 ) -> dict[str, np.ndarray]:
     """The coefficients of `ddim` in float64, [S] each."""
-    alpha_bar, prev = _alpha_bars(schedule, timesteps, final)
+    alpha_bar, prev = alpha_bars(schedule, timesteps, final)
+    slope = eps_slope(prediction, alpha_bar)
     if eta < 0:
         raise ValueError(f"eta must not be negative, got {eta}.")
     variance = eta**2 * (1 - prev) / (1 - alpha_bar) * (1 - alpha_bar / prev)
@@ -112,36 +49,48 @@ def ddim_rows(
         "signal_prev": np.sqrt(prev),
         "variance_prev": 1 - prev,
         "sigma": np.sqrt(variance),
-        "eps_coefficient": direction - np.sqrt(prev * (1 - alpha_bar) / alpha_bar),
+        "eps_coefficient": (direction - np.sqrt(prev * (1 - alpha_bar) / alpha_bar)) * slope,
     }
 
 
-def _ddim_step(row, state, x, eps, sigma, noise):
-    x0 = (x - row["noise"] * eps) / row["signal"]
-    # A correction that lowers sigma must be seen by the direction term too, or the variance of
-    # x_prev is wrong. The floor only meets rounding: sigma is at most sqrt(1 - alpha_bar_prev).
-    direction = jnp.sqrt(jnp.maximum(row["variance_prev"] - sigma * sigma, 0.0))
-    return state, row["signal_prev"] * x0 + direction * eps + sigma * noise
+def _ddim_step(split: Split):
+    def step(row, state, x, estimate, sigma, noise):
+        x0, eps = split(row, x, estimate)
+        # A correction that lowers sigma must be seen by the direction term too, or the variance of
+        # x_prev is wrong. The floor only meets rounding: sigma is at most sqrt(1 - alpha_bar_prev).
+        direction = jnp.sqrt(jnp.maximum(row["variance_prev"] - sigma * sigma, 0.0))
+        return state, row["signal_prev"] * x0 + direction * eps + sigma * noise
+
+    return step
 
 
-_DDIM = Sampler("ddim", _no_memory, _read_plain, _ddim_step)
+# One object for each prediction, made once: it is part of what a step is compiled for.
+_DDIM = {name: Sampler("ddim", no_memory, read_plain, _ddim_step(SPLITS[name])) for name in SPLITS}
 
 
 def ddim(
-    schedule: NoiseSchedule, timesteps: np.ndarray, *, eta: float = 0.0, final: str = "one"
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray,
+    *,
+    eta: float = 0.0,
+    final: str = "one",
+    prediction: str = "eps",
 ) -> SamplerPlan:
     """DDIM (Song et al. 2021, equation 12) without clipping; eta 0 is deterministic, 1 ancestral.
 
     timesteps: ascending [S]; repeated ones leave the state in place but are real network calls.
     sigma_j^2 = eta^2 (1 - a_prev) / (1 - a) (1 - a / a_prev), and
-    c_j = sqrt(1 - a_prev - sigma_j^2) - sqrt(a_prev (1 - a) / a).
+    c_j = sqrt(1 - a_prev - sigma_j^2) - sqrt(a_prev (1 - a) / a), for "v" times sqrt(a).
+    prediction: what the network returns, "eps" or "v" (`plans.eps_slope`).
     ValueError: a descending or empty grid, timesteps off the schedule, negative eta, unknown
-    `final`.
+    `final` or prediction.
     """
-    return _plan(_DDIM, timesteps, ddim_rows(schedule, timesteps, eta=eta, final=final))
+    rows = ddim_rows(schedule, timesteps, eta=eta, final=final, prediction=prediction)
+    return plan_of(_DDIM[prediction], timesteps, rows)
 
 
 _VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+LEARNED_RANGE = "ddpm_learned_range"  # the name of the one sampler that reads a variance
 
 
 def ddpm_rows(
@@ -150,6 +99,7 @@ def ddpm_rows(
     *,
     variance: str = "fixed_large",
     clip_x0: float | None = None,
+    prediction: str = "eps",
 ) -> dict[str, np.ndarray]:
     """The coefficients of `ddpm` in float64, [S] each."""
     if variance not in _VARIANCES:
@@ -158,7 +108,8 @@ def ddpm_rows(
         raise ValueError(f"clip_x0 must be positive or None, got {clip_x0}.")
     learned = variance == "learned_range"
     distinct = "ddpm with a learned variance" if learned else None
-    alpha_bar, prev = _alpha_bars(schedule, timesteps, "one", distinct)
+    alpha_bar, prev = alpha_bars(schedule, timesteps, "one", distinct)
+    slope = eps_slope(prediction, alpha_bar)
     beta = 1 - alpha_bar / prev
     posterior = beta * (1 - prev) / (1 - alpha_bar)
     from_x0 = np.sqrt(prev) * beta / (1 - alpha_bar)
@@ -170,7 +121,7 @@ def ddpm_rows(
         "from_x": np.sqrt(alpha_bar / prev) * (1 - prev) / (1 - alpha_bar),
         "clip": np.full(len(beta), np.inf if clip_x0 is None else clip_x0),
         "sigma": np.sqrt(np.where(fresh, posterior if variance == "fixed_small" else beta, 0.0)),
-        "eps_coefficient": -from_x0 * np.sqrt((1 - alpha_bar) / alpha_bar),
+        "eps_coefficient": -from_x0 * np.sqrt((1 - alpha_bar) / alpha_bar) * slope,
     }
     if learned:
         # The posterior variance is 0 at j = 0, where the reference borrows its neighbour's.
@@ -186,14 +137,21 @@ def _read_learned_range(row, output):
     return eps, row["fresh"] * jnp.exp(log_variance / 2)
 
 
-def _ddpm_step(row, state, x, eps, sigma, noise):
-    x0 = (x - row["noise"] * eps) / row["signal"]
-    x0 = jnp.minimum(jnp.maximum(x0, -row["clip"]), row["clip"])
-    return state, row["from_x0"] * x0 + row["from_x"] * x + sigma * noise
+def _ddpm_step(split: Split):
+    def step(row, state, x, estimate, sigma, noise):
+        x0, _ = split(row, x, estimate)
+        x0 = jnp.minimum(jnp.maximum(x0, -row["clip"]), row["clip"])
+        return state, row["from_x0"] * x0 + row["from_x"] * x + sigma * noise
+
+    return step
 
 
-_DDPM = Sampler("ddpm", _no_memory, _read_plain, _ddpm_step)
-_DDPM_LEARNED = Sampler("ddpm_learned_range", _no_memory, _read_learned_range, _ddpm_step)
+def _ddpm_sampler(prediction: str, learned: bool) -> Sampler:
+    name, read = (LEARNED_RANGE, _read_learned_range) if learned else ("ddpm", read_plain)
+    return Sampler(name, no_memory, read, _ddpm_step(SPLITS[prediction]))
+
+
+_DDPM = {(p, learned): _ddpm_sampler(p, learned) for p in SPLITS for learned in (False, True)}
 
 
 def ddpm(
@@ -202,6 +160,7 @@ def ddpm(
     *,
     variance: str = "fixed_large",
     clip_x0: float | None = None,
+    prediction: str = "eps",
 ) -> SamplerPlan:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) on any grid, with betas respaced to it.
 
@@ -209,11 +168,13 @@ def ddpm(
     "learned_range" (the network returns [eps, v] on the channel axis and v interpolates the two in
     the logarithm; Nichol and Dhariwal 2021, equation 15). The last step adds no noise.
     clip_x0: bound on |x0|; None, the default, clips nothing.
-    c_j = -beta / (sqrt(alpha) sqrt(1 - alpha_bar)), valid without clipping.
+    prediction: as `ddim`; with a learned variance the first half of the channels.
+    c_j = -beta / (sqrt(alpha) sqrt(1 - alpha_bar)), for "v" times sqrt(alpha_bar); valid without
+    clipping.
     ValueError: as `ddim`, an unknown variance, or a bound that is not positive.
     """
-    rows = ddpm_rows(schedule, timesteps, variance=variance, clip_x0=clip_x0)
-    return _plan(_DDPM_LEARNED if variance == "learned_range" else _DDPM, timesteps, rows)
+    rows = ddpm_rows(schedule, timesteps, variance=variance, clip_x0=clip_x0, prediction=prediction)
+    return plan_of(_DDPM[prediction, variance == "learned_range"], timesteps, rows)
 
 
 def dpmpp_2m_rows(
@@ -222,9 +183,12 @@ def dpmpp_2m_rows(
     *,
     final: str = "one",
     lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    prediction: str = "eps",
 ) -> dict[str, np.ndarray]:
     """The coefficients of `dpmpp_2m` in float64, [S] each."""
-    alpha_bar, prev = _alpha_bars(schedule, timesteps, final, distinct="dpmpp_2m")
+    alpha_bar, prev = alpha_bars(schedule, timesteps, final, distinct="dpmpp_2m")
+    slope = eps_slope(prediction, alpha_bar)
     if prev[0] <= alpha_bar[0]:
         raise ValueError(
             "dpmpp_2m cannot end at alpha_bar of timestep 0 on a grid that starts there."
@@ -239,7 +203,7 @@ def dpmpp_2m_rows(
         with np.errstate(divide="ignore"):  # the step onto a clean image is infinitely long
             ahead = np.log(signal_prev[:-1]) - np.log(noise_prev[:-1]) - log_snr[:-1]
         second[:-1] = ahead / (log_snr[:-1] - log_snr[1:]) / 2
-    if noise_prev[0] == 0 or (lower_order_final and steps < 15):
+    if noise_prev[0] == 0 or euler_at_final or (lower_order_final and steps < 15):
         second[0] = 0.0
     from_x0 = signal_prev - noise_prev * signal / noise
     return {
@@ -249,17 +213,23 @@ def dpmpp_2m_rows(
         "from_x0": from_x0,
         "second": second,
         "sigma": np.zeros(steps),
-        "eps_coefficient": -from_x0 * (1 + second) * noise / signal,
+        "eps_coefficient": -from_x0 * (1 + second) * noise / signal * slope,
     }
 
 
-def _dpmpp_2m_step(row, state, x, eps, sigma, noise):
-    x0 = (x - row["noise"] * eps) / row["signal"]
-    slope = x0 - state
-    return x0, row["keep"] * x + row["from_x0"] * (x0 + row["second"] * slope)
+def _dpmpp_2m_step(split: Split):
+    def step(row, state, x, estimate, sigma, noise):
+        x0, _ = split(row, x, estimate)
+        slope = x0 - state
+        return x0, row["keep"] * x + row["from_x0"] * (x0 + row["second"] * slope)
+
+    return step
 
 
-_DPMPP_2M = Sampler("dpmpp_2m", jnp.zeros_like, _read_plain, _dpmpp_2m_step)
+_DPMPP_2M = {
+    name: Sampler("dpmpp_2m", jnp.zeros_like, read_plain, _dpmpp_2m_step(SPLITS[name]))
+    for name in SPLITS
+}
 
 
 def dpmpp_2m(
@@ -268,26 +238,49 @@ def dpmpp_2m(
     *,
     final: str = "one",
     lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    prediction: str = "eps",
 ) -> SamplerPlan:
-    """DPM-Solver++(2M), midpoint form, for noise-predicting networks (Lu et al. 2022, algorithm 2).
+    """DPM-Solver++(2M), midpoint form (Lu et al. 2022, algorithm 2).
 
     An ODE solver: sigma_j is 0 and the step takes no fresh noise, whatever a hook makes of sigma.
     The first visited step is first-order, and the last too when it ends at alpha_bar = 1 or, with
-    lower_order_final, when there are fewer than 15 steps (the rule of diffusers). c_j counts this
-    step's estimate only; the memory carries it into the next step a second time. ValueError: as
-    `ddim`, and a grid that repeats a timestep.
+    lower_order_final, when there are fewer than 15 steps (the rule of diffusers), or always with
+    euler_at_final. c_j counts this step's estimate only; the memory carries it into the next step a
+    second time. prediction: as `ddim`.
+
+    The grid tells the published codes apart. diffusers visits integers ("solver_linspace", "trailing",
+    or "solver_leading" with offset 1 as Stable Diffusion configures it) and ends on a clean image, or
+    with `final_sigmas_type="sigma_min"` on final="first". The DPMSolverSampler of CompVis, and PixArt's
+    sampler after it, visit the fractional "solver_linspace_fractional" and end at final="first".
+
+    ValueError: as `ddim`, and a grid that repeats a timestep.
     """
-    rows = dpmpp_2m_rows(schedule, timesteps, final=final, lower_order_final=lower_order_final)
-    return _plan(_DPMPP_2M, timesteps, rows)
+    rows = dpmpp_2m_rows(
+        schedule,
+        timesteps,
+        final=final,
+        lower_order_final=lower_order_final,
+        euler_at_final=euler_at_final,
+        prediction=prediction,
+    )
+    return plan_of(_DPMPP_2M[prediction], timesteps, rows)
 
 
-_SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpmpp_2m": dpmpp_2m}
+_SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpmpp_2m": dpmpp_2m, "euler": euler, "plms": plms}
 
 
 def make_plan(
     name: str, schedule: NoiseSchedule, timesteps: np.ndarray, **options: Any
 ) -> SamplerPlan:
-    """`ddim`, `ddpm` or `dpmpp_2m` by name; ValueError lists the names for another one."""
+    """A sampler by name: "ddim", "ddpm", "dpmpp_2m", "euler" or "plms", with its own options.
+
+    Raises ValueError for an unknown name or option, listing those there are, and as the sampler does.
+    """
     if name not in _SAMPLERS:
         raise ValueError(f"unknown sampler '{name}'; the names are {sorted(_SAMPLERS)}.")
+    known = list(inspect.signature(_SAMPLERS[name]).parameters)[2:]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"sampler '{name}' has no option {unknown}; its options are {known}.")
     return _SAMPLERS[name](schedule, timesteps, **options)

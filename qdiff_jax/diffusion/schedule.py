@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,14 @@ def make_schedule(name: str, num_timesteps: int = 1000, **options: float) -> Noi
             f"noise schedule '{name}' has no option {unknown}; its options are {list(known)}."
         )
     return from_betas(name, make(num_timesteps, **options))
+
+
+def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule of a model's JSON config: {"schedule": name, "timesteps": T[, "options": {...}]}.
+
+    Other keys say how the model was trained and are left alone. Raises ValueError as `make_schedule`.
+    """
+    return make_schedule(config["schedule"], config["timesteps"], **config.get("options", {}))
 
 
 def alpha_bar_at(schedule: NoiseSchedule, timesteps: np.ndarray) -> np.ndarray:

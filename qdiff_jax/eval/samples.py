@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from qdiff_jax.diffusion.guidance import Guidance, classifier_free
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.diffusion.sample import sample
-from qdiff_jax.diffusion.samplers import SamplerPlan
-from qdiff_jax.models.registry import predictor
+from qdiff_jax.diffusion.samplers import LEARNED_RANGE, SamplerPlan
+from qdiff_jax.models.registry import sampling_predictor
 
 # Far from the indices of calibration trajectories, which count from 0.
 FIRST_INDEX = 1_000_000
@@ -34,9 +34,13 @@ def labels(classes: int | None, indices: Sequence[int]) -> np.ndarray | None:
     return None if classes is None else np.asarray(indices, np.int32) % classes
 
 
-def guidance_of(scale: float, null_class: int | None) -> Guidance | None:
-    """Classifier-free guidance of a config's scale: negative for none (labels as they are)."""
-    return classifier_free(None if scale < 0 else scale, null_class)
+def guidance_of(
+    scale: float, null_class: int | None, channels: int | None = None
+) -> Guidance | None:
+    """Classifier-free guidance of a config's scale: negative for none (labels as they are).
+
+    channels: as in `classifier_free`."""
+    return classifier_free(None if scale < 0 else scale, null_class, channels=channels)
 
 
 def noise_key(seed: int) -> jax.Array:
@@ -55,6 +59,7 @@ def draw_samples(
     shape: tuple[int, ...],
     classes: int | None,
     guidance_scale: float,
+    guided_channels: int = 0,
     first: int = FIRST_INDEX,
     hooks: Hooks = IDENTITY,
     on_batch: Callable[[int], None] | None = None,
@@ -62,21 +67,26 @@ def draw_samples(
 ) -> np.ndarray:
     """x_0 of `count` samples, [count, *shape] float32: of global indices first, first + 1, ...
 
+    guided_channels: how many leading channels are guided, 0 for all of the noise estimate (DiT's code: 3).
+    A learned variance is never guided.
     classes: number of classes, which is also the null class; None for an unconditional model. hooks: of
     `methods.run.load_for_sampling`. mesh: as in `diffusion.sample.sample`.
     Raises ValueError as `diffusion.sample.sample` does, above all for a step of the plan that the
     step tables of `variables["quant"]` were never calibrated for.
     """
     indices = range(first, first + count)
+    predict = sampling_predictor(module, plan)
+    learned = plan.sampler.name == LEARNED_RANGE
+    channels = guided_channels or (shape[-1] if learned else None)
     return sample(
-        predictor(module),
+        predict,
         variables,
         plan,
         noise_key(seed),
         list(indices),
         shape=shape,
         y=labels(classes, indices),
-        guidance=guidance_of(guidance_scale, classes),
+        guidance=guidance_of(guidance_scale, classes, channels),
         hooks=hooks,
         batch_size=batch_size,
         on_batch=on_batch,

@@ -88,13 +88,17 @@ def sample_shards(
     hooks: Hooks = IDENTITY,
     on_shard: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
+    uint8_rule: str = "round",
+    guided_channels: int = 0,
 ) -> list[pathlib.Path]:
     """Draws the shards that are not on disk yet; returns the files of all of them, in order.
 
     Classes come in turn, so that every shard of a multiple of them is balanced. on_shard: called with
-    the number of samples there are after each shard. mesh: as in `sample`. Raises ValueError as
+    the number of samples there are after each shard. mesh: as in `sample`.
+    uint8_rule: of `data.images.to_uint8`. guided_channels: as in `draw_samples`. Raises ValueError as
     `sample` and `shard_paths` do and for samples that are not finite, and OSError for a full disk.
     """
+    to_uint8(np.zeros(1), uint8_rule)  # an unknown rule is refused before anything is drawn
     paths = shard_paths(directory, count, size)
     for path, indices in paths:
         if not path.exists():
@@ -109,6 +113,7 @@ def sample_shards(
                 shape=shape,
                 classes=classes,
                 guidance_scale=guidance_scale,
+                guided_channels=guided_channels,
                 first=indices.start,
                 hooks=hooks,
                 mesh=mesh,
@@ -124,7 +129,7 @@ def sample_shards(
                 )
             wanted = labels(classes, indices)
             kept = np.full(len(indices), -1, np.int32) if wanted is None else wanted
-            save_arrays(path, Shard(to_uint8(x), kept, spent))
+            save_arrays(path, Shard(to_uint8(x, uint8_rule), kept, spent))
         if on_shard is not None:
             on_shard(indices.stop - FIRST_INDEX)
     return [path for path, _ in paths]

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 
 from qdiff_jax.diffusion.corrections import hooks_of
+from qdiff_jax.diffusion.flow import flow_euler, flow_sigmas
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.diffusion.quantized_tensors import quantize_tensors
 from qdiff_jax.diffusion.samplers import SamplerPlan, make_plan
-from qdiff_jax.diffusion.schedule import make_schedule
+from qdiff_jax.diffusion.schedule import schedule_of
 from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.export.bundle import Bundle, load_bundle, save_bundle
 from qdiff_jax.export.integer import check_executable
@@ -91,13 +92,37 @@ def run_method(
 
 
 def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPlan:
-    """The sampler's plan from its JSON config: name, spacing, steps, options, optionally the bits and
-    ranges of its own "tensors"."""
-    schedule = make_schedule(schedule_config["schedule"], schedule_config["timesteps"])
-    grid = make_timesteps(
-        sampler_config["spacing"], schedule_config["timesteps"], sampler_config["steps"]
+    """The sampler's plan from the JSON configs of the model's schedule and of the sampler.
+
+    schedule_config: "schedule", "timesteps", optionally the schedule's "options" and the network's
+    "prediction" ("eps" without). sampler_config: "name", "spacing", "steps", optionally the sampler's
+    "options", the grid's ("grid": offset, last), and the bits and ranges of its own "tensors". A model
+    with the schedule "flow" is sampled by "flow_euler" alone, whose options are those of `flow_sigmas`.
+    Raises ValueError for a sampler of another kind of model, and as the functions called.
+    """
+    name, steps, options = (
+        sampler_config["name"],
+        sampler_config["steps"],
+        dict(sampler_config.get("options", {})),
     )
-    plan = make_plan(sampler_config["name"], schedule, grid, **sampler_config.get("options", {}))
+    timesteps, prediction = schedule_config["timesteps"], schedule_config.get("prediction", "eps")
+    if (schedule_config["schedule"] == "flow") != (name == "flow_euler"):
+        raise ValueError(
+            f"the sampler '{name}' does not sample a model with the schedule "
+            f"'{schedule_config['schedule']}': 'flow_euler' belongs to 'flow' models and to no others."
+        )
+    if name == "flow_euler":
+        sigmas = flow_sigmas(
+            steps, spacing=sampler_config["spacing"], num_timesteps=timesteps, **options
+        )
+        plan = flow_euler(sigmas, num_timesteps=timesteps)
+    else:
+        grid = make_timesteps(
+            sampler_config["spacing"], timesteps, steps, **sampler_config.get("grid", {})
+        )
+        if prediction != "eps":
+            options["prediction"] = prediction
+        plan = make_plan(name, schedule_of(schedule_config), grid, **options)
     tensors = sampler_config.get("tensors")
     return plan if tensors is None else quantize_tensors(plan, tensors["bits"], tensors["ranges"])
 

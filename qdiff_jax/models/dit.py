@@ -32,6 +32,7 @@ from qdiff_jax.operators import PV, QK, Operator
 from qdiff_jax.sites import op
 
 _LN_EPS = 1e-6
+SEMANTICS = ("official", "diffusers")
 _FREQUENCIES = 256  # width of the timestep sinusoid, whatever the model's
 
 # Initial values as published: what closes a residual branch starts at zero, so that each block
@@ -43,13 +44,18 @@ _ZERO = nn.initializers.zeros_init()
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the network. The published ImageNet model is `DiTConfig.xl_2(resolution)`.
+    """Sizes of the network. The published ImageNet models are `DiTConfig.xl_2(32)` and, for 512 x 512
+    images, `DiTConfig.xl_2(64)`.
 
     resolution: side of the (latent) image. mlp_ratio: width of the MLP by that of the tokens.
     num_classes: None for an unconditional model; otherwise classes 0..num_classes-1 and the null
     class num_classes. learn_sigma: the output has 2 * in_channels channels, noise estimate first and
     the variance's interpolation weight behind. dtype: "float32" or "bfloat16", the compute type;
-    parameters are float32. Raises ValueError for sizes that do not divide or an unknown dtype.
+    parameters are float32. semantics: "official" is the network of the released weights and of every
+    published figure. "diffusers" computes what diffusers' DiTTransformer2DModel does with the same
+    weights: another network, whose timestep frequencies end at 1/10000 (k / (dim/2 - 1)) and whose
+    LayerNorm before the MLP has eps 1e-5; only for comparison with that class.
+    Raises ValueError for sizes that do not divide, an unknown dtype or unknown semantics.
     """
 
     width: int = 1152
@@ -62,6 +68,7 @@ class DiTConfig:
     num_classes: int | None = 1000
     learn_sigma: bool = True
     dtype: str = "float32"
+    semantics: str = "official"
 
     @staticmethod
     def xl_2(resolution: int = 32) -> DiTConfig:
@@ -83,42 +90,49 @@ class DiTConfig:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is not one of 'float32', 'bfloat16'.")
+        if self.semantics not in SEMANTICS:
+            raise ValueError(f"semantics {self.semantics!r} is not one of {SEMANTICS}.")
 
 
-def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
+def timestep_embedding(t: jax.Array, dim: int, shift: int = 0) -> jax.Array:
     """Sinusoidal embedding [B, dim] of (fractional) timesteps t [B], as in the DiT checkpoints.
 
-    f_k = exp(-ln(10000) k / (dim/2)), order [cos, sin].
+    f_k = exp(-ln(10000) k / (dim/2 - shift)), order [cos, sin].
     """
     half = dim // 2
-    freqs = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000.0) / half))
+    freqs = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000.0) / (half - shift)))
     args = t.astype(jnp.float32)[:, None] * freqs[None, :]
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=1)
 
 
 def position_table(width: int, side: int) -> np.ndarray:
-    """The fixed position embedding [side * side, width] float32, tokens in row-major order.
+    """The fixed position embedding [side * side, width] float32, tokens in row-major order."""
+    return sincos_positions(width, np.arange(side), np.arange(side))
+
+
+def sincos_positions(width: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Position embedding [R * C, width] float32 of the places rows [R] x columns [C], row-major.
 
     The first half encodes the column, the second the row, each [sin, cos] with
     omega_k = 10000^(-k / (width/4)); computed in float64.
     """
     omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
-    rows, columns = np.divmod(np.arange(side * side), side)
-    parts = [f(np.outer(place, omega)) for place in (columns, rows) for f in (np.sin, np.cos)]
+    places = np.tile(columns, len(rows)), np.repeat(rows, len(columns))
+    parts = [f(np.outer(place, omega)) for place in places for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
+def layer_norm(x: jax.Array, eps: float = _LN_EPS) -> jax.Array:
     """LayerNorm over the last axis without affine parameters, in float32 whatever x is."""
     h = x.astype(jnp.float32)
     h = h - jnp.mean(h, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(h), axis=-1, keepdims=True)
-    return (h * jax.lax.rsqrt(variance + _LN_EPS)).astype(x.dtype)
+    return (h * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float = _LN_EPS) -> jax.Array:
     """LN(x) (1 + scale) + shift for tokens x [B, N, D] and shift, scale [B, D]."""
-    return layer_norm(x) * (1.0 + scale[:, None, :]) + shift[:, None, :]
+    return layer_norm(x, eps) * (1.0 + scale[:, None, :]) + shift[:, None, :]
 
 
 class PatchEmbed(nn.Module):
@@ -150,10 +164,11 @@ class ConditionEmbedder(nn.Module):
     width: int
     num_classes: int | None
     dtype: str
+    freq_shift: int = 0
 
     @nn.compact
     def __call__(self, t, y=None, train=False):
-        c = timestep_embedding(t, _FREQUENCIES).astype(self.dtype)
+        c = timestep_embedding(t, _FREQUENCIES, self.freq_shift).astype(self.dtype)
         c = dense(self, "mlp_0", c, self.width, init=_NORMAL)
         c = dense(self, "mlp_2", nn.silu(c), self.width, init=_NORMAL)
         if self.num_classes is not None:
@@ -178,6 +193,7 @@ class DiTBlock(nn.Module):
 
     heads: int
     hidden: int
+    mlp_eps: float = _LN_EPS
 
     @nn.compact
     def __call__(self, x, modulation, train=False):
@@ -190,9 +206,16 @@ class DiTBlock(nn.Module):
         weights = nn.softmax(logits, axis=-1).astype(x.dtype)
         h = op(self, "attn_pv", PV, weights, v).swapaxes(1, 2).reshape(x.shape)
         x = x + gate_a[:, None, :] * dense(self, "attn_proj", h, width, init=_XAVIER)
-        h = dense(self, "mlp_fc1", modulate(x, shift_m, scale_m), self.hidden, init=_XAVIER)
+        h = modulate(x, shift_m, scale_m, self.mlp_eps)
+        h = dense(self, "mlp_fc1", h, self.hidden, init=_XAVIER)
         h = dense(self, "mlp_fc2", nn.gelu(h, approximate=True), width, init=_XAVIER)
         return x + gate_m[:, None, :] * h
+
+
+def unpatchify(tokens: jax.Array, rows: int, columns: int, patch: int) -> jax.Array:
+    """Tokens [B, rows * columns, patch * patch * C] as an image [B, H, W, C] float32, channel fastest."""
+    h = tokens.reshape(tokens.shape[0], rows, columns, patch, patch, -1).swapaxes(2, 3)
+    return h.reshape(h.shape[0], rows * patch, columns * patch, -1).astype(jnp.float32)
 
 
 class FinalLayer(nn.Module):
@@ -207,8 +230,7 @@ class FinalLayer(nn.Module):
         p, channels = self.patch, self.out_channels
         h = dense(self, "linear", modulate(x, shift, scale), p * p * channels, init=_ZERO)
         side = math.isqrt(x.shape[1])
-        h = h.reshape(x.shape[0], side, side, p, p, channels).swapaxes(2, 3)
-        return h.reshape(x.shape[0], side * p, side * p, channels).astype(jnp.float32)
+        return unpatchify(h, side, side, p)
 
 
 @functools.cache
@@ -216,7 +238,8 @@ def dit_program(config: DiTConfig) -> tuple[Node, ...]:
     """The block program: inputs "x" [B, H, W, C], "t" [B] and, conditional, "y" [B]."""
     c = config
     conditions = ("t",) if c.num_classes is None else ("t", "y")
-    embedder = ConditionEmbedder(c.width, c.num_classes, c.dtype, parent=None)
+    shift, mlp_eps = (0, _LN_EPS) if c.semantics == "official" else (1, 1e-5)
+    embedder = ConditionEmbedder(c.width, c.num_classes, c.dtype, shift, parent=None)
     temporal = [Node("t_embedder", embedder, conditions)]
     body = [Node("x_embedder", PatchEmbed(c.width, c.patch, c.dtype, parent=None), ("x",))]
 
@@ -227,7 +250,7 @@ def dit_program(config: DiTConfig) -> tuple[Node, ...]:
 
     for i in range(c.depth):
         hidden = int(c.width * c.mlp_ratio)
-        modulated(f"blocks_{i}", DiTBlock(c.heads, hidden, parent=None), 6)
+        modulated(f"blocks_{i}", DiTBlock(c.heads, hidden, mlp_eps, parent=None), 6)
     modulated("final_layer", FinalLayer(c.patch, c.out_channels, parent=None), 2)
     program = (*temporal, *body)
     validate(program, ("x", "t", "y"))

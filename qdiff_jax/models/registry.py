@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.config import to_dataclass
-from qdiff_jax.diffusion.schedule import NoiseSchedule, make_schedule
+from qdiff_jax.diffusion.samplers import LEARNED_RANGE, SamplerPlan
+from qdiff_jax.diffusion.schedule import NoiseSchedule, schedule_of
 from qdiff_jax.export.bundle import file_sha256
 from qdiff_jax.models.classifier import Classifier, ClassifierConfig
 from qdiff_jax.models.dit import DiTConfig
@@ -123,7 +124,7 @@ def _assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
     schedule = source["schedule"]
     return DiffusionModel(
         Model(make_module(config), program_of(config), params),
-        make_schedule(schedule["schedule"], schedule["timesteps"]),
+        schedule_of(schedule),
         model_json(config),
         config.num_classes,
         source,
@@ -170,6 +171,20 @@ def predictor(module: Any, variance: bool = False):
         return output if variance else output[..., : x.shape[-1]]
 
     return predict
+
+
+def sampling_predictor(module: Any, plan: SamplerPlan):
+    """The `predictor` that a plan reads: with the variance exactly for "learned_range".
+
+    Raises ValueError if the plan wants a variance that the network does not learn.
+    """
+    variance = plan.sampler.name == LEARNED_RANGE
+    if variance and not getattr(module.config, "learn_sigma", False):
+        raise ValueError(
+            "the sampler's variance 'learned_range' needs a network that learns one (learn_sigma); "
+            "take 'fixed_small' or 'fixed_large'."
+        )
+    return predictor(module, variance)
 
 
 @functools.cache

@@ -32,7 +32,8 @@ class Pool(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """values: {name: array [N, ...]}, None for an absent optional input. ctx: step of each sample.
+    """values: {name: array [N, ...]}, None for an absent optional input; y may be a pytree of arrays. ctx:
+    step of each sample.
 
     Each sample carries its own step, so that step tables select their rows per sample. `passes` counts
     the units run so far in units of the whole program, a figure for the cost report.
@@ -48,14 +49,21 @@ class Stream(NamedTuple):
 
 
 def start_stream(x, t, index, branch, y) -> Stream:
-    """The stream before the first unit: the network's inputs over the calibration set (host arrays)."""
+    """The stream before the first unit: the network's inputs over the calibration set (host arrays).
+
+    y: None, labels [N] of integers, a context [N, L, D] of floats, or a pytree of such arrays."""
     ctx = StepContext(
         t=np.asarray(t, np.float32),
         index=np.asarray(index, np.int32),
         branch=np.asarray(branch, np.int32),
     )
-    y = None if y is None else np.asarray(y, np.int32)
+    y = jax.tree.map(_as_condition, y)
     return Stream({"x": np.asarray(x, np.float32), "t": ctx.t, "y": y}, ctx)
+
+
+def _as_condition(leaf) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    return leaf.astype(np.float32 if np.issubdtype(leaf.dtype, np.floating) else np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="signature")
@@ -148,10 +156,9 @@ def estimate_bytes(units: Sequence[Unit], params: Mapping, stream: Stream, strea
     The network's inputs count once: all streams start from the same arrays and never write them.
     """
     size = stream.size
-    shapes: dict[str, Any] = {
-        name: None if v is None else jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype)
-        for name, v in stream.values.items()
-    }
+    shapes: dict[str, Any] = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype), stream.values
+    )
     ctx = jax.tree.map(lambda v: jax.ShapeDtypeStruct((1,), v.dtype), stream.ctx)
     peak = 0
     for i, unit in enumerate(units):
@@ -162,9 +169,9 @@ def estimate_bytes(units: Sequence[Unit], params: Mapping, stream: Stream, strea
         )
         shapes.update(zip(unit.outputs, outputs, strict=True))
         held = {
-            name: int(np.prod(s.shape)) * s.dtype.itemsize * size
-            for name, s in shapes.items()
-            if s is not None
+            name: sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(value))
+            * size
+            for name, value in shapes.items()
         }
         once = sum(nbytes for name, nbytes in held.items() if name in stream.values)
         peak = max(peak, once + streams * (sum(held.values()) - once))

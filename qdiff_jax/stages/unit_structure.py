@@ -133,10 +133,11 @@ def plan_unit(signature: Signature, params, inputs, chosen: Sequence[str]) -> Un
     layers = unit_layers(signature, params, inputs)
     if not set(chosen) & {layer.key for layer in layers}:
         return UnitPlan((), ())
-    batch = next(len(v) for v in inputs if v is not None)
+    batch = len(jax.tree.leaves(inputs)[0])
     rng = np.random.default_rng(0)
     zeros = [np.zeros((batch, *layer.output), np.float32) for layer in layers]
-    floats = [i for i, v in enumerate(inputs) if v is not None and v.dtype == np.float32]
+    # A condition that is a pytree (a caption and its mask) is summed with no layer's output.
+    floats = [i for i, v in enumerate(inputs) if getattr(v, "dtype", None) == np.float32]
     none = [np.zeros_like(v) if i in floats else None for i, v in enumerate(inputs)]
 
     def respond(moved: Mapping[int, np.ndarray], moved_inputs: Mapping[int, np.ndarray] = {}):

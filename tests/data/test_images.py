@@ -203,6 +203,27 @@ def test_unit_range_inverts():
     assert images.to_uint8(np.array([-3.0, 3.0])).tolist() == [0, 255]
 
 
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        # Grey levels 10.3, 10.6, 254.9 on the scale 127.5 (x + 1).
+        ("round", [10, 11, 255]),
+        ("trunc_127.5", [10, 10, 254]),
+        ("trunc_255", [10, 10, 254]),
+        ("dit", [10, 11, 255]),
+    ],
+)
+def test_published_rules_to_bytes(rule, expected):
+    grey = np.array([10.3, 10.6, 254.9])
+    assert images.to_uint8(grey / 127.5 - 1.0, rule).tolist() == expected
+    assert images.to_uint8(np.array([-1.0, 1.0, -9.0, 9.0]), rule).tolist() == [0, 255, 0, 255]
+
+
+def test_an_unknown_rule_to_bytes_is_refused():
+    with pytest.raises(ValueError, match="unknown rule to uint8 'floor'.*trunc_255.*dit"):
+        images.to_uint8(np.zeros(1), "floor")
+
+
 @given(seed=st.integers(0, 9), batch=st.integers(1, 7), size=st.integers(7, 30))
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_an_epoch_visits_images_once(seed, batch, size):

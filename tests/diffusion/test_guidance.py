@@ -47,6 +47,28 @@ def test_formula_branches_and_null_labels(form):
     assert branches(guidance) == (0, 1)
 
 
+@pytest.mark.parametrize("order", ["pairs", "conditional_first", "unconditional_first"])
+def test_the_order_of_the_rows_changes_nothing_but_their_places(order):
+    guidance = classifier_free(3.0, NULL, order=order)
+    received = []
+
+    def predict(variables, x, ctx, y):
+        received.append((y.tolist(), ctx.branch.tolist()))
+        return network([])(variables, x, ctx, y)
+
+    eps, raw = evaluate(predict, guidance, {"table": TABLE}, X, CTX, Y)
+    expected = run(classifier_free(3.0, NULL, form="calls"))
+    np.testing.assert_array_equal(eps, expected[0])
+    np.testing.assert_array_equal(raw, expected[1])
+    assert received == [
+        {
+            "pairs": ([1, 9, 2, 9, 3, 9], [0, 1, 0, 1, 0, 1]),
+            "conditional_first": ([1, 2, 3, 9, 9, 9], [0, 0, 0, 1, 1, 1]),
+            "unconditional_first": ([9, 9, 9, 1, 2, 3], [1, 1, 1, 0, 0, 0]),
+        }[order]
+    ]
+
+
 def test_scales_that_need_one_evaluation():
     for scale, branch, labels in ((1.0, 0, Y), (0.0, 1, jnp.full_like(Y, NULL))):
         guidance = classifier_free(scale, NULL)
@@ -101,6 +123,19 @@ def test_labels_may_be_a_tree_of_embeddings():
     _, raw = evaluate(predict, classifier_free(2.0, null), {}, X, CTX, y)
     np.testing.assert_allclose(raw[:, 0], 2.0)
     np.testing.assert_allclose(raw[:, 1], 0.25)
+    leading = jax.tree.map(lambda leaf: leaf[None], null)
+    _, again = evaluate(predict, classifier_free(2.0, leading), {}, X, CTX, y)
+    np.testing.assert_array_equal(again, raw)
+
+
+def test_a_null_that_is_no_row_of_the_conditioning_is_refused():
+    text = jnp.ones((3, 5, 7))
+    with pytest.raises(ValueError, match=r"shape \(4, 7\) is no row of y.*\(5, 7\)"):
+        run(classifier_free(2.0, np.zeros((4, 7), np.float32)), y=text)
+    with pytest.raises(ValueError, match=r"shape \(\) is no row of y"):
+        run(classifier_free(2.0, NULL), y=text)  # a class index where there is a context
+    with pytest.raises(ValueError, match="null conditioning has the structure"):
+        run(classifier_free(2.0, np.zeros((5, 7), np.float32)), y={"text": text})
 
 
 def test_mistakes_are_named():
@@ -108,5 +143,7 @@ def test_mistakes_are_named():
         run(classifier_free(2.0, NULL), y=None)
     with pytest.raises(ValueError, match="unknown form of guidance 'serial'"):
         classifier_free(2.0, NULL, form="serial")
+    with pytest.raises(ValueError, match="unknown order of guided rows 'cond'"):
+        classifier_free(2.0, NULL, order="cond")
     with pytest.raises(ValueError, match="at least 1"):
         classifier_free(2.0, NULL, channels=0)

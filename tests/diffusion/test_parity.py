@@ -97,7 +97,7 @@ def test_guided_ddim_of_the_latent_models(form):
 
 def test_ancestral_sampling_with_learned_variance():
     case, _ = load("native_dit_spaced_50")
-    grid = make_timesteps("linspace", 1000, 50)
+    grid = make_timesteps("spaced", 1000, 50)
     np.testing.assert_array_equal(grid, case["out/timestep_map"])
     plan = ddpm(make_schedule("linear"), grid, variance="learned_range")
     tables = {name: jnp.asarray(table) for name, table in analytic_tables().items()}

@@ -143,8 +143,8 @@ def test_a_changed_noise_level_enters_the_direction_term():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="unknown sampler 'euler'.*ddim.*ddpm.*dpmpp_2m"):
-        make_plan("euler", LINEAR, GRID)
+    with pytest.raises(ValueError, match="unknown sampler 'heun'.*ddim.*ddpm.*dpmpp_2m"):
+        make_plan("heun", LINEAR, GRID)
     with pytest.raises(ValueError, match="ascending order"):
         ddim(LINEAR, GRID[::-1])
     with pytest.raises(ValueError, match="eta must not be negative"):

@@ -146,7 +146,7 @@ def test_classes_of_another_network_are_not_compared(monkeypatch, workdir):
     ("overrides", "message"),
     [
         ({"seed": 1}, "its seed is 0 and here it is 1, so that no two samples belong together"),
-        ({"sampler__steps": 3}, r"its sampler is .*'steps': 2.* and here it is .*'steps': 3"),
+        ({"sampler__steps": 4}, r"its sampler is .*'steps': 2.* and here it is .*'steps': 4"),
         ({"samples": 60}, "has 40 samples and 60 are asked for"),
         ({"shard": 40}, "has other labels or another number of samples than are drawn here"),
         (

@@ -4,7 +4,8 @@
 
 The reference is diffusers' DiTTransformer2DModel with its two departures from the official code undone
 (time projection without the frequency shift; LayerNorm eps 1e-6 before the MLP). Weights follow from
-their official names (`seeded`), so that only inputs and outputs are stored.
+their official names (`seeded`), so that only inputs and outputs are stored: of one call, of one call of
+the class as it ships ("as_shipped"), and of four guided steps of the published sampler.
 """
 
 import json
@@ -13,7 +14,7 @@ import zlib
 
 import numpy as np
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel
 
 DEPTH, HEADS, HEAD_WIDTH, CLASSES, SIDE, CHANNELS = 3, 4, 24, 10, 8, 4
 WIDTH = HEADS * HEAD_WIDTH
@@ -81,9 +82,8 @@ def load(model, state):
     model.load_state_dict({k: torch.tensor(v) for k, v in own.items()}, strict=True)
 
 
-def main():
-    seed = 20
-    model = DiTTransformer2DModel(
+def new_model(eps):
+    return DiTTransformer2DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_WIDTH,
         in_channels=CHANNELS,
@@ -95,8 +95,36 @@ def main():
         activation_fn="gelu-approximate",
         norm_type="ada_norm_zero",
         norm_elementwise_affine=False,
-        norm_eps=1e-6,
+        norm_eps=eps,
     ).eval()
+
+
+def guided_sampling(model, scale=1.5, steps=(600, 400, 200, 0)):
+    """The sampler of the official code: [conditional, unconditional] rows, three guided channels, the
+    rest and the variance conditional, betas respaced, no clipping."""
+    scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    scheduler.set_timesteps(timesteps=list(steps))
+    x = np.random.RandomState(8).standard_normal((2, CHANNELS, SIDE, SIDE)).astype(np.float32)
+    y = np.array([1, 3])
+    arrays = {"in/x_T": x, "in/labels": y, "in/noise": [], "out/visited": []}
+    x, labels = torch.tensor(x), torch.tensor([*y, CLASSES, CLASSES])
+    for i, t in enumerate(steps):
+        arrays["out/visited"].append(x.numpy())
+        rows = torch.cat([x, x])
+        output = model(rows, torch.full((4,), t), class_labels=labels).sample
+        with_label, without = output.chunk(2)
+        guided = without[:, :3] + scale * (with_label[:, :3] - without[:, :3])
+        output = torch.cat([guided, with_label[:, 3:]], dim=1)
+        again, generator = (torch.Generator().manual_seed(100 + i) for _ in range(2))
+        arrays["in/noise"].append(torch.randn(x.shape, generator=again).numpy())
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+    arrays["out/final"] = x.numpy()
+    return {name: np.stack(value) for name, value in arrays.items()}
+
+
+def main():
+    seed = 20
+    model = new_model(1e-6)
     for block in model.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm3.eps = 1e-6
@@ -109,12 +137,19 @@ def main():
         with torch.no_grad():
             inputs = torch.tensor(x, dtype=dtype), torch.tensor(t), torch.tensor(y)
             outputs[name] = model.to(dtype)(inputs[0], inputs[1], class_labels=inputs[2]).sample
+    with torch.no_grad():
+        arrays = guided_sampling(model.to(torch.float32))
+        shipped = new_model(1e-5)
+        shipped.load_state_dict(model.state_dict())
+        inputs = torch.tensor(x), torch.tensor(t), torch.tensor(y)
+        outputs["as_shipped"] = shipped(inputs[0], inputs[1], class_labels=inputs[2]).sample
     meta = {"seed": seed, "manifest": manifest, "depth": DEPTH, "heads": HEADS, "width": WIDTH}
     path = pathlib.Path(__file__).parent / "cases" / "dit_official.npz"
     np.savez_compressed(
         path,
         meta=json.dumps(meta),
         **{"in/x": x, "in/t": t, "in/y": y},
+        **{f"sampling/{name}": value for name, value in arrays.items()},
         **{f"out/{k}": v.numpy() for k, v in outputs.items()},
     )
     spread = np.abs(outputs["sample"].numpy() - outputs["sample_f64"].numpy()).max()

@@ -1,0 +1,147 @@
+"""Published PixArt checkpoints -> parameters of `PixArt`: the .pth files, and diffusers' layout.
+
+Source: PixArt-alpha/PixArt-alpha and PixArt-alpha/PixArt-sigma (state dict under "state_dict"), and
+diffusers' PixArtTransformer2DModel, which computes the same network.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qdiff_jax.models.families import parameter_shapes
+from qdiff_jax.models.pixart import PixArtConfig
+from qdiff_jax.models.port.strict import Row, Table, port_parameters
+
+# The released files by their names, without ".pth".
+PUBLISHED = types.MappingProxyType(
+    {
+        "PixArt-XL-2-256x256": PixArtConfig(resolution=32, interpolation=1.0, caption_length=120),
+        "PixArt-XL-2-512x512": PixArtConfig(resolution=64, interpolation=1.0, caption_length=120),
+        "PixArt-XL-2-1024-MS": PixArtConfig(caption_length=120, micro_conditions=True),
+        "PixArt-Sigma-XL-2-256x256": PixArtConfig(resolution=32, interpolation=0.5),
+        "PixArt-Sigma-XL-2-512-MS": PixArtConfig(resolution=64, interpolation=1.0),
+        "PixArt-Sigma-XL-2-1024-MS": PixArtConfig(),
+        "PixArt-Sigma-XL-2-2K-MS": PixArtConfig(resolution=256, interpolation=4.0),
+    }
+)
+
+OFFICIAL = Table(
+    (
+        Row(r"x_embedder\.proj", "x_embedder/proj", "conv"),
+        Row(r"t_embedder\.mlp\.([02])", r"t_embedder/mlp_\1", "dense"),
+        Row(r"(csize|ar)_embedder\.mlp\.([02])", r"t_embedder/\1_mlp_\2", "dense"),
+        Row(r"t_block\.1", "t_block/dense", "dense"),
+        Row(r"y_embedder\.y_proj\.(fc[12])", r"y_embedder/\1", "dense"),
+        Row(r"(blocks\.\d+)\.(attn\.(?:qkv|proj)|mlp\.fc[12])", r"\1/\2", "dense"),
+        Row(r"(blocks\.\d+)\.(cross_attn\.(?:q_linear|kv_linear|proj))", r"\1/\2", "dense"),
+        Row(r"(blocks\.\d+|final_layer)\.scale_shift_table", r"\1/scale_shift_table", "tensor"),
+        Row(r"final_layer\.linear", "final_layer/linear", "dense"),
+    ),
+    # Positions are computed; the caption of the unconditional branch is no parameter (`null_caption`).
+    drops=(r"pos_embed", r"y_embedder\.y_embedding"),
+)
+
+# diffusers' module -> official module.
+_WHOLE = {
+    "pos_embed.proj": "x_embedder.proj",
+    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "adaln_single.emb.resolution_embedder.linear_1": "csize_embedder.mlp.0",
+    "adaln_single.emb.resolution_embedder.linear_2": "csize_embedder.mlp.2",
+    "adaln_single.emb.aspect_ratio_embedder.linear_1": "ar_embedder.mlp.0",
+    "adaln_single.emb.aspect_ratio_embedder.linear_2": "ar_embedder.mlp.2",
+    "adaln_single.linear": "t_block.1",
+    "proj_out": "final_layer.linear",
+}
+_IN_BLOCK = {
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q_linear",
+    "attn2.to_out.0": "cross_attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+# Rows of one official layer, in this order.
+_JOINED = {
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+}
+_PART_OF = {part: joined for joined, parts in _JOINED.items() for part in parts}
+
+
+def from_official(
+    checkpoint: Mapping[str, Any], config: PixArtConfig, source: object = "the checkpoint"
+) -> dict:
+    """Parameters of `PixArt` from a .pth file as `runtime.torch_files.load_torch` reads it.
+
+    checkpoint: {"state_dict": ...} as released, or the state dict. Raises ValueError listing all that is
+    missing, left over or of another shape.
+    """
+    tensors = _state_dict(checkpoint)
+    return port_parameters(tensors, OFFICIAL, parameter_shapes(config), source)
+
+
+def null_caption(checkpoint: Mapping[str, Any], source: object = "the checkpoint") -> np.ndarray:
+    """The learned caption [L, E] float32 that the released code puts in the unconditional branch.
+
+    diffusers instead encodes the empty prompt. Raises ValueError if the file has none.
+    """
+    tensors = _state_dict(checkpoint)
+    if "y_embedder.y_embedding" not in tensors:
+        raise ValueError(
+            f"{source} has no y_embedder.y_embedding; encode the empty prompt for the unconditional "
+            "branch, as diffusers does."
+        )
+    return np.asarray(tensors["y_embedder.y_embedding"], np.float32)
+
+
+def from_diffusers(
+    tensors: Mapping[str, np.ndarray], config: PixArtConfig, source: object = "the state dict"
+) -> dict:
+    """Parameters of `PixArt` from the state dict of PixArtTransformer2DModel; raises as `from_official`."""
+    return from_official(official_names(tensors, source), config, source)
+
+
+def official_names(
+    tensors: Mapping[str, np.ndarray], source: object = "the state dict"
+) -> dict[str, np.ndarray]:
+    """The state dict of diffusers under official names; names that have none are kept as they are.
+
+    Raises ValueError where a part of a joined layer is missing.
+    """
+    official: dict[str, np.ndarray] = {}
+    split: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        number, _, inner = module.removeprefix("transformer_blocks.").partition(".")
+        inside = module.startswith("transformer_blocks.")
+        if key == "scale_shift_table":
+            official["final_layer.scale_shift_table"] = tensor
+        elif module in _WHOLE:
+            official[f"{_WHOLE[module]}.{leaf}"] = tensor
+        elif key == "pos_embed.pos_embed":
+            official["pos_embed"] = tensor
+        elif inside and leaf == "scale_shift_table":
+            official[f"blocks.{number}.{leaf}"] = tensor
+        elif inside and inner in _IN_BLOCK:
+            official[f"blocks.{number}.{_IN_BLOCK[inner]}.{leaf}"] = tensor
+        elif inside and inner in _PART_OF:
+            split.setdefault((number, _PART_OF[inner], leaf), {})[inner] = tensor
+        else:
+            official[key] = tensor
+    for (number, joined, leaf), parts in split.items():
+        name = f"blocks.{number}.{joined}.{leaf}"
+        lacking = [part for part in _JOINED[joined] if part not in parts]
+        if lacking:
+            raise ValueError(f"{source} lacks {', '.join(lacking)}, parts of {name}.")
+        official[name] = np.concatenate([parts[part] for part in _JOINED[joined]])
+    return official
+
+
+def _state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+    return checkpoint.get("state_dict", checkpoint)
