@@ -1,0 +1,1 @@
+"""Published checkpoints of PyTorch as parameters of ours: one table of names for each family."""
