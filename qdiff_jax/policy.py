@@ -179,6 +179,19 @@ def _ends(sites: Sequence[Site], w_bits: int | None, a_bits: int | None) -> tupl
     return tuple(rules)
 
 
+# The same layers under the names of the two families of U-Net: DDPM's, then latent diffusion's.
+_SHORTCUTS = ("*/nin_shortcut", "*/skip_connection")
+_DOWNSAMPLING = ("*_downsample/*", "input_blocks_*/op")
+_UPSAMPLING = ("*_upsample/*", "output_blocks_*/conv")
+_FIRST_TIME_LAYER = ("temb/dense_0", "time_embed/dense_0")
+_TIME_EMBEDDING = ("temb/*", "time_embed/*")
+
+
+def _unquantized(name: str, patterns: Sequence[str]) -> tuple[Rule, ...]:
+    name = f"{name} in full precision"
+    return tuple(Rule(name, pattern, ("input", "weight"), None, None) for pattern in patterns)
+
+
 _NO_PRODUCTS = Rule(
     "attention products in full precision", "*", ("q", "k", "v", "softmax"), None, None
 )
@@ -212,11 +225,11 @@ def official_tfmq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     second, third = convs[1:3]
     rules = (
         Rule("conv_in in full precision", convs[0], fp, None, None),
-        Rule("first time layer in full precision", "temb/dense_0", fp, None, None),
+        *_unquantized("first time layer", _FIRST_TIME_LAYER),
         Rule("last convolution in full precision", convs[-1], fp, None, None),
-        Rule("shortcuts in full precision", "*/nin_shortcut", fp, None, None),
-        Rule("downsampling in full precision", "*_downsample/*", fp, None, None),
-        Rule("upsampling in full precision", "*_upsample/*", fp, None, None),
+        *_unquantized("shortcuts", _SHORTCUTS),
+        *_unquantized("downsampling", _DOWNSAMPLING),
+        *_unquantized("upsampling", _UPSAMPLING),
         Rule("second layer's activation in full precision", second, ("input",), None, None),
         Rule("third layer's activation in full precision", third, ("input",), None, None),
         _NO_PRODUCTS,
@@ -228,13 +241,13 @@ def official_tfmq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
 def official_ptqd(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     """PTQD's code: its first two modules (first time layer, conv_in) and the last layer at 8 bits, shortcuts
     and downsampling in full precision, softmax 8 bits, all else at target bits."""
-    fp = ("input", "weight")
     first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
     rules = [
-        Rule("shortcuts in full precision", "*/nin_shortcut", fp, None, None),
-        Rule("downsampling in full precision", "*_downsample/*", fp, None, None),
+        *_unquantized("shortcuts", _SHORTCUTS),
+        *_unquantized("downsampling", _DOWNSAMPLING),
     ]
-    for name in dict.fromkeys(("temb/dense_0", first.name, last_weight_site(sites).name)):
+    names = (*_FIRST_TIME_LAYER, first.name, last_weight_site(sites).name)
+    for name in dict.fromkeys(names):
         if w_bits:
             rules.append(Rule("first two and last at 8 bits", name, ("weight",), 8, WEIGHT))
         if a_bits:
@@ -252,9 +265,9 @@ def official_ptq4dm(sites, w_bits, a_bits) -> tuple[Rule, ...]:
 def official_tdq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     """TDQ's re-hosted code: convolutions and dense layers, those of attention included, at target bits, first
     and last at 8, the time embedding and attention products in full precision."""
-    embedding = Rule("time embedding in full precision", "temb/*", ("input", "weight"), None, None)
+    embedding = _unquantized("time embedding", _TIME_EMBEDDING)
     ends = _ends(sites, w_bits, a_bits)
-    return _present(sites, (embedding, *ends, _NO_PRODUCTS, *_targets(w_bits, a_bits)))
+    return _present(sites, (*embedding, *ends, _NO_PRODUCTS, *_targets(w_bits, a_bits)))
 
 
 def official_tcaq(sites, w_bits, a_bits) -> tuple[Rule, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from qdiff_jax.analysis.grids import rounded
 from qdiff_jax.analysis.observed import step_values
 from qdiff_jax.analysis.subject import NotApplicable, Subject
-from qdiff_jax.models.program import Node, temporal_nodes
+from qdiff_jax.models.program import Node, condition_nodes
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.spec import QuantSpec, code_range
 
@@ -54,8 +54,8 @@ def concatenating(program: tuple[Node, ...]) -> dict[str, tuple[str, str]]:
 
     Raises NotApplicable when there are none.
     """
-    temporal = {*temporal_nodes(program), "t", "y"}
-    maps = {node.name: tuple(r for r in node.reads if r not in temporal) for node in program}
+    conditions = {*condition_nodes(program), "t", "y"}
+    maps = {node.name: tuple(r for r in node.reads if r not in conditions) for node in program}
     found = {name: reads for name, reads in maps.items() if len(reads) == 2}
     if not found:
         raise NotApplicable(

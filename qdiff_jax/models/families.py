@@ -17,11 +17,13 @@ from qdiff_jax.config import to_dataclass
 from qdiff_jax.models.dit import DiT, DiTConfig, dit_program
 from qdiff_jax.models.program import Node
 from qdiff_jax.models.unet_ddpm import UNetConfig, UNetDDPM, unet_program
+from qdiff_jax.models.unet_ldm import UNetLDM, UNetLDMConfig, unet_ldm_program
 
 
 class Family(NamedTuple):
-    """config: frozen dataclass of sizes, with `resolution`, `in_channels` and `num_classes`. module:
-    config -> Linen module with the attribute `config`. program: config -> its block program."""
+    """config: frozen dataclass of sizes, with `resolution`, `in_channels` and `num_classes`, and
+    `context_dim` and `context_length` where there is a context. module: config -> Linen module with the
+    attribute `config`. program: config -> its block program."""
 
     config: type
     module: Callable[[Any], nn.Module]
@@ -32,6 +34,7 @@ FAMILIES = types.MappingProxyType(
     {
         "unet_ddpm": Family(UNetConfig, UNetDDPM, unet_program),
         "dit": Family(DiTConfig, DiT, dit_program),
+        "unet_ldm": Family(UNetLDMConfig, UNetLDM, unet_ldm_program),
     }
 )
 
@@ -70,9 +73,14 @@ def program_of(config: Any) -> tuple[Node, ...]:
 
 
 def example_inputs(config: Any, batch: int = 1) -> tuple:
-    """(x, t, y) of the shapes and dtypes that the module takes, zeros; y None if unconditional."""
+    """(x, t, y) of the shapes and dtypes that the module takes, zeros; y: labels [batch] int32, a context
+    [batch, L, D] float32, or None if unconditional."""
     side = config.resolution
-    y = None if config.num_classes is None else jnp.zeros((batch,), jnp.int32)
+    y = None
+    if config.num_classes is not None:
+        y = jnp.zeros((batch,), jnp.int32)
+    elif getattr(config, "context_dim", None) is not None:
+        y = jnp.zeros((batch, config.context_length, config.context_dim))
     return jnp.zeros((batch, side, side, config.in_channels)), jnp.zeros((batch,)), y
 
 

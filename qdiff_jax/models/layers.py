@@ -15,16 +15,21 @@ class _Linear(nn.Module):
     """The parameters of one convolution or dense layer, created only when its kernel is asked for.
 
     `divisor` [in] is none of the layer's own: a transform of the parameters may put it there after moving
-    a factor of each input channel into the kernel (stages.channel_factors)."""
+    a factor of each input channel into the kernel (stages.channel_factors). Nor is the `bias` of a layer
+    without one, which a stage may put there after fitting it to the codes."""
 
     shape: tuple[int, ...]
     use_kernel: bool = True
     init: Callable = FAN_IN
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self):
         kernel = self.param("kernel", self.init, self.shape) if self.use_kernel else None
-        bias = self.param("bias", nn.initializers.zeros_init(), self.shape[-1:])
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), self.shape[-1:])
+        else:
+            bias = self.get_variable("params", "bias", None)
         moved = self.has_variable("params", "divisor")
         return kernel, bias, self.get_variable("params", "divisor") if moved else None
 
@@ -36,6 +41,7 @@ def linear(
     x: jax.Array,
     shape: tuple[int, ...],
     init: Callable = FAN_IN,
+    use_bias: bool = True,
 ) -> jax.Array:
     """A convolution or dense layer with parameters `name/{kernel,bias}` at the site `name`.
 
@@ -44,7 +50,8 @@ def linear(
     """
     site = module.get_variable("quant", name) if module.has_variable("quant", name) else None
     holds_codes = site is not None and hasattr(site.rhs, "qparams")
-    kernel, bias, divisor = _Linear(shape, use_kernel=not holds_codes, init=init, name=name)()
+    own = _Linear(shape, use_kernel=not holds_codes, init=init, use_bias=use_bias, name=name)
+    kernel, bias, divisor = own()
     if divisor is not None:
         x = x / divisor.reshape((1,) * (x.ndim - 1) + divisor.shape).astype(x.dtype)
     return op(
@@ -53,7 +60,7 @@ def linear(
         operator,
         x,
         lambda: kernel.astype(x.dtype),
-        bias.astype(x.dtype),
+        None if bias is None else bias.astype(x.dtype),
     )
 
 
@@ -72,7 +79,12 @@ def conv(
 
 
 def dense(
-    module: nn.Module, name: str, x: jax.Array, features: int, init: Callable = FAN_IN
+    module: nn.Module,
+    name: str,
+    x: jax.Array,
+    features: int,
+    init: Callable = FAN_IN,
+    use_bias: bool = True,
 ) -> jax.Array:
     """A dense layer on the last axis of x [..., C]."""
-    return linear(module, name, DENSE, x, (x.shape[-1], features), init)
+    return linear(module, name, DENSE, x, (x.shape[-1], features), init, use_bias)

@@ -169,11 +169,22 @@ def last_reads(units: Sequence[Unit]) -> dict[str, int]:
     return last
 
 
-def temporal_nodes(program: Sequence[Node]) -> tuple[str, ...]:
-    """Nodes that depend on the timestep and the label alone: their outputs are temporal features."""
+def condition_nodes(program: Sequence[Node]) -> tuple[str, ...]:
+    """Nodes that depend on the timestep and the condition y alone, not on the image."""
     known = {"t", "y"}
     for node in program:
         if set(node.reads) <= known:
+            known.add(node.name)
+    return tuple(node.name for node in program if node.name in known)
+
+
+def temporal_nodes(program: Sequence[Node]) -> tuple[str, ...]:
+    """Nodes that depend on the timestep and perhaps the label, but nothing else: their outputs are
+    temporal features. What depends on the label alone (an embedding of classes as a context) is none."""
+    known = {"t"}
+    conditions = set(condition_nodes(program))
+    for node in program:
+        if node.name in conditions and known & set(node.reads):
             known.add(node.name)
     return tuple(node.name for node in program if node.name in known)
 

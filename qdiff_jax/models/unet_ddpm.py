@@ -78,9 +78,9 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(args), jnp.cos(args)], axis=1)
 
 
-def group_norm(name, groups, x):
+def group_norm(name, groups, x, epsilon=_GN_EPS):
     """In float32 whatever x is, as Flax does inside; cast here, for it promotes implicitly."""
-    norm = nn.GroupNorm(num_groups=groups, epsilon=_GN_EPS, use_fast_variance=False, name=name)
+    norm = nn.GroupNorm(num_groups=groups, epsilon=epsilon, use_fast_variance=False, name=name)
     return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 

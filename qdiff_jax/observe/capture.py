@@ -48,13 +48,17 @@ class Stream(NamedTuple):
 
 
 def start_stream(x, t, index, branch, y) -> Stream:
-    """The stream before the first unit: the network's inputs over the calibration set (host arrays)."""
+    """The stream before the first unit: the network's inputs over the calibration set (host arrays).
+
+    y: None, labels [N] of integers, or a context [N, L, D] of floats."""
     ctx = StepContext(
         t=np.asarray(t, np.float32),
         index=np.asarray(index, np.int32),
         branch=np.asarray(branch, np.int32),
     )
-    y = None if y is None else np.asarray(y, np.int32)
+    if y is not None:
+        floating = np.issubdtype(np.asarray(y).dtype, np.floating)
+        y = np.asarray(y, np.float32 if floating else np.int32)
     return Stream({"x": np.asarray(x, np.float32), "t": ctx.t, "y": y}, ctx)
 
 

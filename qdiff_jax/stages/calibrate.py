@@ -44,7 +44,7 @@ class ActivationConfig:
     observer: str = "ema"
     momentum: float = 0.95
     per_step: tuple[str, ...] = ()
-    exact: tuple[str, ...] = ("temb/*", "*_temb_proj/*")
+    exact: tuple[str, ...] = ("temb/*", "*_temb_proj/*", "time_embed/*", "*_emb_layers_1/*")
     margin: float = 1.1
     batch_size: int = 64
 

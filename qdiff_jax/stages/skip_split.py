@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from qdiff_jax.models.families import example_inputs
-from qdiff_jax.models.program import Node, apply_unit, make_unit, temporal_nodes
+from qdiff_jax.models.program import Node, apply_unit, condition_nodes, make_unit
 from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.sites import flatten_sites
@@ -47,7 +47,7 @@ def skip_boundaries(
     found: dict[str, int] = {}
     if which == "none":
         return found
-    temporal = {*temporal_nodes(program), "t", "y"}
+    conditions = {*condition_nodes(program), "t", "y"}
     shapes = dict(zip(("x", "t", "y"), inputs, strict=True))
     traced: dict = {}  # equal blocks on equal shapes are traced once
     for node in program:
@@ -57,7 +57,7 @@ def skip_boundaries(
             traced[key] = _run(program, node, params, reads)
         output, sites = traced[key]
         shapes[node.name] = output
-        maps = [shapes[name].shape for name in node.reads if name not in temporal]
+        maps = [shapes[name].shape for name in node.reads if name not in conditions]
         if len(maps) != 2 or any(len(shape) < 3 for shape in maps):
             continue
         for name, site in flatten_sites(sites).items():

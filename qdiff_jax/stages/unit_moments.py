@@ -237,7 +237,7 @@ def _layer_residual(layer, plan, params, batch, met, x, pick, target):
     index = plan.layers.index(layer)
     kernel, bias = _weights(layer, params)
     y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1]), precision=lax.Precision.HIGHEST)
-    y = y + bias[None, None, :]
+    y = y if bias is None else y + bias[None, None, :]
     r = own(index)["rows"] - y
     if target != BLOCK:
         return r
@@ -306,7 +306,7 @@ def _weights(layer: Layer, params):
     node = params[layer.node]
     for part in layer.op.split("/"):
         node = node[part]
-    return node["kernel"], node["bias"]
+    return node["kernel"], node.get("bias")
 
 
 def _output(layer: Layer, x, params):

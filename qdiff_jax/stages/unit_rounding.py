@@ -128,9 +128,10 @@ def _layers(unit, plan, data, sampling, mesh, config, where) -> dict[str, LayerR
             layer = plan.layers[i]
             site = f"{unit.nodes[layer.node]}/{layer.op}"
             weights = _node(params[layer.node], layer.op)
+            bias = weights.get("bias")  # a layer without one is given the bias fitted to its codes
             own = round_layer(
                 weights["kernel"],
-                weights["bias"],
+                np.zeros(layer.kernel[-1], np.float32) if bias is None else bias,
                 data.ranges[layer.key],
                 moment,
                 config,
