@@ -1,4 +1,4 @@
-"""Makes unet_ldm.npz: small U-Nets of the latent-diffusion family and their single operations.
+"""Makes unet_ldm.npz: small U-Nets of the latent-diffusion family, one of DDPM, and single operations.
 
     pip install torch==2.13.0 diffusers==0.42.1 && python tests/parity/networks/make_unet_ldm.py
 
@@ -82,6 +82,17 @@ def text():
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=CONTEXT,
         attention_head_dim=4,  # which here is the number of heads
+    )
+
+
+def ddpm():
+    """As the pixel models of Ho et al. 2020."""
+    changed = {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6}
+    return UNet2DModel(
+        **{**_COMMON, **changed},
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
     )
 
 
@@ -180,6 +191,7 @@ def main():
         "churches": (churches, None),
         "guided": (guided, np.array([4, 0])),
         "text": (text, context),
+        "ddpm": (ddpm, None),
         "classes": (text, table[[1, CLASSES]][:, None, :]),
     }
     arrays, manifests = {}, {}
