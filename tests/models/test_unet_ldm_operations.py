@@ -12,7 +12,10 @@ from qdiff_jax.models.dit import timestep_embedding
 from qdiff_jax.models.layers import dense
 from qdiff_jax.models.unet_ddpm import group_norm
 from qdiff_jax.models.unet_ldm_blocks import Downsample, Upsample, _resampled
+from qdiff_jax.policy import WEIGHT
+from qdiff_jax.sites import SiteQuant
 
+from ..tiny_unet import nearest, qparams
 from .ldm_cases import nhwc, stored
 
 
@@ -91,3 +94,21 @@ def test_gated_mlp():
 def test_times(dim):
     table = timestep_embedding(given("t"), dim)
     np.testing.assert_allclose(table, expected(f"times_{dim}"), atol=2e-6)
+
+
+def test_a_layer_without_a_bias_uses_one_that_a_stage_put_there():
+    x = np.float32([[1, 2]])
+    layer = Call(lambda module: dense(module, "to_q", x, 3, use_bias=False))
+    params = jax.eval_shape(layer.init, jax.random.key(0))["params"]
+    assert set(params["to_q"]) == {"kernel"}
+    kernel, bias = np.ones((2, 3), np.float32), np.float32([0, 1, 2])
+    plain = layer.apply({"params": {"to_q": {"kernel": kernel}}})
+    np.testing.assert_array_equal(plain, [[3, 3, 3]])
+    fitted = layer.apply({"params": {"to_q": {"kernel": kernel, "bias": bias}}})
+    np.testing.assert_array_equal(fitted, [[3, 4, 5]])
+    # What it was fitted to is held as codes: nothing but the bias is left, or not even that.
+    grid = qparams(WEIGHT, (0, 15), np.zeros(3), np.full(3, 15.0))
+    codes = nearest(kernel, grid, 4)
+    for site, wanted in ((SiteQuant(rhs=codes), plain), (SiteQuant(rhs=codes, bias=bias), fitted)):
+        y = layer.apply({"params": {}, "quant": {"to_q": site}})
+        np.testing.assert_allclose(y, wanted, atol=1e-6)
