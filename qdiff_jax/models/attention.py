@@ -36,12 +36,20 @@ def split_heads(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention over positions with residual, one dense layer for q, k and v.
+def split_qkv(qkv: jax.Array, heads: int, new_order: bool) -> tuple[jax.Array, ...]:
+    """q, k, v [B, heads, N, d] of one layer's output [B, N, 3 heads d].
 
     Its channels are ordered (head, [q, k, v], d), as all published models have them but those trained
     with `new_order`: ([q, k, v], head, d).
     """
+    split = (*qkv.shape[:2], 3, heads, -1) if new_order else (*qkv.shape[:2], heads, 3, -1)
+    return tuple(
+        part.swapaxes(1, 2) for part in jnp.moveaxis(qkv.reshape(split), 2 if new_order else 3, 0)
+    )
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over positions with residual, one dense layer for q, k and v (see `split_qkv`)."""
 
     heads: int
     groups: int
@@ -51,13 +59,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, x, train=False):
         batch, height, width, channels = x.shape
         h = group_norm("norm", self.groups, x, _GN_EPS).reshape(batch, height * width, channels)
-        qkv = dense(self, "qkv", h, 3 * channels)
-        d = channels // self.heads
-        if self.new_order:
-            qkv = qkv.reshape(batch, -1, 3, self.heads, d).swapaxes(2, 3)
-        else:
-            qkv = qkv.reshape(batch, -1, self.heads, 3, d)
-        q, k, v = (qkv[:, :, :, i].swapaxes(1, 2) for i in range(3))
+        q, k, v = split_qkv(dense(self, "qkv", h, 3 * channels), self.heads, self.new_order)
         h = dense(self, "proj_out", attend(self, "", q, k, v), channels)
         return x + h.reshape(x.shape)
 
@@ -76,8 +78,7 @@ class TransformerIn(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to a context and a gated MLP, each behind a LayerNorm and with residual.
 
-    Called with tokens [B, N, C] and the context [B, L, D]. The MLP is GEGLU: the first half of its inner
-    layer is the value, the second the gate, under the exact GELU.
+    Called with tokens [B, N, C] and the context [B, L, D]; the MLP is four times as wide as the tokens.
     """
 
     heads: int
@@ -88,9 +89,7 @@ class TransformerBlock(nn.Module):
         x = x + self._attention("attn1", h, h)
         x = x + self._attention("attn2", layer_norm("norm2", x), context.astype(x.dtype))
         h = dense(self, "ff_net_0_proj", layer_norm("norm3", x), 8 * x.shape[-1])
-        value, gate = jnp.split(h, 2, axis=-1)
-        h = value * nn.gelu(gate, approximate=False)
-        return x + dense(self, "ff_net_2", h, x.shape[-1])
+        return x + dense(self, "ff_net_2", geglu(h), x.shape[-1])
 
     def _attention(self, name, x, context):
         width = x.shape[-1]
@@ -108,6 +107,12 @@ class TransformerOut(nn.Module):
     @nn.compact
     def __call__(self, tokens, x, train=False):
         return x + dense(self, "proj_out", tokens, x.shape[-1]).reshape(x.shape)
+
+
+def geglu(h: jax.Array) -> jax.Array:
+    """[..., 2 D] -> [..., D]: the first half times the exact GELU of the second."""
+    value, gate = jnp.split(h, 2, axis=-1)
+    return value * nn.gelu(gate, approximate=False)
 
 
 def layer_norm(name: str, x: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from qdiff_jax.models.families import (
     program_of,
 )
 from qdiff_jax.models.unet_ddpm import UNetConfig
+from qdiff_jax.models.unet_ldm import UNetLDMConfig
 from qdiff_jax.quant.timed import StepContext, select
 from qdiff_jax.runtime.weights import fit_weights, load_weights
 from qdiff_jax.stages.stage import Model
@@ -58,8 +59,8 @@ class DiffusionModel(NamedTuple):
 def load(name_or_path: str) -> DiffusionModel:
     """A shipped diffusion model by name, or one that `experiments.train` wrote, by path.
 
-    "random:miniature" is a tiny untrained U-Net and "random:dit" a tiny untrained DiT, for smoke runs
-    and tests.
+    "random:miniature" and "random:ldm" are tiny untrained U-Nets and "random:dit" a tiny untrained DiT, for
+    smoke runs and tests.
 
     Raises ValueError for an unknown name (listing those there are), a damaged file, or parameters that
     do not fit the config in its header.
@@ -102,12 +103,27 @@ _MINIATURES = {
         num_classes=10,
         learn_sigma=False,
     ),
+    "random:ldm": UNetLDMConfig(
+        channels=8,
+        multipliers=(1, 1),
+        res_blocks=1,
+        attention_downsampling=(2,),
+        resolution=8,
+        in_channels=1,
+        out_channels=1,
+        heads=2,
+        head_channels=None,
+        num_classes=10,
+        context_dim=8,
+        groups=4,
+    ),
 }
 
 
 @functools.cache
 def miniature(name: str = "random:miniature") -> DiffusionModel:
-    """A class-conditional U-Net or DiT on 8x8 images with random weights (seed 0).
+    """A class-conditional U-Net (DDPM's, or latent diffusion's with transformers) or DiT on 8x8 images, with
+    random weights (seed 0).
 
     Every kind of block of the real ones is in it; equal widths, so that blocks share compiles.
     """

@@ -43,7 +43,7 @@ def test_macs_of_one_sample_from_shapes(kind):
     assert site_macs(site) == COUNTED[kind] == np.prod(out[1:]) * length
 
 
-@pytest.mark.parametrize("model", ["random:miniature", "random:dit"])
+@pytest.mark.parametrize("model", ["random:miniature", "random:dit", "random:ldm"])
 def test_macs_of_a_network_are_most_of_what_the_compiler_counts(model):
     module = miniature(model).model.module
     inputs = example_inputs(module.config)

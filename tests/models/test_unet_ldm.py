@@ -1,0 +1,184 @@
+"""The U-Nets of latent and guided diffusion: published sizes, numbers, conditions, block program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes, program_of
+from qdiff_jax.models.port.unet_ldm_diffusers import from_diffusers
+from qdiff_jax.models.program import (
+    check_order,
+    temporal_nodes,
+    units_with_projections,
+    units_with_time_block,
+)
+from qdiff_jax.models.unet_ldm import UNetLDMConfig
+from qdiff_jax.models.unet_ldm_published import PUBLISHED
+from qdiff_jax.sites import list_sites
+from qdiff_jax.stages.skip_split import skip_boundaries
+
+from ..tiny_unet import QUICK
+from .ldm_cases import CONFIGS, meta, nhwc, published_shapes, state_dict, stored
+
+# Parameters and tensors of the released files; cin256-v2 without and with its table of classes.
+SIZES = {
+    "lsun_beds256": (274_056_163, 368),
+    "lsun_churches256": (294_966_916, 520),
+    "cin256-v2": (400_920_579 + 1001 * 512, 688 + 1),
+    "sd-v1-4": (859_520_964, 686),
+}
+# Millions, as Dhariwal and Nichol print them (tables 4, 11 and 12).
+GUIDED = {
+    "adm_imagenet64": 296,
+    "adm_imagenet128": 422,
+    "adm_imagenet256": 554,
+    "adm_imagenet512": 559,
+    "adm_lsun256": 552,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_models_have_the_published_parameters(name):
+    config = PUBLISHED[name]
+    leaves = jax.tree.leaves(shapes := published_shapes(name))
+    assert (sum(leaf.size for leaf in leaves), len(leaves)) == SIZES[name]
+    assert {node.name for node in program_of(config)} == set(shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_diffusion_has_the_published_sizes(name):
+    shapes = published_shapes(name)
+    millions = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
+    assert abs(millions - GUIDED[name]) < 1
+    if PUBLISHED[name].num_classes is not None:
+        assert shapes["time_embed"]["label_emb"]["embedding"].shape[0] == 1000  # no null class
+
+
+# The slow ones differ from the others in the number of heads and in where the context comes from.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ldm4",
+        "guided",
+        "text",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("churches", "classes")),
+    ],
+)
+def test_parity_with_the_reference_implementation(name):
+    config, case = CONFIGS[name], stored()
+    t = np.float32(meta()["times"])
+    y = case.get(f"{name}/in/y")
+    if name == "classes":
+        y = np.int32([1, config.num_classes])  # a class and the null class, by their context there
+    elif name == "guided":
+        y = y.astype(np.int32)
+    params = from_diffusers(state_dict(name), config)
+    run = jax.jit(make_module(config).apply, compiler_options=QUICK)
+    with jax.default_matmul_precision("highest"):
+        out = run({"params": params}, nhwc(case[f"{name}/in/x"]), t, y)
+    expected = case[f"{name}/out/sample_f64"]
+    floor = np.abs(case[f"{name}/out/sample"] - expected).max()
+    error = np.abs(np.asarray(out) - nhwc(expected)).max(axis=(1, 2, 3))
+    # Late steps carry the float32 rounding of cos(t f), which no two frameworks share.
+    assert (t[0], t[1]) == (3, 977)
+    assert error[0] <= 4 * floor, (error, floor)
+    assert error[1] <= 3e-4, (error, floor)
+
+
+def test_a_condition_that_is_missing_or_of_another_kind_is_refused():
+    for name, y, match in (
+        ("guided", None, r"conditional on 5 classes: pass y \[B\] int32\."),
+        ("classes", None, r"conditional on 5 classes: .* with 5 for the null class"),
+        ("text", None, r"conditional on a context: pass y \[B, L, 24\] float32, not None"),
+        ("text", jnp.zeros((1, 7, 16)), r"not \(1, 7, 16\)"),
+        ("text", jnp.zeros((1,), jnp.int32), r"not \(1,\)"),
+    ):
+        x, t, _ = example_inputs(CONFIGS[name])
+        with pytest.raises(ValueError, match=match):
+            jax.eval_shape(make_module(CONFIGS[name]).init, jax.random.key(0), x, t, y)
+
+
+def test_example_inputs_follow_the_condition():
+    kinds = {name: example_inputs(config, 2)[2] for name, config in CONFIGS.items()}
+    assert kinds["ldm4"] is None
+    assert kinds["churches"] is None
+    assert (kinds["text"].shape, kinds["text"].dtype) == ((2, 7, 24), jnp.float32)
+    for name in ("guided", "classes"):
+        assert (kinds[name].shape, kinds[name].dtype) == ((2,), jnp.int32)
+
+
+def test_blocks_of_the_program():
+    program = program_of(CONFIGS["classes"])
+    reads = {node.name: node.reads for node in program}
+    assert reads["input_blocks_3_0"] == ("input_blocks_2_0", "input_blocks_3_0_emb_layers_1")
+    assert reads["input_blocks_3_1_transformer_blocks_0"] == (
+        "input_blocks_3_1_proj_in",
+        "class_embedder",
+    )
+    assert reads["input_blocks_3_1_proj_out"] == (
+        "input_blocks_3_1_transformer_blocks_0",
+        "input_blocks_3_0",
+    )
+    assert reads["output_blocks_0_0"][:2] == ("middle_block_2", "input_blocks_3_1_proj_out")
+    assert reads["output_blocks_1_2"] == ("output_blocks_1_1_proj_out",)  # the upsampling
+    # The table of classes depends on the label alone and is no temporal feature.
+    temporal = temporal_nodes(program)
+    assert temporal[0] == "time_embed"
+    assert set(temporal[1:]) == {name for name in reads if name.endswith("_emb_layers_1")}
+    for grouping in (units_with_projections, units_with_time_block):
+        check_order(program, grouping(program), ("x", "t", "y"))
+
+
+def test_what_reads_a_skip_is_found():
+    config = CONFIGS["text"]
+    found = skip_boundaries(
+        program_of(config),
+        parameter_shapes(config),
+        jax.eval_shape(lambda: example_inputs(config)),
+    )
+    assert found == {
+        "output_blocks_0_0/in_layers_2": 64,
+        "output_blocks_0_0/skip_connection": 64,
+        "output_blocks_1_0/in_layers_2": 64,
+        "output_blocks_1_0/skip_connection": 64,
+        "output_blocks_2_0/in_layers_2": 64,
+        "output_blocks_2_0/skip_connection": 64,
+        "output_blocks_3_0/in_layers_2": 32,
+        "output_blocks_3_0/skip_connection": 32,
+    }
+
+
+def test_every_product_is_a_site():
+    config = CONFIGS["text"]
+    sites = {site.name: site for site in list_sites(make_module(config), *example_inputs(config))}
+    block = "middle_block_1_transformer_blocks_0"
+    found = {name.removeprefix(f"{block}/") for name in sites if name.startswith(block)}
+    layers = {f"attn{i}_to_{part}" for i in (1, 2) for part in ("q", "k", "v", "out_0")}
+    products = {f"attn{i}_{part}" for i in (1, 2) for part in ("qk", "pv")}
+    assert found == layers | products | {"ff_net_0_proj", "ff_net_2"}
+    # [B, heads, N, d] against the context's [B, heads, L, d].
+    assert sites[f"{block}/attn2_qk"].lhs_shape == (1, 4, 16, 16)
+    assert sites[f"{block}/attn2_qk"].rhs_shape == (1, 4, 7, 16)
+
+
+def test_bfloat16_models_answer_in_float32():
+    config = dataclasses.replace(CONFIGS["text"], dtype="bfloat16")
+    params = parameter_shapes(config)
+    out = jax.eval_shape(make_module(config).apply, {"params": params}, *example_inputs(config))
+    assert (out.dtype, out.shape[-1]) == (jnp.float32, config.out_channels)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_sizes_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="heads or head_channels, one of them: they are 8 and 32"):
+        UNetLDMConfig(heads=8)
+    with pytest.raises(ValueError, match="groups=32 must divide every width, 48 too"):
+        UNetLDMConfig(channels=48)
+    with pytest.raises(ValueError, match="head_channels=48 must divide every width with attention"):
+        UNetLDMConfig(head_channels=48)
+    with pytest.raises(ValueError, match="resolution=12 must be divisible by 8"):
+        UNetLDMConfig(resolution=12)
