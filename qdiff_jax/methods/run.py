@@ -17,6 +17,7 @@ from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.export.bundle import Bundle, load_bundle, save_bundle
 from qdiff_jax.export.integer import check_executable
+from qdiff_jax.models.folds import is_folded
 from qdiff_jax.models.registry import DiffusionModel, from_config
 from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.policy import SitePlan
@@ -24,6 +25,9 @@ from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.stage import Method, fold_weights, initial_state, run_stage, tuned_params
 
 _QUANTIZE_S = {"calibrate": "calibrate_s", "round": "calibrate_s"}
+# In the manifest of a bundle whose modulation took the division of smoothed inputs: its temporal features are
+# no longer those of full precision, by design.
+FOLDED = "modulation_folded"
 
 
 class Loaded(NamedTuple):
@@ -73,6 +77,7 @@ def run_method(
         seconds[kind] += report["seconds"]
         seconds["compile_s"] += report["compile_seconds"]
         reports[f"{i}_{stage.name}"] = {k: v for k, v in report.items() if k != "ranges"}
+    folded = is_folded(diffusion.model.program, state.aux.get("params", {}))
     save_bundle(
         directory / "bundle",
         params=tuned_params(diffusion.model.params, state.aux),
@@ -82,7 +87,12 @@ def run_method(
         schedule_config=diffusion.source["schedule"],
         sampler_config=dict(sampler_config),
         source={"sha256": diffusion.source["sha256"], "name": diffusion.source["name"]},
-        extra={"method": method.name, "notes": method.notes, **extra},
+        extra={
+            "method": method.name,
+            "notes": method.notes,
+            **({FOLDED: True} if folded else {}),
+            **extra,
+        },
         correction=state.aux.get("correction"),
     )
     result = {**seconds, "stages": reports}
