@@ -1,14 +1,17 @@
 """PTQ4DiT beside the common suite: its stages and switches, what it refuses, and its integers."""
 
 import dataclasses
+import functools
+import json
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.quantize import prepare
+from experiments.quantize import prepare, quantize
 from experiments.quantize_config import method_settings, read_config
 from qdiff_jax.config import load_config
+from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.export.integer import (
     check_executable,
     integer_accumulators,
@@ -17,6 +20,7 @@ from qdiff_jax.export.integer import (
 from qdiff_jax.export.qtensor import codes as held_codes
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, ptq4dit
 from qdiff_jax.methods.registry import check_network
+from qdiff_jax.methods.run import load_for_sampling
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.operators import DENSE
 from qdiff_jax.quant.quantizer import codes
@@ -112,12 +116,26 @@ def test_the_config_serves_transformers_alone():
         load_config(f"{CONFIG}:model=unet")
 
 
-def test_balance_moves_codes_and_its_parts_differ():
-    """Without factors the codes are others, with the plain mean factors are others."""
-    whole = outcome("ptq4dit").reports[BALANCE]["layers"]
-    assert len(whole) == 6
-    etas = [layer["eta"] for layer in whole.values()]
-    assert all(np.ptp(eta) > 1e-3 for eta in etas)
+def test_every_layer_of_both_blocks_is_balanced_with_steps_that_weigh_differently():
+    layers = outcome("ptq4dit").reports[BALANCE]["layers"]
+    assert len(layers) == 6
+    for layer in layers.values():
+        assert len(layer["eta"]) == len(TIMESTEPS)
+        assert np.ptp(layer["eta"]) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["w4a8", "w8a8,variant=faithful,rounding=closed_form"])
+def test_the_whole_method_runs_to_a_bundle_and_a_report(words, tmp_path):
+    quantize(load_config(f"{CONFIG}:{words},smoke"), tmp_path)
+    (_, variant) = json.loads((tmp_path / "report.json").read_text())["variants"]
+    assert 0 < variant["eps_rel_mse"] < 1
+    # Factors are folded into the modulation: its outputs are others than full precision's by design.
+    assert variant["temporal_cosine"] is variant["temporal_mismatch"] is None
+    bundle = tmp_path / "variants" / variant["name"] / "bundle"
+    assert load_bundle(bundle).manifest["extra"]["modulation_folded"] is True
+    executed = load_for_sampling(bundle, execute=True)
+    assert any(site.execute for site in flatten_sites(executed.variables["quant"]).values())
 
 
 @pytest.mark.slow
@@ -129,12 +147,11 @@ def test_reconstruction_lowers_the_error_of_every_unit_that_is_trained():
         assert report["last_loss"] < report["first_loss"], report["unit"]
 
 
-@pytest.fixture(scope="module", params=[4, 8])
-def packed(request):
-    """(state, executed quant tree) at 4 or 8 weight bits."""
-    if request.param == 4:
-        state = outcome("ptq4dit").state
-    else:
+@functools.cache
+def at_bits(bits: int):
+    """(state, {site: executed}) at 4 or 8 weight bits."""
+    state = outcome("ptq4dit").state
+    if bits == 8:
         state = finish(method("ptq4dit", 0), begin(plan_for("ptq4dit", 8, 8))).state
     ready = {
         name: site.replace(execute=site.lhs is not None and site.rhs is not None)
@@ -150,10 +167,11 @@ def _sums(lhs, xq, wq):
     return codes(xq, lhs), integer_accumulators(DENSE, lhs, xq, wq)[0]
 
 
-def test_integers_of_folded_layers_are_those_of_the_simulation(packed):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_of_folded_layers_are_those_of_the_simulation(bits):
     """On what the folded, simulated network feeds every dense layer: sums of products of codes in unbounded
     integers, and the accumulators behind `op`."""
-    state, ready = packed
+    state, ready = at_bits(bits)
     batch = {"x": calibration().x[:2], "t": calibration().t[:2], "y": calibration().y[:2]}
     names = [n for n, site in ready.items() if site.execute and not site.product]
     taps = nest_sites({name: SiteQuant(tap=Tap("value")) for name in names})
@@ -174,8 +192,8 @@ def test_integers_of_folded_layers_are_those_of_the_simulation(packed):
     assert checked == 2 + 2 * 5 + 2 - 2  # embedder, two blocks, last layer; two operands are kept
 
 
-def test_the_network_in_integers_is_the_simulated_one(packed):
-    state, ready = packed
+def test_the_network_in_integers_is_the_simulated_one():
+    state, ready = at_bits(4)
     x, y, t = calibration().x[:2], calibration().y[:2], np.full(2, TIMESTEPS[1])
     simulated, integers = (
         np.asarray(forward("dit")({"params": parameters(state), "quant": quant}, x, t, y))
@@ -186,9 +204,10 @@ def test_the_network_in_integers_is_the_simulated_one(packed):
     assert np.square(integers - simulated).mean() < 1e-4 * np.square(simulated).mean()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_integers_lower_for_accelerators(packed, platform):
-    state, ready = packed
+def test_integers_lower_for_accelerators(platform, bits):
+    state, ready = at_bits(bits)
     x, t = tiny_dit.inputs(tiny_dit.CONFIG, 2)
     variables = {"params": parameters(state), "quant": nest_sites(ready)}
     y = np.zeros(2, np.int32)
