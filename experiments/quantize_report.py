@@ -17,7 +17,7 @@ from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.eval import plots, report, variant
 from qdiff_jax.eval.samples import Samples, draw_samples
 from qdiff_jax.export.bundle import stored_bytes
-from qdiff_jax.methods.run import FOLDED, Loaded, load_for_sampling, make_sampler
+from qdiff_jax.methods.run import Loaded, is_modulation_folded, load_for_sampling, make_sampler
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
 from qdiff_jax.observe.selectors import every_step
@@ -125,7 +125,7 @@ def measure(
 
 def _temporal(loaded: Loaded, diffusion, timesteps: np.ndarray) -> dict:
     """The agreement of the temporal features; nothing of a variant whose factors are folded into them."""
-    if loaded.manifest["extra"].get(FOLDED):
+    if is_modulation_folded(loaded.manifest):
         logging.info("temporal features: not compared, factors of channels are folded into them.")
         rows = [None] * len(timesteps)
         return {

@@ -112,6 +112,21 @@ def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPl
     return plan if tensors is None else quantize_tensors(plan, tensors["bits"], tensors["ranges"])
 
 
+def is_modulation_folded(manifest: Mapping) -> bool:
+    """Whether temporal features and smoothed activations of a bundle are not in full precision's units."""
+    return bool((manifest["extra"] or {}).get(FOLDED))
+
+
+def check_comparable(manifest: Mapping, name: str) -> None:
+    """Raise ValueError for a bundle whose layers cannot be compared with full precision's one by one."""
+    if is_modulation_folded(manifest):
+        raise ValueError(
+            f"{name} has factors of channels folded into its modulation: its temporal features and activations "
+            "are in other units than full precision's, and only its images compare; leave it out, or take a "
+            "variant without factors (ptq4dit.csb=False)."
+        )
+
+
 def load_for_sampling(directory: pathlib.Path, execute: bool = False) -> Loaded:
     """A bundle with its weights folded (simulated), or kept packed and multiplied as integers.
 

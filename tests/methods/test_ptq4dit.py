@@ -20,7 +20,7 @@ from qdiff_jax.export.integer import (
 from qdiff_jax.export.qtensor import codes as held_codes
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, ptq4dit
 from qdiff_jax.methods.registry import check_network
-from qdiff_jax.methods.run import load_for_sampling
+from qdiff_jax.methods.run import check_comparable, is_modulation_folded, load_for_sampling
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.operators import DENSE
 from qdiff_jax.quant.quantizer import codes
@@ -133,7 +133,10 @@ def test_the_whole_method_runs_to_a_bundle_and_a_report(words, tmp_path):
     # Factors are folded into the modulation: its outputs are others than full precision's by design.
     assert variant["temporal_cosine"] is variant["temporal_mismatch"] is None
     bundle = tmp_path / "variants" / variant["name"] / "bundle"
-    assert load_bundle(bundle).manifest["extra"]["modulation_folded"] is True
+    manifest = load_bundle(bundle).manifest
+    assert is_modulation_folded(manifest)
+    with pytest.raises(ValueError, match="ptq4dit_w.a8 has factors .* only its images compare"):
+        check_comparable(manifest, variant["name"])
     executed = load_for_sampling(bundle, execute=True)
     assert any(site.execute for site in flatten_sites(executed.variables["quant"]).values())
 
