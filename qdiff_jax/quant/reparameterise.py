@@ -18,9 +18,9 @@ from qdiff_jax.operators import Operator, plain
 from qdiff_jax.policy import Entry
 from qdiff_jax.quant.qparams import dynamic_qparams, from_range
 from qdiff_jax.quant.quantizer import fake_quant
-from qdiff_jax.quant.smoothing import row_salience, smoothing_factors
 
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_FLOOR = 1e-5
 
 
 def time_weighted_range(ranges: jax.Array) -> jax.Array:
@@ -38,7 +38,10 @@ def channel_factors(ranges: jax.Array, kernel: jax.Array, exponent: float) -> ja
     ranges: [C], of the input's channels. kernel: [..., C, N]. exponent: a; 1 is the paper's form (the
     activation loses all its unevenness to the weight), 0.5 that of SmoothQuant, 0 evens out the weight.
     """
-    return smoothing_factors(ranges, row_salience(kernel), exponent, 1.0 - exponent, normalise=True)
+    largest = jnp.max(jnp.abs(kernel), axis=(*range(kernel.ndim - 2), kernel.ndim - 1))
+    logs = exponent * jnp.log(jnp.maximum(ranges, _FLOOR))
+    logs = logs + (exponent - 1.0) * jnp.log(jnp.maximum(largest, _FLOOR))
+    return jnp.exp(logs - jnp.mean(logs))
 
 
 def scale_rows(kernel: jax.Array, factors: jax.Array) -> jax.Array:

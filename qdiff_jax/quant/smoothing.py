@@ -1,83 +1,61 @@
-"""Factors of input channels that even out an activation and the weight behind it, and how steps are weighed.
+"""Smoothing: a factor of each input channel moved from an activation into the weight behind it.
 
-x / s and diag(s) W give a layer's output unchanged (`quant.folding` says where 1 / s goes). One family,
-s = a^alpha / w^beta of the saliences a = max|x_k| and w = max|W_k|:
-
-    SmoothQuant (Xiao et al. 2023, eq. 4)          beta = 1 - alpha, alpha = 0.5
-    CSB, PTQ4DiT (Wu et al. 2024, section 3.2)     alpha = beta = 0.5: both saliences become sqrt(a w)
-    SVDQuant (Li et al. 2025), DiTAS (2024)        pairs (alpha, beta) from a grid
-
-SSC, PTQ4DiT (section 3.3) replaces a by a mean over steps in which a step counts more, the less its
-activation is salient in the same channels as the weight.
+(x / s)(s W) is x W; what changes is which of the two is hard to quantize. The family s = a^alpha / w^beta,
+a the largest |x| and w the largest |W| of a channel: beta = 1 - alpha is SmoothQuant (Xiao et al. 2023,
+arXiv:2211.10438), and SVDQuant (Li et al. 2024, arXiv:2411.05007) searches both on purpose as far as alpha = 1,
+where the outliers are all in the weight and its low-rank branch takes them up. (`quant.reparameterise` has the
+time-weighted factors of TCAQ-DM.)
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-_FLOOR = 1e-5
+FLOOR = 1e-5
+# The least value of GELU (tanh form) is -0.17004: shifted by this, its outputs fit unsigned codes.
+GELU_SHIFT = 0.171875
+CANDIDATES = ("full", "fast", "none")
 
 
-def row_salience(kernel: jax.Array) -> jax.Array:
+def exponents(candidates: str) -> np.ndarray:
+    """[J, 2] float32: the pairs (alpha, beta) of a search.
+
+    "full": (0, 0), then (i/20, 0) and (i/20, 1 - i/20), i = 1..19, the official 39. "fast": (0, 0), then
+    (i/10, 1 - i/10), i = 1..9; there are 10 in the official one too, but which is our choice. "none": (0, 0).
+    Raises ValueError for another name.
+    """
+    if candidates not in CANDIDATES:
+        raise ValueError(f"smoothing {candidates!r} is unknown; use one of {CANDIDATES}.")
+    pairs = [(0.0, 0.0)]
+    if candidates == "full":
+        pairs += [(i / 20, 0.0) for i in range(1, 20)]
+        pairs += [(i / 20, 1 - i / 20) for i in range(1, 20)]
+    elif candidates == "fast":
+        pairs += [(i / 10, 1 - i / 10) for i in range(1, 10)]
+    return np.asarray(pairs, np.float32)
+
+
+def weight_magnitude(kernel: jax.Array) -> jax.Array:
     """w [C]: the largest |W| of each input channel of a kernel [..., C, N]."""
     return jnp.max(jnp.abs(kernel), axis=(*range(kernel.ndim - 2), kernel.ndim - 1))
 
 
-def smoothing_factors(
-    activation: jax.Array,
-    weight: jax.Array,
-    alpha: float,
-    beta: float,
-    *,
-    normalise: bool = False,
-    floor: float = _FLOOR,
-) -> jax.Array:
-    """s [C] = a^alpha / w^beta, positive and finite; a factor that would not be is 1.
+def smoothing_factors(a: jax.Array, w: jax.Array, alpha, beta) -> jax.Array:
+    """s [C] = a^alpha / w^beta, both magnitudes at least FLOOR; 1 where that is zero or not finite.
 
-    activation, weight: saliences a and w [C], not below `floor`. normalise: divide by the geometric mean,
-    which quantizers per tensor and per output channel do not notice.
+    a, w: [C]. alpha, beta: numbers or scalars (data: one compile for all candidates).
     """
-    logs = alpha * jnp.log(jnp.maximum(activation, floor))
-    logs = logs - beta * jnp.log(jnp.maximum(weight, floor))
-    if normalise:
-        logs = logs - jnp.mean(logs)
-    return _usable(jnp.exp(logs))
-
-
-def csb_factors(activation: jax.Array, weight: jax.Array, *, floor: float = _FLOOR) -> jax.Array:
-    """s [C] = sqrt(a / w): after it both saliences are sqrt(a w). PTQ4DiT's B^X is 1 / s, its B^W is s."""
-    return _usable(jnp.sqrt(jnp.maximum(activation, floor) / jnp.maximum(weight, floor)))
-
-
-def _usable(factors: jax.Array) -> jax.Array:
+    logs = alpha * jnp.log(jnp.maximum(a, FLOOR)) - beta * jnp.log(jnp.maximum(w, FLOOR))
+    factors = jnp.exp(logs)
     return jnp.where(jnp.isfinite(factors) & (factors > 0), factors, 1.0)
 
 
-def ranks(x: jax.Array) -> jax.Array:
-    """1 for the smallest value of x [C] to C for the largest; values that are equal share their mean rank."""
-    ordered = jnp.sort(x)
-    below = jnp.searchsorted(ordered, x, side="left")
-    upto = jnp.searchsorted(ordered, x, side="right")
-    return 0.5 * (below + upto + 1).astype(x.dtype)
+def best_candidate(errors, later: bool) -> int:
+    """Index of the least of errors [J]; among equals the last if `later` (the official code), else the first.
 
-
-def spearman(x: jax.Array, y: jax.Array) -> jax.Array:
-    """rho, scalar in [-1, 1]: the correlation of the ranks of x and y [C]; 0 if either is constant."""
-    x, y = (r - jnp.mean(r) for r in (ranks(x), ranks(y)))
-    scale = jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
-    return jnp.sum(x * y) / jnp.where(scale > 0, scale, 1.0)
-
-
-def ssc_weights(activations: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(eta [T], rho [T]) of saliences activations [T, C] and weight [C].
-
-    rho_t = spearman(a_t, w), eta_t = exp(-rho_t) / sum_i exp(-rho_i): sums to 1, falls with rho.
+    A candidate that is NaN is never taken unless all are.
     """
-    rho = jax.vmap(lambda row: spearman(row, weight))(activations)
-    return jax.nn.softmax(-rho), rho
-
-
-def weighted_salience(activations: jax.Array, eta: jax.Array) -> jax.Array:
-    """a [C] = sum_t eta_t a_t of saliences [T, C]."""
-    return jnp.sum(eta[:, None] * activations, axis=0)
+    errors = np.where(np.isnan(errors), np.inf, np.asarray(errors))
+    return len(errors) - 1 - int(errors[::-1].argmin()) if later else int(errors.argmin())

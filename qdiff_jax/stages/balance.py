@@ -23,7 +23,8 @@ import numpy as np
 from qdiff_jax.models.folds import Fold, fold_leaves
 from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.policy import SitePlan
-from qdiff_jax.quant.smoothing import csb_factors, row_salience, ssc_weights, weighted_salience
+from qdiff_jax.quant.salience import csb_factors, ssc_weights, weighted_salience
+from qdiff_jax.quant.smoothing import weight_magnitude
 from qdiff_jax.stages.channel_tops import channel_tops
 from qdiff_jax.stages.stage import (
     Model,
@@ -149,7 +150,7 @@ def balance_channels(
 @functools.partial(jax.jit, static_argnames="ssc")
 def _factors(saliences, kernel, ssc):
     """(s [C], eta [R], rho [R]) of saliences [R, C] and the kernel behind them."""
-    weight = row_salience(kernel)
+    weight = weight_magnitude(kernel)
     eta, rho = ssc_weights(saliences, weight)
     if not ssc:
         eta = jnp.full_like(eta, 1.0 / eta.shape[0])

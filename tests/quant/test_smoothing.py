@@ -1,129 +1,70 @@
-"""Factors of input channels: the identities of the family, Spearman's rho, and the weights of steps."""
+"""Smoothing factors: the family, its ends, and the candidates of the search."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from qdiff_jax.quant.smoothing import (
-    csb_factors,
-    ranks,
-    row_salience,
+    GELU_SHIFT,
+    best_candidate,
+    exponents,
     smoothing_factors,
-    spearman,
-    ssc_weights,
-    weighted_salience,
+    weight_magnitude,
 )
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-weights_of = jax.jit(ssc_weights)
-correlation = jax.jit(spearman)
+RNG = np.random.default_rng(0)
+X = np.float32(RNG.standard_normal((50, 6)) * [1, 30, 0.1, 2, 1, 5])
+W = np.float32(RNG.standard_normal((6, 4)) * [[1], [1], [7], [0.2], [1], [1]])
+A, B = np.abs(X).max(0), np.abs(W).max(1)
 
 
-def saliences(seed=0, channels=144):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.lognormal(0, 1, channels)), jnp.asarray(rng.lognormal(-2, 1, channels))
+def test_the_candidates_of_the_search():
+    full, fast, none = (exponents(name) for name in ("full", "fast", "none"))
+    assert (len(full), len(fast), len(none)) == (39, 10, 1)
+    for pairs in (full, fast, none):
+        assert pairs[0].tolist() == [0.0, 0.0]
+        assert len({tuple(pair) for pair in pairs.tolist()}) == len(pairs)
+    np.testing.assert_allclose(full[1:20, 1], 0)
+    np.testing.assert_allclose(full[20:].sum(1), 1)
+    assert {tuple(p) for p in fast.tolist()} <= {tuple(p) for p in full.tolist()}
+    with pytest.raises(ValueError, match="'ful' is unknown; use one of"):
+        exponents("ful")
 
 
-def test_salience_of_a_kernel_is_the_largest_weight_of_each_input_channel():
-    kernel = np.random.default_rng(0).standard_normal((3, 3, 5, 4))
-    np.testing.assert_array_equal(row_salience(jnp.asarray(kernel)), abs(kernel).max((0, 1, 3)))
-    np.testing.assert_array_equal(row_salience(jnp.asarray(kernel[0, 0])), abs(kernel[0, 0]).max(1))
+def test_the_ends_of_the_family():
+    np.testing.assert_array_equal(smoothing_factors(A, B, 0.0, 0.0), np.ones(6))
+    np.testing.assert_allclose(
+        np.abs(X / np.asarray(smoothing_factors(A, B, 1.0, 0.0))).max(0), 1, rtol=1e-5
+    )
+    flat = W * np.asarray(smoothing_factors(A, B, 0.0, 1.0))[:, None]
+    np.testing.assert_allclose(np.abs(flat).max(1), 1, rtol=1e-5)
 
 
-def test_balanced_saliences_are_equal_and_their_geometric_mean():
-    a, w = saliences()
-    s = csb_factors(a, w)
-    np.testing.assert_allclose((a / s) / (w * s), 1.0, rtol=0, atol=1e-15)
-    np.testing.assert_allclose((a / s) / np.sqrt(a * w), 1.0, rtol=0, atol=1e-15)
-    np.testing.assert_allclose(s, smoothing_factors(a, w, 0.5, 0.5), rtol=3e-15)
+def test_halves_make_both_sides_equal():
+    """Channel-wise salience balancing: max|x / s| = max|s W| = sqrt(a w)."""
+    s = np.asarray(smoothing_factors(A, B, 0.5, 0.5))
+    np.testing.assert_allclose(np.abs(X / s).max(0), np.sqrt(A * B), rtol=1e-5)
+    np.testing.assert_allclose(np.abs(W * s[:, None]).max(1), np.sqrt(A * B), rtol=1e-5)
 
 
-def test_ends_of_the_family_even_out_one_side_alone():
-    a, w = saliences()
-    np.testing.assert_allclose(smoothing_factors(a, w, 0.0, 1.0) * w, 1.0, rtol=1e-14)
-    np.testing.assert_allclose(a / smoothing_factors(a, w, 1.0, 0.0), 1.0, rtol=1e-14)
-    np.testing.assert_allclose(smoothing_factors(a, w, 0.0, 0.0), 1.0, rtol=1e-15)
-    middle = smoothing_factors(a, w, 0.8, 0.2, normalise=True)
-    np.testing.assert_allclose(jnp.mean(jnp.log(middle)), 0.0, atol=1e-14)
+def test_channels_without_values_do_no_harm():
+    s = np.asarray(smoothing_factors(np.float32([0, 1, np.inf]), np.float32([1, 0, 1]), 1.0, 1.0))
+    np.testing.assert_allclose(s, [1e-5, 1e5, 1.0], rtol=1e-4)
 
 
-def test_dead_channels_are_bounded_and_broken_ones_left_alone():
-    a, w = jnp.asarray([0.0, 1.0, jnp.nan, jnp.inf]), jnp.asarray([1.0, 0.0, 1.0, 1.0])
-    for made in (csb_factors(a, w), smoothing_factors(a, w, 0.5, 0.5)):
-        np.testing.assert_allclose(made, [1e-5**0.5, 1e-5**-0.5, 1.0, 1.0], rtol=1e-12)
+def test_the_magnitude_of_a_convolution_is_over_its_taps():
+    kernel = RNG.standard_normal((3, 3, 5, 4)).astype(np.float32)
+    np.testing.assert_array_equal(weight_magnitude(kernel), np.abs(kernel).max((0, 1, 3)))
+    np.testing.assert_array_equal(weight_magnitude(W), B)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 1000), levels=st.sampled_from([3, 1000]))
-def test_rho_is_that_of_scipy_with_ties_and_without(seed, levels):
-    x, y = np.random.default_rng(seed).integers(0, levels, (2, 12)).astype(np.float64)
-    np.testing.assert_array_equal(ranks(jnp.asarray(x)), scipy.stats.rankdata(x))
-    if np.ptp(x) and np.ptp(y):
-        wanted = scipy.stats.spearmanr(x, y).statistic
-        np.testing.assert_allclose(correlation(x, y), wanted, atol=1e-12)
+def test_ties_go_to_the_later_candidate_of_the_official_code_or_the_first():
+    errors = np.float32([3, 1, 2, 1, np.nan])
+    assert best_candidate(errors, later=True) == 3
+    assert best_candidate(errors, later=False) == 1
 
 
-def test_rho_of_a_constant_is_zero():
-    assert correlation(np.ones(12), np.arange(12.0)) == 0.0
-
-
-def test_steps_that_are_salient_elsewhere_than_the_weight_count_more():
-    rng = np.random.default_rng(0)
-    _, w = saliences()
-    # From the weight's own order to its reverse.
-    noise = rng.standard_normal((7, 144))
-    steps = np.exp(np.linspace(1, -1, 7)[:, None] * np.log(w) + 0.1 * noise)
-    eta, rho = (np.asarray(v) for v in weights_of(steps, w))
-    assert rho[0] > 0.9
-    assert rho[-1] < -0.9
-    order = np.argsort(rho)
-    assert (np.diff(eta[order]) < 0).all()
-    np.testing.assert_allclose(eta.sum(), 1.0, rtol=1e-14)
-    np.testing.assert_allclose(eta / eta[0], np.exp(rho[0] - rho), rtol=1e-12)
-    a = weighted_salience(jnp.asarray(steps), jnp.asarray(eta))
-    np.testing.assert_allclose(a, eta @ steps, rtol=1e-13)
-    assert (a <= steps.max(0) * (1 + 1e-12)).all()
-
-
-def test_equal_rho_is_the_plain_mean_and_one_step_is_csb_alone():
-    a, w = saliences()
-    steps = a[None] * jnp.asarray([[1.0], [2.0], [9.0]])  # the same ranks at every step
-    eta, _ = weights_of(steps, w)
-    np.testing.assert_allclose(weighted_salience(steps, eta), steps.mean(0), rtol=1e-14)
-    alone = weighted_salience(a[None], weights_of(a[None], w)[0])
-    np.testing.assert_array_equal(csb_factors(alone, w), csb_factors(a, w))
-
-
-def symmetric(x, bits):
-    """Nearest of +-(2^(bits-1) - 1) steps, a scale for every row, in NumPy."""
-    scale = np.abs(x).max(-1, keepdims=True) / (2 ** (bits - 1) - 1)
-    return np.round(x / scale) * scale
-
-
-def test_a_layer_with_outlier_channels_at_four_bits():
-    """The specification's fixture: W4A8, a scale for every token and every output channel."""
-    rng = np.random.default_rng(0)
-    rng.standard_normal((64, 1152))
-    rng.random((1, 128))
-    x = rng.standard_normal((2048, 1152)) * np.exp(0.4 * rng.standard_normal(1152))
-    x[:, rng.choice(1152, 12, replace=False)] *= 40
-    w = rng.standard_normal((1152, 1152)) * 0.02 * np.exp(0.2 * rng.standard_normal(1152))
-    w[:, rng.choice(1152, 6, replace=False)] *= 8
-    y = x @ w.T
-
-    def error(s):
-        made = symmetric(x / s, 8) @ symmetric(w * s, 4).T
-        return np.linalg.norm(made - y) / np.linalg.norm(y)
-
-    s = csb_factors(jnp.asarray(abs(x).max(0)), row_salience(jnp.asarray(w.T)))
-    np.testing.assert_allclose([error(1.0), error(np.asarray(s))], [0.5787, 0.1411], atol=5e-4)
+def test_gelu_is_not_negative_once_shifted():
+    x = np.linspace(-4, 1, 200_001)
+    gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(gelu.min(), -0.17004, atol=5e-6)
+    assert gelu.min() + GELU_SHIFT >= 0

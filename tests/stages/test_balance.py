@@ -9,7 +9,7 @@ import pytest
 from qdiff_jax.models.folds import folds_of
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.policy import ACTIVATION, WEIGHT, Rule, make_plan, policy
-from qdiff_jax.quant.smoothing import row_salience
+from qdiff_jax.quant.smoothing import weight_magnitude
 from qdiff_jax.stages.balance import BalanceConfig, balance_channels
 from qdiff_jax.stages.channel_tops import channel_tops
 from qdiff_jax.stages.stage import Model, initial_state, kernel_at, run_stage, tuned_params
@@ -73,10 +73,10 @@ def test_with_one_step_both_saliences_of_every_layer_are_equal_in_the_end():
     state, _ = balanced(data(1))
     params = tuned_params(NET.params, state.aux)
     for site, top in tops(params, data(1)).items():
-        weight = np.asarray(row_salience(kernel_at(params, site)))
+        weight = np.asarray(weight_magnitude(kernel_at(params, site)))
         np.testing.assert_allclose(top.max(0), weight, rtol=1e-4, err_msg=site)
     before = tops(NET.params, data(1))["blocks_0/attn_qkv"].max(0)
-    weight = np.asarray(row_salience(kernel_at(NET.params, "blocks_0/attn_qkv")))
+    weight = np.asarray(weight_magnitude(kernel_at(NET.params, "blocks_0/attn_qkv")))
     assert np.abs(np.log(before / weight)).max() > 1.0
 
 
@@ -85,7 +85,7 @@ def test_rows_are_weighed_by_rho(rows):
     """fc1, whose weight no other fold touches: s from saliences read in one pass."""
     state, report = balanced(data(), rows=rows)
     site = "blocks_1/mlp_fc1"
-    seen, w = tops(NET.params, data())[site], row_salience(kernel_at(NET.params, site))
+    seen, w = tops(NET.params, data())[site], weight_magnitude(kernel_at(NET.params, site))
     if rows == "step":
         seen = np.stack([seen[data().index == i].max(0) for i in range(3)])
     layer = report["layers"][site]
