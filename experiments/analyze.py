@@ -35,7 +35,7 @@ from qdiff_jax.analysis.subject import (
 )
 from qdiff_jax.data.images import load_images, to_unit_range
 from qdiff_jax.eval.moments import Moments, moments_of
-from qdiff_jax.methods.run import load_for_sampling, make_sampler
+from qdiff_jax.methods.run import check_comparable, load_for_sampling, make_sampler
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
@@ -84,6 +84,7 @@ def prepare(
                 f"{bundle} was made from another model than {model!r}, from {made_from['name']!r}; "
                 "give that one as --model."
             )
+        check_comparable(loaded.manifest, str(bundle))
         ready = {loaded.manifest["extra"]["method"]: loaded.variables}
 
     deterministic = {"name": "ddim", "spacing": spacing, "steps": steps, "options": {"eta": 0.0}}

@@ -35,7 +35,7 @@ from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.samples import guidance_of, labels, noise_key
-from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
 from qdiff_jax.methods.run import make_sampler, run_method
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
@@ -100,6 +100,8 @@ def prepare(config: Any) -> Job:
     config = read_config(config)
     settings = method_settings(config)
     diffusion = registry.load(config.model)
+    for v in config.variants.values():
+        check_network(config.ptqd.base if v.method == "ptqd" else v.method, diffusion.model)
     if config.classifier:
         registry.classifier(config.classifier)
     sampler = make_sampler(diffusion.source["schedule"], config.sampler.as_json())

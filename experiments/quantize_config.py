@@ -16,6 +16,7 @@ from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
 from qdiff_jax.methods.closed_form import check_rounding
+from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings
 from qdiff_jax.methods.tcaq import TcaqConfig
@@ -31,7 +32,7 @@ from qdiff_jax.stages.skip_split import SPLITS
 # Selectors that draw one step for each item.
 DRAWING = ("ndtc", "random_steps", "one_step")
 # Methods that calibrate activations on the set of their weights.
-ONE_SET = {"ptq4dm", "qdiffusion"}
+ONE_SET = {"ptq4dm", "qdiffusion", "ptq4dit"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,7 @@ class QuantizeConfig:
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
+    ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
@@ -269,6 +271,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         ptqd=config.ptqd,
         tdq=config.tdq,
         tcaq=config.tcaq,
+        ptq4dit=config.ptq4dit,
     )
 
 

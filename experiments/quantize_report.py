@@ -9,6 +9,7 @@ import subprocess
 
 import jax
 import numpy as np
+from absl import logging
 
 from experiments.quantize_config import QuantizeConfig, VariantConfig
 from qdiff_jax.config import fingerprint
@@ -16,7 +17,7 @@ from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.eval import plots, report, variant
 from qdiff_jax.eval.samples import Samples, draw_samples
 from qdiff_jax.export.bundle import stored_bytes
-from qdiff_jax.methods.run import load_for_sampling, make_sampler
+from qdiff_jax.methods.run import Loaded, is_modulation_folded, load_for_sampling, make_sampler
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
 from qdiff_jax.observe.selectors import every_step
@@ -105,13 +106,6 @@ def measure(
             lambda done, total: tell(done),
             hooks=loaded.hooks,
         )
-    temporal = variant.temporal(
-        diffusion.model,
-        loaded.variables["params"],
-        loaded.variables["quant"],
-        held_out.t,
-        diffusion.null_class,
-    )
     result = {
         "name": name,
         "w_bits": v.w_bits or 32,
@@ -120,15 +114,37 @@ def measure(
         "eps_rel_mse": forced.rel_mse,
         "eps_rel_mse_by_step": forced.rel_mse_rows.tolist(),
         **variant.rollout(full, samples, classify and (lambda images: classify(images)[1])),
-        "temporal_cosine": temporal.cosine,
-        "temporal_cosine_by_step": temporal.cosine_rows.tolist(),
-        "temporal_mismatch": temporal.mismatch,
+        **_temporal(loaded, diffusion, held_out.t),
         "timesteps": held_out.t.tolist(),
         **{key: record[key] for key in ("calibrate_s", "reconstruct_s", "compile_s")},
     }
     result = report.check_variants([result])[0]
     save_record(folder / "metrics.json", result)
     return result
+
+
+def _temporal(loaded: Loaded, diffusion, timesteps: np.ndarray) -> dict:
+    """The agreement of the temporal features; nothing of a variant whose factors are folded into them."""
+    if is_modulation_folded(loaded.manifest):
+        logging.info("temporal features: not compared, factors of channels are folded into them.")
+        rows = [None] * len(timesteps)
+        return {
+            "temporal_cosine": None,
+            "temporal_cosine_by_step": rows,
+            "temporal_mismatch": None,
+        }
+    found = variant.temporal(
+        diffusion.model,
+        loaded.variables["params"],
+        loaded.variables["quant"],
+        timesteps,
+        diffusion.null_class,
+    )
+    return {
+        "temporal_cosine": found.cosine,
+        "temporal_cosine_by_step": found.cosine_rows.tolist(),
+        "temporal_mismatch": found.mismatch,
+    }
 
 
 def draw(

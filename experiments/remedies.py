@@ -18,7 +18,7 @@ from qdiff_jax.analysis.column import save
 from qdiff_jax.analysis.figures_remedies import remedies_figure
 from qdiff_jax.analysis.remedies import remedies
 from qdiff_jax.analysis.subject import make_subject, to_json
-from qdiff_jax.methods.run import Loaded, load_for_sampling
+from qdiff_jax.methods.run import Loaded, check_comparable, load_for_sampling
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
@@ -30,7 +30,8 @@ _SEED = 1_000_003  # of trajectories that no run has calibrated on
 def load_variants(run: pathlib.Path, names: list[str]) -> dict[str, Loaded]:
     """The bundles of a workdir of `experiments.quantize` by name.
 
-    Raises ValueError for a variant that is not there, or bundles of different models or samplers.
+    Raises ValueError for a variant that is not there or whose layers do not compare, or bundles of different
+    models or samplers.
     """
     there = sorted(path.parent.name for path in (run / "variants").glob("*/bundle"))
     missing = [name for name in names if name not in there]
@@ -41,6 +42,7 @@ def load_variants(run: pathlib.Path, names: list[str]) -> dict[str, Loaded]:
     loaded = {name: load_for_sampling(run / "variants" / name / "bundle") for name in names}
     first = loaded[names[0]].manifest
     for name, one in loaded.items():
+        check_comparable(one.manifest, name)
         for key in ("source", "sampler"):
             mine, theirs = ({**m.get(key), "tensors": None} for m in (one.manifest, first))
             if mine != theirs:

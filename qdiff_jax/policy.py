@@ -276,6 +276,15 @@ def official_tcaq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     return _present(sites, (*softmax, *_targets(w_bits, a_bits)))
 
 
+def official_ptq4dit(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """PTQ4DiT's code: every layer at target bits, embedders, modulation and the last one included; q, k, v and
+    the softmax output at 8 bits."""
+    products = (Rule("q, k and v at 8 bits", "*", ("q", "k", "v"), 8, ACTIVATION),)
+    return _present(
+        sites, (_softmax(a_bits), *(products if a_bits else ()), *_targets(w_bits, a_bits))
+    )
+
+
 POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "common": common,
     "official:qdiffusion": official_qdiffusion,
@@ -285,6 +294,7 @@ POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "official:ptq4dm": official_ptq4dm,
     "official:tdq": official_tdq,
     "official:tcaq": official_tcaq,
+    "official:ptq4dit": official_ptq4dit,
 }
 
 

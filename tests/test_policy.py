@@ -72,6 +72,11 @@ SNAPSHOT = {
         "q 6, k 6": ["mid_attn_1/qk"],
         "softmax 6z, v 6": ["mid_attn_1/pv"],
     },
+    "official:ptq4dit": {
+        "input 6, weight 4c": "*",
+        "q 8, k 8": ["mid_attn_1/qk"],
+        "softmax 8z, v 8": ["mid_attn_1/pv"],
+    },
     "official:ptqd": {
         "input 6, weight 4c": "*",
         "input 8, weight 8c": ["temb/dense_0", "conv_in/conv", "out/conv_out"],

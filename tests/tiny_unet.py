@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.models.program import Node
@@ -31,7 +32,7 @@ STEPS = (900.0, 500.0, 100.0)  # what the step tables below are calibrated for
 
 
 class Network(NamedTuple):
-    module: UNetDDPM
+    module: nn.Module
     program: tuple[Node, ...]
     params: dict
     sites: tuple[Site, ...]

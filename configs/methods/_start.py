@@ -11,12 +11,12 @@ ROUNDING = {"rounding": ("adaround", "closed_form")}
 MINIATURES = {"unet": "random:miniature", "dit": "random:dit"}
 
 
-def parse(arg, **own):
-    """The words behind the colon, with a method's own."""
+def parse(arg, model=tuple(MODELS), **own):
+    """The words behind the colon, with a method's own. model: the models it can run on, its default first."""
     return parse_arg(
         arg,
         bits=("w4a8", "w8a8", "w4a4", "w4a32", "w6a6", "w8a4"),
-        model=tuple(MODELS),
+        model=model,
         laptop=False,
         smoke=False,
         **own,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
+from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, check_transformer, ptq4dit
 from qdiff_jax.methods.ptq4dm import ptq4dm
 from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
 from qdiff_jax.methods.qdiffusion import qdiffusion
@@ -66,6 +67,7 @@ class MethodSettings:
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
+    ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
 
 
 def _two_sets(sets):
@@ -202,6 +204,21 @@ def _tcaq(model, sets, settings, **own):
     )
 
 
+def _ptq4dit(model, sets, settings, **own):
+    # It learns activation steps beside the rounding, at their own rate; its ranges of weights are its own.
+    weights = dataclasses.replace(settings.weights, scale_lr=settings.activation_lr)
+    rounded = _rounded(sets, dataclasses.replace(settings, weights=weights))
+    return ptq4dit(
+        model,
+        sets.weights,
+        sets.timesteps,
+        config=settings.ptq4dit,
+        activations=settings.activations,
+        **{k: v for k, v in rounded.items() if k != "weight_method"},
+        **own,
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "ptq4dm": _ptq4dm,
@@ -212,7 +229,16 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ptqd": _ptqd,
     "tdq": _tdq,
     "tcaq": _tcaq,
+    "ptq4dit": _ptq4dit,
 }
+# Methods that not every network has layers for: what raises ValueError for one that has none.
+_NEEDS: dict[str, Callable[[Model], None]] = {"ptq4dit": check_transformer}
+
+
+def check_network(name: str, model: Model) -> None:
+    """Raise ValueError for a method that this network has no layers for, before any work."""
+    if name in _NEEDS:
+        _NEEDS[name](model)
 
 
 def build(

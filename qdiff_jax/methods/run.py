@@ -18,6 +18,7 @@ from qdiff_jax.diffusion.schedule import schedule_of
 from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.export.bundle import Bundle, load_bundle, save_bundle
 from qdiff_jax.export.integer import check_executable
+from qdiff_jax.models.folds import is_folded
 from qdiff_jax.models.registry import DiffusionModel, from_config
 from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.policy import SitePlan
@@ -25,6 +26,9 @@ from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.stage import Method, fold_weights, initial_state, run_stage, tuned_params
 
 _QUANTIZE_S = {"calibrate": "calibrate_s", "round": "calibrate_s"}
+# In the manifest of a bundle whose modulation took the division of smoothed inputs: its temporal features are
+# no longer those of full precision, by design.
+FOLDED = "modulation_folded"
 
 
 class Loaded(NamedTuple):
@@ -74,6 +78,7 @@ def run_method(
         seconds[kind] += report["seconds"]
         seconds["compile_s"] += report["compile_seconds"]
         reports[f"{i}_{stage.name}"] = {k: v for k, v in report.items() if k != "ranges"}
+    folded = is_folded(diffusion.model.program, state.aux.get("params", {}))
     save_bundle(
         directory / "bundle",
         params=tuned_params(diffusion.model.params, state.aux),
@@ -83,7 +88,12 @@ def run_method(
         schedule_config=diffusion.source["schedule"],
         sampler_config=dict(sampler_config),
         source={"sha256": diffusion.source["sha256"], "name": diffusion.source["name"]},
-        extra={"method": method.name, "notes": method.notes, **extra},
+        extra={
+            "method": method.name,
+            "notes": method.notes,
+            **({FOLDED: True} if folded else {}),
+            **extra,
+        },
         correction=state.aux.get("correction"),
     )
     result = {**seconds, "stages": reports}
@@ -125,6 +135,21 @@ def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPl
         plan = make_plan(name, schedule_of(schedule_config), grid, **options)
     tensors = sampler_config.get("tensors")
     return plan if tensors is None else quantize_tensors(plan, tensors["bits"], tensors["ranges"])
+
+
+def is_modulation_folded(manifest: Mapping) -> bool:
+    """Whether temporal features and smoothed activations of a bundle are not in full precision's units."""
+    return bool((manifest["extra"] or {}).get(FOLDED))
+
+
+def check_comparable(manifest: Mapping, name: str) -> None:
+    """Raise ValueError for a bundle whose layers cannot be compared with full precision's one by one."""
+    if is_modulation_folded(manifest):
+        raise ValueError(
+            f"{name} has factors of channels folded into its modulation: its temporal features and activations "
+            "are in other units than full precision's, and only its images compare; leave it out, or take a "
+            "variant without factors (ptq4dit.csb=False)."
+        )
 
 
 def load_for_sampling(directory: pathlib.Path, execute: bool = False) -> Loaded:

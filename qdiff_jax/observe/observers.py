@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from qdiff_jax.quant.ranges import least_error, shrink_search
 from qdiff_jax.quant.ranges import percentile as percentile_range
-from qdiff_jax.quant.ranges import shrink_search
 from qdiff_jax.quant.spec import QuantSpec
 
 _EMPTY = np.uint32(0xFFFFFFFF)  # above every priority
@@ -292,6 +292,37 @@ def percentile(
         pairs = [
             percentile_range(v[f], spec, lower=lower, upper=upper) for v, f in zip(values, filled)
         ]
+        return tuple(np.asarray(side, np.float32) for side in zip(*pairs))
+
+    return _reservoir(size, seed, choose)
+
+
+def percentile_search(
+    spec: QuantSpec,
+    qmin,
+    qmax,
+    *,
+    percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999),
+    size: int = 32_768,
+    seed: int = 0,
+) -> Observer:
+    """Per row, of the ranges [quantile(1 - p), quantile(p)] the one of least squared error (PTQ4DiT, QuEST).
+
+    Quantiles and errors are those of a uniform sample of at most `size` values. A p that leaves less than one
+    of them outside is taken as the exact extremes of everything seen: no sample knows such a quantile.
+    spec, qmin, qmax: the per-tensor quantizer that will be used.
+    """
+    rule = QuantSpec(symmetric=spec.symmetric, signed=spec.signed, grid=spec.grid)
+    top = np.asarray(percentiles)
+
+    def choose(values, filled, lo, hi):
+        pairs = []
+        for v, f, smallest, largest in zip(values, filled, lo, hi, strict=True):
+            v = v[f]
+            known = (1.0 - top) * v.size >= 1.0
+            lower = np.where(known, np.quantile(v, 1.0 - top), smallest)
+            upper = np.where(known, np.quantile(v, top), largest)
+            pairs.append(least_error(v, rule, qmin, qmax, lower, upper))
         return tuple(np.asarray(side, np.float32) for side in zip(*pairs))
 
     return _reservoir(size, seed, choose)

@@ -251,9 +251,18 @@ def percentile_search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of the ranges [quantile(1 - p), quantile(p)] the one of least error (PTQ4DiT, QuEST)."""
     _no_split(spec)
+    columns, top = cells(spec, x), np.asarray(percentiles)
+    lo, hi = (np.quantile(columns, q, axis=0) for q in (1.0 - top, top))
+    return least_error(x, spec, qmin, qmax, lo, hi, power=power)
+
+
+def least_error(
+    x, spec: QuantSpec, qmin, qmax, lo, hi, *, power=2.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of J ranges for every cell the one of least sum |x - x_hat|**power, each shaped like
+    `QParams.scale`. lo, hi: [J, C], or [J] for a spec with one cell; ranges are made to contain 0."""
     columns = cells(spec, x)
-    top = np.asarray(percentiles)
-    lo, hi = (np.quantile(columns, q, axis=0).astype(np.float32) for q in (1.0 - top, top))
+    lo, hi = (np.float32(v).reshape(len(v), -1) for v in (lo, hi))
     lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
     lo, hi = _search(columns, lo, hi, np.ravel(qmin), np.ravel(qmax), power, spec)
     shape = _scale_shape(spec, np.shape(x))

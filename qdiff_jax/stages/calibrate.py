@@ -19,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.observe.capture import batch_bounds, slice_rows
-from qdiff_jax.observe.observers import Observer, ema, minmax, mse, percentile
+from qdiff_jax.observe.observers import (
+    Observer,
+    ema,
+    minmax,
+    mse,
+    percentile,
+    percentile_search,
+)
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import ACTIVATION, Entry, SitePlan
 from qdiff_jax.quant.qparams import dynamic_qparams, from_range
@@ -32,8 +39,9 @@ from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights, initi
 
 @dataclasses.dataclass(frozen=True)
 class ActivationConfig:
-    """observer: of shared ranges: "minmax", "ema" (batches shuffled over steps), "percentile" or "mse"
-    (the last two on a bounded sample of values; the MSE search is LAPQ's shrink search).
+    """observer: of shared ranges: "minmax", "ema" (batches shuffled over steps), "percentile",
+    "percentile_search" (the best of three) or "mse" (LAPQ's shrink search); the last three on a bounded sample
+    of values.
 
     per_step: patterns of "site:operand" whose ranges are kept per step, in a table with rule "step";
     all others share one range. Per-step ranges are min-max. margin: widening of per-step ranges of
@@ -242,7 +250,7 @@ def _observer(
 ) -> Observer:
     """The same object for the same arguments: it is part of what `_observe` is compiled for.
 
-    spec and codes matter to the end of "mse" alone; observing is the same for all.
+    spec and codes matter to the end of the searches alone; observing is the same for all.
     """
     if name == "minmax":
         return minmax()
@@ -250,9 +258,13 @@ def _observer(
         return ema(momentum)
     if name == "percentile":
         return percentile()
+    if name == "percentile_search":
+        return percentile_search(spec, *codes)
     if name == "mse":
         return mse(spec, *codes)
-    raise ValueError(f"Observer {name!r} is unknown; use 'minmax', 'ema', 'percentile' or 'mse'.")
+    raise ValueError(
+        f"Observer {name!r} is unknown; use 'minmax', 'ema', 'percentile', 'percentile_search' or 'mse'."
+    )
 
 
 def part_names(entry: Entry) -> tuple[str, ...]:

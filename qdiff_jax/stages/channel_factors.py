@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from qdiff_jax.models.program import Unit, apply_unit, subtrees, units_with_projections
-from qdiff_jax.observe.capture import batch_bounds, slice_rows
+from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.reparameterise import (
@@ -31,9 +31,8 @@ from qdiff_jax.quant.reparameterise import (
     time_weighted_range,
 )
 from qdiff_jax.sites import OPERANDS, SiteQuant, nest_sites
-from qdiff_jax.stages.calibrate import flatten_reports
+from qdiff_jax.stages.channel_tops import channel_tops
 from qdiff_jax.stages.stage import Model, QuantState, Stage, kernel_at, tuned_params
-from qdiff_jax.stages.time_scales import tapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +109,10 @@ def move_channel_factors(
     def _observe(carry: Carry, n: int) -> Carry:
         names = [site for group in groups(carry.state) for site in group.sites]
         params = tuned_params(model.params, carry.state.aux)
-        quant = nest_sites({name: SiteQuant(tap=Tap("channel_range")) for name in names})
         ranges = dict(carry.ranges)
         for start, stop in bounds[carry.position : carry.position + n]:
-            batch = {k: getattr(calibration, k) for k in ("x", "t", "y")}
-            variables = {"params": params, "quant": quant}
-            reports = tapped(model.module, variables, slice_rows(batch, start, stop))
             rows = calibration.index[start:stop] * config.groups // steps
-            for key, report in flatten_reports(jax.device_get(reports)).items():
-                name = key.removesuffix(":input")
-                top = np.maximum(np.abs(report["lo"]), np.abs(report["hi"]))
+            for name, top in channel_tops(model, params, names, calibration, start, stop).items():
                 if name not in ranges:
                     ranges[name] = np.zeros((config.groups, top.shape[-1]), np.float32)
                 np.maximum.at(ranges[name], rows, top)

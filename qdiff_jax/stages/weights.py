@@ -1,7 +1,7 @@
 """Weights without any optimization: a range for each from its values, then the nearest codes.
 
 Ranges are searched per channel (MSE shrink search over 80 candidates, LAPQ's p = 2.4, as in the
-Q-Diffusion family) or are min-max. Nothing is read but the parameters.
+Q-Diffusion family; the best of three percentiles, PTQ4DiT) or are min-max. Nothing is read but the parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Carry(NamedTuple):
 def calibrate_weights(model: Model, *, method: str = "mse") -> Stage:
     """The stage that gives every planned weight its range; nothing is rounded yet.
 
-    method: "mse" (80 candidates, p 2.4, per channel) or "minmax". One site per step of the stage.
+    method: of `quant.ranges.estimate_qparams`: "mse" (80 candidates, p 2.4, per channel), "minmax",
+    "percentile_search" (the best of three). One site per step of the stage.
     """
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:

@@ -37,6 +37,14 @@ def test_the_two_sides_of_a_claim_differ_and_measure_alike(model):
         assert pairs[0][0].name != pairs[1][0].name
 
 
+def test_claims_that_a_model_has_no_layers_for_are_refused():
+    for claim, model, other in (("csb", "unet", "dit"), ("split", "dit", "unet")):
+        with pytest.raises(
+            ValueError, match=f"claim={claim} asks for nothing .*: take model={other}"
+        ):
+            load_config(f"{CONFIG}:claim={claim},model={model}")
+
+
 def test_an_unknown_claim_lists_those_there_are():
     with pytest.raises(ValueError, match="tiar"):
         load_config(f"{CONFIG}:claim=tia")

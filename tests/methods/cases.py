@@ -1,4 +1,4 @@
-"""Every method of the registry on one small network: the cases of the common suite, each run once.
+"""Every method of the registry on a small network: the cases of the common suite, each run once.
 
 With zero steps no optimizer step is compiled, and what is left of a method are its stages, its ranges
 and its unit-by-unit walk; with `STEPS` it optimizes too.
@@ -23,7 +23,6 @@ from qdiff_jax.observe.quantization_noise import Paired, paired
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.observe.trajectory import Trajectory
 from qdiff_jax.policy import Rule, SitePlan, make_plan, policy
-from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.batch_ranges import BatchRangeConfig
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
@@ -38,7 +37,7 @@ from qdiff_jax.stages.stage import (
 )
 from qdiff_jax.stages.time_scales import TimeScaleConfig
 
-from .. import tiny_unet
+from .. import tiny_dit, tiny_unet
 
 # Residual blocks, skips, attention and time projections, conditional on a class; one resolution.
 CONFIG = UNetConfig(
@@ -51,20 +50,56 @@ CONFIG = UNetConfig(
     num_classes=3,
 )
 TIMESTEPS = np.float32([100.0, 500.0, 900.0])
-KEPT_WEIGHT, KEPT_INPUT = "mid_block_1/conv2", "up_0_block_1/conv1"
 STEPS = 8
+
+
+class Net(NamedTuple):
+    """kept_weight, kept_input: sites of which one operand stays in full precision in every case.
+    other_policy: one that keeps `kept_sites` whole. plain: some leaves that are no kernels."""
+
+    tiny: Any
+    config: Any
+    kept_weight: str
+    kept_input: str
+    other_policy: str
+    kept_sites: frozenset[str]
+    plain: frozenset[str]
+
+
+# Maps of one shape, so that one calibration set serves both.
+NETWORKS = {
+    "unet": Net(
+        tiny_unet,
+        CONFIG,
+        "mid_block_1/conv2",
+        "up_0_block_1/conv1",
+        "official:tfmq",
+        frozenset({"temb/dense_0", "conv_in/conv"}),
+        frozenset({"conv_in/conv/bias", "mid_block_1/norm1/scale"}),
+    ),
+    "dit": Net(
+        tiny_dit,
+        tiny_dit.CONFIG,
+        "blocks_0/mlp_fc1",
+        "blocks_1/attn_proj",
+        "official:tdq",
+        frozenset({"blocks_0/attn_qk", "blocks_1/attn_pv"}),
+        frozenset({"x_embedder/proj/bias", "t_embedder/y_embedder/embedding"}),
+    ),
+}
 
 
 class Case(NamedTuple):
     """entry: of the registry. policy: the one it runs under when nothing else is asked. options: of
     `MethodSettings`. slow: whether all its tests are. reports: progress reports until the run is
-    killed where a part of the calibration is done."""
+    killed where a part of the calibration is done. network: which of `NETWORKS`."""
 
     entry: str
     policy: str = "common"
     options: Mapping[str, Any] = {}
     slow: bool = False
     reports: int = 2
+    network: str = "unet"
 
 
 CASES = {
@@ -84,6 +119,8 @@ CASES = {
     # tests on a chain. Their four batches are reported before those of the activation ranges.
     "tcaq": Case("tcaq", options={"tcaq": TcaqConfig(tcr=False)}),
     "tcaq whole": Case("tcaq", slow=True, reports=6),
+    # Killed in the activation ranges, after the four batches of its factors.
+    "ptq4dit": Case("ptq4dit", "official:ptq4dit", reports=6, network="dit"),
 }
 LEARNING = tuple(n for n, case in CASES.items() if case.entry not in ("rtn", "ptq4dm", "ptqd"))
 
@@ -94,9 +131,20 @@ class Outcome(NamedTuple):
 
 
 @functools.cache
-def model() -> Model:
-    net = tiny_unet.network(CONFIG)
+def model(network: str = "unet") -> Model:
+    net = NETWORKS[network].tiny.network(NETWORKS[network].config)
     return Model(net.module, net.program, net.params)
+
+
+def forward(network: str):
+    """The network jitted: (variables, x, t, y) -> eps."""
+    return NETWORKS[network].tiny.forward(NETWORKS[network].config)
+
+
+def network_of(planned: SitePlan) -> str:
+    """The name of the network whose sites the plan speaks of."""
+    nodes = {entry.site.split("/")[0] for entry in planned.entries}
+    return next(n for n in NETWORKS if nodes <= {node.name for node in model(n).program})
 
 
 @functools.cache
@@ -129,13 +177,15 @@ def pairs() -> Paired:
 
 
 @functools.cache
-def plan(name: str = "common", w_bits: int = 4, a_bits: int | None = 8) -> SitePlan:
+def plan(
+    name: str = "common", w_bits: int = 4, a_bits: int | None = 8, network: str = "unet"
+) -> SitePlan:
     """A named policy, but for one weight and one activation that stay in full precision."""
-    x, t = tiny_unet.inputs(CONFIG, 1)
-    sites = list_sites(model().module, x, t, np.zeros(1, np.int32))
-    kept = [Rule("kept weight", KEPT_WEIGHT, ("weight",), None, None)]
+    net = NETWORKS[network]
+    sites = net.tiny.network(net.config).sites
+    kept = [Rule("kept weight", net.kept_weight, ("weight",), None, None)]
     if a_bits is not None:
-        kept.append(Rule("kept input", KEPT_INPUT, ("input",), None, None))
+        kept.append(Rule("kept input", net.kept_input, ("input",), None, None))
     return make_plan(sites, (*kept, *policy(name, sites, w_bits, a_bits)))
 
 
@@ -163,10 +213,16 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
     return dataclasses.replace(made, tcaq=dataclasses.replace(made.tcaq, rounds=min(steps, 1)))
 
 
+def plan_for(name: str, w_bits: int = 4, a_bits: int | None = 8) -> SitePlan:
+    """The plan of a case, under its own policy."""
+    return plan(CASES[name].policy, w_bits, a_bits, CASES[name].network)
+
+
 def method(name: str, steps: int, on_progress: Callable | None = None, **own) -> Method:
     """own: devices and save_seconds of `settings`."""
     sets = CalibrationSets(calibration(), calibration(), TIMESTEPS, paired=pairs())
-    return build(CASES[name].entry, model(), sets, settings(name, steps, **own), on_progress)
+    case = CASES[name]
+    return build(case.entry, model(case.network), sets, settings(name, steps, **own), on_progress)
 
 
 def begin(planned: SitePlan, seed: int = 5) -> QuantState:
@@ -186,7 +242,7 @@ def finish(made: Method, state: QuantState, store=None, chunk=3, entered=lambda 
 @functools.cache
 def outcome(name: str, steps: int = 0, policy_name: str | None = None, a_bits: int | None = 8):
     """Of a case, run once. policy_name: in place of the case's own."""
-    planned = plan(policy_name or CASES[name].policy, 4, a_bits)
+    planned = plan(policy_name or CASES[name].policy, 4, a_bits, CASES[name].network)
     return finish(method(name, steps), begin(planned))
 
 
@@ -203,14 +259,14 @@ def kill(name: str, steps: int, store, reports: int, stage: str | None = None) -
     # Without steps a chunk is a batch of the calibration, and one after the other is saved.
     chunk = 3 if steps else 1
     with pytest.raises(KeyboardInterrupt):
-        finish(made, begin(plan(CASES[name].policy)), store, chunk, running.append)
+        finish(made, begin(plan_for(name)), store, chunk, running.append)
 
 
 def resume(name: str, steps: int, store) -> Outcome:
     """The case from the start of the method, on what a killed run has left in the store."""
-    return finish(method(name, steps), begin(plan(CASES[name].policy)), store)
+    return finish(method(name, steps), begin(plan_for(name)), store)
 
 
 def parameters(state: QuantState) -> dict:
     """The full-precision parameters that the codes of a state are for."""
-    return tuned_params(model().params, state.aux)
+    return tuned_params(model(network_of(state.plan)).params, state.aux)

@@ -11,7 +11,7 @@ from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.stage import QuantState, decide_codes, fold_weights, kernel_at
 
 from ..stages.chain import leaves_equal
-from .cases import CASES, TIMESTEPS, model, parameters
+from .cases import CASES, NETWORKS, TIMESTEPS, model, network_of, parameters
 
 
 def leaves_by_path(params) -> dict[str, np.ndarray]:
@@ -23,12 +23,13 @@ def leaves_by_path(params) -> dict[str, np.ndarray]:
 def codes_are_in_range(state: QuantState) -> None:
     """Every planned weight holds codes of its bits, on the grid of its plan."""
     flat = flatten_sites(state.quant)
+    params = model(network_of(state.plan)).params
     for entry in state.plan.quantized("weight"):
         tensor = jax.device_get(flat[entry.site].rhs)
         assert isinstance(tensor, QTensor), entry.site
         assert tensor.bits == entry.bits
         assert tensor.qparams.spec == entry.spec
-        assert tensor.shape == kernel_at(model().params, entry.site).shape
+        assert tensor.shape == kernel_at(params, entry.site).shape
         held = codes(tensor)
         assert (held.min() >= entry.codes[0]) & (held.max() <= entry.codes[1])
         assert np.isfinite(tensor.qparams.scale).all()
@@ -80,20 +81,21 @@ def nothing_else_is_left(state: QuantState) -> None:
         assert held.tap is None, site
         assert held.substitute is None, site
         assert not held.execute
-        assert held.product == site.endswith(("/qk", "/pv"))
+        assert held.product == site.endswith(("/qk", "/pv", "/attn_qk", "/attn_pv"))
 
 
 def untouched_leaves_are_untouched(name: str, state: QuantState) -> None:
     """Folded parameters differ from the checkpoint's in planned kernels, refitted biases and what the
     method says it has tuned; every other leaf, norms and biases included, is the same to the last bit."""
-    before = leaves_by_path(model().params)
+    network = network_of(state.plan)
+    before = leaves_by_path(model(network).params)
     after = leaves_by_path(fold_weights(parameters(state), state.quant)[0])
     biases = {f"{n}/bias" for n, s in flatten_sites(state.quant).items() if s.bias is not None}
     tuned = set(state.aux.get("params", {}))
     assert bool(biases) == (CASES[name].entry == "closed_form")
-    # Channel factors: kernels, the divisors of their inputs, affines of the norms of attention. Tuning
-    # after closed-form rounding: affines of every norm.
-    assert not tuned or name in ("tcaq whole", "closed_form")
+    # Channel factors: kernels, the divisors of their inputs, affines of the norms of attention. Balancing:
+    # kernels, and what takes the divisions. Tuning after closed-form rounding: affines of every norm.
+    assert not tuned or name in ("tcaq whole", "closed_form", "ptq4dit")
     added = {path for path in tuned if path.endswith("/divisor")}
     assert set(after) == set(before) | added
     kernels = {f"{entry.site}/kernel" for entry in state.plan.quantized("weight")}
@@ -104,7 +106,7 @@ def untouched_leaves_are_untouched(name: str, state: QuantState) -> None:
     }
     assert changed <= kernels | biases | tuned
     assert kernels <= changed
-    assert {"conv_in/conv/bias", "mid_block_1/norm1/scale"} <= set(before)
+    assert NETWORKS[network].plain <= set(before)
 
 
 def folding_writes_what_the_codes_say(state: QuantState) -> None:

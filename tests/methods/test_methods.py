@@ -20,32 +20,30 @@ from qdiff_jax.stages.correct import CORRECTION
 from qdiff_jax.stages.stage import fold_weights, run_stage
 from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
 
-from .. import tiny_unet
 from ..stages.chain import leaves_equal
 from . import contracts
 from .cases import (
     CASES,
-    CONFIG,
-    KEPT_INPUT,
-    KEPT_WEIGHT,
     LEARNING,
+    NETWORKS,
     STEPS,
     TIMESTEPS,
     begin,
     calibration,
     finish,
+    forward,
     kill,
     method,
     model,
     outcome,
     parameters,
-    plan,
+    plan_for,
     resume,
 )
 
 SLOW = pytest.mark.slow
 # Quantizers of distinct structure: what else there is compiles to one of these programs, or is slow.
-DISTINCT = ("rtn", "brecq", "tfmq", "qdiffusion", "ptqd", "tdq")
+DISTINCT = ("rtn", "brecq", "tfmq", "qdiffusion", "ptqd", "tdq", "ptq4dit")
 # Widths of codes decide how many bytes they take; every other program must take them as data.
 PACKING = {"_nearest_tensors", "from_codes", "_folded"}
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -87,8 +85,9 @@ def test_what_the_plan_keeps_is_left_alone_and_nothing_is_left_over(name, steps)
     state = outcome(name, steps).state
     contracts.nothing_else_is_left(state)
     flat = flatten_sites(state.quant)
-    assert flat[KEPT_WEIGHT].rhs is None
-    assert flat[KEPT_INPUT].lhs is None
+    net = NETWORKS[CASES[name].network]
+    assert flat[net.kept_weight].rhs is None
+    assert flat[net.kept_input].lhs is None
 
 
 @runs()
@@ -100,8 +99,8 @@ def test_untouched_leaves_are_bit_identical(name, steps):
 def test_zero_steps_are_round_to_nearest(name):
     """The ranges and the codes of round-to-nearest under the same plan, bit for bit."""
     state = outcome(name).state
-    own = model()._replace(params=parameters(state))
-    search = "mse2d" if CASES[name].entry == "ptq4dm" else "mse"
+    own = model(CASES[name].network)._replace(params=parameters(state))
+    search = {"ptq4dm": "mse2d", "ptq4dit": "percentile_search"}.get(CASES[name].entry, "mse")
     nearest = begin(state.plan)
     for stage in (calibrate_weights(own, method=search), round_to_nearest(own)):
         nearest, _ = run_stage(stage, nearest)
@@ -124,7 +123,7 @@ def test_folded_network_is_the_packed_network_bit_for_bit(name, steps):
     ctx = step_context(TIMESTEPS[1], 1)
     t = np.full(2, TIMESTEPS[1])
     packed, folded = (
-        tiny_unet.forward(CONFIG)({"params": p, "quant": select(q, ctx)}, x, t, y)
+        forward(CASES[name].network)({"params": p, "quant": select(q, ctx)}, x, t, y)
         for p, q in ((whole, state.quant), (params, quant))
     )
     assert np.isfinite(np.asarray(packed)).all()
@@ -176,12 +175,13 @@ def test_interrupted_in_its_calibration_and_resumed_equals_uninterrupted(name, t
 @EVERY
 def test_weights_alone_can_be_quantized_under_another_policy(name):
     """W4A32, where papers compare roundings, under the policy that keeps most in full precision."""
-    state = outcome(name, 0, "official:tfmq", None).state
+    net = NETWORKS[CASES[name].network]
+    state = outcome(name, 0, net.other_policy, None).state
     contracts.codes_are_in_range(state)
     contracts.nothing_else_is_left(state)
     contracts.untouched_leaves_are_untouched(name, state)
     flat = flatten_sites(state.quant)
-    assert not {"temb/dense_0", "conv_in/conv"} & set(flat)
+    assert not net.kept_sites & set(flat)
     assert all(site.lhs is None for site in flat.values())
 
 
@@ -189,8 +189,10 @@ def test_weights_alone_can_be_quantized_under_another_policy(name):
     ("name", "policy_name"),
     [
         pytest.param(n, p, marks=() if (n, p) == ("rtn", "official:tfmq") else SLOW)
-        for n in CASES
+        for n, case in CASES.items()
         for p in POLICIES
+        # TFMQ-DM's speaks of a U-Net's convolutions.
+        if (case.network, p) != ("dit", "official:tfmq")
     ],
 )
 def test_the_site_policy_can_be_swapped(name, policy_name):
@@ -234,6 +236,6 @@ def test_one_compile_serves_other_bits_and_another_key(name, steps):
     """Bits, ranges and keys are data: a second run asks for nothing but the packing of narrower codes."""
     assert outcome(name, steps).reports
     with compiled() as names:
-        again = finish(method(name, steps), begin(plan(CASES[name].policy, 3, 6), seed=6)).state
+        again = finish(method(name, steps), begin(plan_for(name, 3, 6), seed=6)).state
     assert set(names) <= PACKING, sorted(set(names) - PACKING)
     contracts.codes_are_in_range(again)

@@ -24,7 +24,7 @@ from .. import tiny_unet
 from .cases import (
     CASES,
     CONFIG,
-    KEPT_INPUT,
+    NETWORKS,
     STEPS,
     TIMESTEPS,
     begin,
@@ -43,7 +43,7 @@ def test_two_ranges_where_maps_meet_and_one_elsewhere():
     for site, held in flatten_sites(made.state.quant).items():
         if site in SPLIT:
             assert held.rhs.qparams.scale.shape == (2, CONFIG.channels)
-            if site != KEPT_INPUT:
+            if site != NETWORKS["unet"].kept_input:
                 assert held.lhs.scale.shape == (2,)
                 assert held.lhs.scale[0] != held.lhs.scale[1]
         elif held.lhs is not None:

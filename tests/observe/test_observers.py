@@ -198,6 +198,24 @@ def test_mse_shrinks_from_the_exact_extremes():
     np.testing.assert_allclose(factors * 100, np.round(factors * 100), atol=1e-3)
 
 
+def test_percentiles_that_a_sample_cannot_know_are_the_extremes():
+    """Two spoilt values of two million: cut off by a quantile that the sample knows, kept by one beyond it."""
+    values = np.random.default_rng(0).standard_normal(2_000).astype(np.float32)
+    spoilt = np.concatenate([values, np.float32([-60.0, 60.0])])
+    kept = np.ones((1, spoilt.size), bool)
+    state = observers.SampleState(
+        observers.RangeState(*np.float32([[-99.0], [99.0]]), np.int32([9]), np.int32(0)),
+        spoilt[None],
+        np.where(kept, np.uint32(0), np.uint32(0xFFFFFFFF)),
+    )
+    lo, hi = observers.percentile_search(TENSOR, 0, 255).finish(state)
+    # 0.999 leaves two values outside; 0.9999 and 0.99999 none, so they are the extremes of everything seen.
+    # Two outliers of that size weigh more than the rounding of all others in 256 steps.
+    np.testing.assert_allclose([lo[0], hi[0]], [-99.0, 99.0])
+    lo, hi = observers.percentile_search(TENSOR, 0, 255, percentiles=(0.999,)).finish(state)
+    np.testing.assert_allclose([lo[0], hi[0]], np.quantile(spoilt, [0.001, 0.999]), rtol=1e-5)
+
+
 def test_sample_observers_have_one_range_per_tensor():
     with pytest.raises(ValueError, match="per channel"):
         OBSERVERS["mse"].init(2, (4,))
