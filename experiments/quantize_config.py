@@ -18,6 +18,7 @@ from qdiff_jax.eval.samples import guidance_of
 from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings
+from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.methods.tfmq import VARIANTS
@@ -164,6 +165,7 @@ class QuantizeConfig:
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
+    svdquant: SvdQuantConfig = SvdQuantConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
@@ -252,6 +254,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         ptqd=config.ptqd,
         tdq=config.tdq,
         tcaq=config.tcaq,
+        svdquant=config.svdquant,
     )
 
 

@@ -263,6 +263,29 @@ def official_tcaq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     return _present(sites, (*softmax, *_targets(w_bits, a_bits)))
 
 
+def official_svdquant(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """SVDQuant's code: layers of the blocks at target bits, the modulation (in a U-Net: the time projections)
+    with its weights alone, embedders, first and last layer and attention products in full precision."""
+    fp = ("input", "weight")
+    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    rules = (
+        *(
+            Rule("embedders in full precision", pattern, fp, None, None)
+            for pattern in ("t_embedder/*", "temb/*")
+        ),
+        Rule("first layer in full precision", first.name, fp, None, None),
+        Rule("last layer in full precision", last_weight_site(sites).name, fp, None, None),
+        Rule("last modulation in full precision", "final_layer_adaLN/*", fp, None, None),
+        *(
+            Rule("modulation: weights alone", pattern, ("input",), None, None)
+            for pattern in ("*_adaLN/*", "*_temb_proj/*")
+        ),
+        _NO_PRODUCTS,
+        *_targets(w_bits, a_bits),
+    )
+    return _present(sites, rules)
+
+
 POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "common": common,
     "official:qdiffusion": official_qdiffusion,
@@ -272,6 +295,7 @@ POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "official:ptq4dm": official_ptq4dm,
     "official:tdq": official_tdq,
     "official:tcaq": official_tcaq,
+    "official:svdquant": official_svdquant,
 }
 
 

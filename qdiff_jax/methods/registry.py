@@ -13,6 +13,7 @@ from qdiff_jax.methods.ptq4dm import ptq4dm
 from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
 from qdiff_jax.methods.qdiffusion import qdiffusion
 from qdiff_jax.methods.rtn import rtn
+from qdiff_jax.methods.svdquant import SvdQuantConfig, svdquant
 from qdiff_jax.methods.tcaq import TcaqConfig, tcaq
 from qdiff_jax.methods.tdq import TdqConfig, tdq
 from qdiff_jax.methods.tfmq import tfmq
@@ -66,6 +67,7 @@ class MethodSettings:
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
+    svdquant: SvdQuantConfig = SvdQuantConfig()
 
 
 def _two_sets(sets):
@@ -202,6 +204,16 @@ def _tcaq(model, sets, settings, **own):
     )
 
 
+def _svdquant(model, sets, settings, **own):
+    return svdquant(
+        model,
+        *_two_sets(sets),
+        config=settings.svdquant,
+        activations=settings.activations,
+        **own,
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "ptq4dm": _ptq4dm,
@@ -212,6 +224,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ptqd": _ptqd,
     "tdq": _tdq,
     "tcaq": _tcaq,
+    "svdquant": _svdquant,
 }
 
 
