@@ -87,24 +87,27 @@ def _rounded_kernel(grids: Grids, codes: Codes, kernel):
     return quantizer.fake_quant(from_tensor(grids.weight, kernel, *codes.weight), kernel)
 
 
-def _measure(grids: Grids, codes: Codes, rows, kernel, shift, s):
-    """(s W [T, C, N], error(factors or None, Q(R) as a matrix or kernel) -> ()) for one smoothing s [C]."""
+def _measure(grids: Grids, codes: Codes, rows, kernel, wanted, shift, s):
+    """(s W [T, C, N], error(factors or None, Q(R) as a matrix or kernel) -> ()) for one smoothing s [C].
+
+    wanted: x W [n, N], the same for every s.
+    """
     target = kernel * s[None, :, None]
-    moved = (rows + shift) / s[None, None, :]
-    read = _rounded_rows(grids, codes, moved)
-    wanted = _times(rows, kernel)
+    flat = (rows / s[None, None, :]).reshape(rows.shape[0], -1)
+    read = _rounded_rows(grids, codes, (rows + shift) / s[None, None, :])
     size = jnp.sum(jnp.square(wanted))
 
     def error(factors: Factors | None, rounded):
         rounded = rounded.reshape(kernel.shape)
         found = _times(read, rounded)
-        rest = rounded
         if factors is not None:
-            branch = factors.product.reshape(kernel.shape)
-            found = found + _times(rows / s[None, None, :], branch)
-            rest = target - branch
+            narrow = jnp.matmul(flat, factors.down, precision=_EXACT)
+            found = found + jnp.matmul(narrow, factors.up, precision=_EXACT)
         if grids.shifted:
-            summed = rounded if grids.stored_sums else (rest if factors is not None else target)
+            summed = rounded
+            if not grids.stored_sums:
+                branch = 0.0 if factors is None else factors.product.reshape(kernel.shape)
+                summed = target - branch
             found = found - shift * jnp.einsum("tcm,c->m", summed, 1.0 / s)[None]
         return jnp.sqrt(jnp.sum(jnp.square(found - wanted)) / jnp.maximum(size, 1e-30))
 
@@ -124,11 +127,11 @@ def _one_shot(key, grids: Grids, codes: Codes, target):
 def candidate_errors(key, grids: Grids, codes: Codes, rows, kernel, magnitude, shift, pairs):
     """[J]: the layer's output error under each pair (alpha, beta) [J, 2], with its branch (one decomposition)
     and both quantizers. rows [n, T, C]; kernel [T, C, N]; magnitude [C]; shift ()."""
-    w = weight_magnitude(kernel)
+    w, wanted = weight_magnitude(kernel), _times(rows, kernel)
 
     def one(pair):
         s = smoothing_factors(magnitude, w, pair[0], pair[1])
-        target, error = _measure(grids, codes, rows, kernel, shift, s)
+        target, error = _measure(grids, codes, rows, kernel, wanted, shift, s)
         return error(*_one_shot(key, grids, codes, target))
 
     return lax.map(one, pairs)
@@ -183,7 +186,7 @@ def fit(key, grids: Grids, codes: Codes, rows, kernel, magnitude, shift, pair, *
     """(1 / s [C], L1 / s and L2 in float16 or None, R [T, C, N], its grid, errors [2], iterations) for the
     exponents `pair` [2]; R is what the branch as it is stored leaves of s W."""
     s = smoothing_factors(magnitude, weight_magnitude(kernel), pair[0], pair[1])
-    target, error = _measure(grids, codes, rows, kernel, shift, s)
+    target, error = _measure(grids, codes, rows, kernel, _times(rows, kernel), shift, s)
     plain = error(None, _rounded_kernel(grids, codes, target))
     down = up = None
     rest, first, iterations = target, jnp.full_like(plain, jnp.nan), jnp.int32(0)
@@ -223,7 +226,7 @@ def _outcome(grids: Grids, codes: Codes, rows, kernel, shift, inverse, down, up,
     """(relative output error, [N] what a shift of 1 adds) of a layer as it is stored."""
     rounded = quantizer.dequantize(qparams, integers)
     s = 1.0 / inverse
-    _, error = _measure(grids, codes, rows, kernel, shift, s)
+    _, error = _measure(grids, codes, rows, kernel, _times(rows, kernel), shift, s)
     factors = None
     if down is not None:
         unfolded = down.astype(jnp.float32).reshape(-1, s.shape[0], down.shape[-1])

@@ -96,9 +96,12 @@ def test_untouched_leaves_are_bit_identical(name, steps):
     contracts.untouched_leaves_are_untouched(name, outcome(name, steps).state)
 
 
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if not case.slow])
+@pytest.mark.parametrize(
+    "name", [n for n, c in CASES.items() if not c.slow and c.entry != "svdquant"]
+)
 def test_zero_steps_are_round_to_nearest(name):
-    """The ranges and the codes of round-to-nearest under the same plan, bit for bit."""
+    """The ranges and the codes of round-to-nearest under the same plan, bit for bit. (SVDQuant's codes are
+    of what its branch leaves, see test_svdquant.)"""
     state = outcome(name).state
     own = model()._replace(params=parameters(state))
     search = "mse2d" if CASES[name].entry == "ptq4dm" else "mse"
