@@ -31,7 +31,7 @@ from qdiff_jax.quant.reparameterise import (
 )
 from qdiff_jax.sites import SiteQuant, nest_sites
 from qdiff_jax.stages.calibrate import flatten_reports
-from qdiff_jax.stages.layer_inputs import inputs_of, spread_rows, walk_units
+from qdiff_jax.stages.layer_inputs import run_tapped, spread_rows, walk_units
 from qdiff_jax.stages.stage import Model, QuantState, Stage, kernel_at, tuned_params
 from qdiff_jax.stages.time_scales import tapped
 
@@ -139,7 +139,7 @@ def move_channel_factors(
             own = [name for name in by_site if name.split("/")[0] in unit.nodes]
             if not own:
                 continue
-            values = inputs_of(unit, params, inputs, own)
+            _, values = run_tapped(unit, params, inputs, own)
             for name in own:
                 more, picked = _decide(
                     by_site[name], carry, params, values[name], operators[name], config

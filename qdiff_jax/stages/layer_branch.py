@@ -104,11 +104,10 @@ def _measure(grids: Grids, codes: Codes, rows, kernel, wanted, shift, s):
             narrow = jnp.matmul(flat, factors.down, precision=_EXACT)
             found = found + jnp.matmul(narrow, factors.up, precision=_EXACT)
         if grids.shifted:
-            summed = rounded
-            if not grids.stored_sums:
-                branch = 0.0 if factors is None else factors.product.reshape(kernel.shape)
-                summed = target - branch
-            found = found - shift * jnp.einsum("tcm,c->m", summed, 1.0 / s)[None]
+            rest = target
+            if factors is not None and not grids.stored_sums:
+                rest = rest - factors.product.reshape(kernel.shape)
+            found = found - shift * _sums(grids, rest, rounded, s)[None]
         return jnp.sqrt(jnp.sum(jnp.square(found - wanted)) / jnp.maximum(size, 1e-30))
 
     return target, error
@@ -181,14 +180,31 @@ def block_errors(
     return lax.map(one, pairs)
 
 
+class Fitted(NamedTuple):
+    """inverse: 1 / s [C]. down, up: L1 / s and L2 in float16, None without a branch. rest: R [T, C, N], what the
+    branch as it is stored leaves of s W, with its grid and its nearest codes. errors: relative, of plain codes,
+    of one decomposition and of what is stored. sums: [N], what a shift of 1 adds."""
+
+    inverse: jax.Array
+    down: jax.Array | None
+    up: jax.Array | None
+    rest: jax.Array
+    grid: QParams
+    codes: jax.Array
+    errors: jax.Array
+    iterations: jax.Array
+    sums: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("grids", "most"))
-def fit(key, grids: Grids, codes: Codes, rows, kernel, magnitude, shift, pair, *, most: int):
-    """(1 / s [C], L1 / s and L2 in float16 or None, R [T, C, N], its grid, errors [2], iterations) for the
-    exponents `pair` [2]; R is what the branch as it is stored leaves of s W."""
+def fit(
+    key, grids: Grids, codes: Codes, rows, kernel, magnitude, shift, pair, *, most: int
+) -> Fitted:
+    """The layer with the exponents `pair` [2] and nearest codes; arguments as for `candidate_errors`."""
     s = smoothing_factors(magnitude, weight_magnitude(kernel), pair[0], pair[1])
     target, error = _measure(grids, codes, rows, kernel, _times(rows, kernel), shift, s)
     plain = error(None, _rounded_kernel(grids, codes, target))
-    down = up = None
+    down = up = stored = None
     rest, first, iterations = target, jnp.full_like(plain, jnp.nan), jnp.int32(0)
     if grids.rank:
 
@@ -198,11 +214,30 @@ def fit(key, grids: Grids, codes: Codes, rows, kernel, magnitude, shift, pair, *
         matrix = target.reshape(-1, target.shape[-1])
         found = alternate(key, matrix, grids.rank, quantize, error, most=most, svd=grids.svd)
         down, up = _unsmoothed(found.factors, s, kernel.shape)
-        stored = Factors(*(v.astype(jnp.float32).reshape(-1, v.shape[-1]) for v in (down, up)))
-        rest = s[None, :, None] * (kernel - stored.product.reshape(kernel.shape))
+        stored = _smoothed(down, up, s)
+        rest = target - stored.product.reshape(kernel.shape)
         first, iterations = found.first, found.iterations
     grid = from_tensor(grids.weight, rest, *codes.weight)
-    return 1.0 / s, down, up, rest, grid, jnp.stack([plain, first]), iterations
+    integers = quantizer.codes(grid, rest)
+    rounded = quantizer.dequantize(grid, integers)
+    errors = jnp.stack([plain, first, error(stored, rounded)])
+    sums = _sums(grids, rest, rounded, s)
+    return Fitted(1.0 / s, down, up, rest, grid, integers, errors, iterations, sums)
+
+
+@functools.partial(jax.jit, static_argnames="grids")
+def _figures(grids: Grids, codes: Codes, rows, kernel, shift, fitted: Fitted):
+    """(error, sums) of a fitted layer with other codes."""
+    s = 1.0 / fitted.inverse
+    _, error = _measure(grids, codes, rows, kernel, _times(rows, kernel), shift, s)
+    stored = None if fitted.down is None else _smoothed(fitted.down, fitted.up, s)
+    rounded = quantizer.dequantize(fitted.grid, fitted.codes)
+    return error(stored, rounded), _sums(grids, fitted.rest, rounded, s)
+
+
+def _sums(grids: Grids, rest, rounded, s):
+    """[N]: what the quantized product adds to the output for a shift of 1 of the layer's input."""
+    return jnp.einsum("tcm,c->m", rounded if grids.stored_sums else rest, 1.0 / s)
 
 
 def _unsmoothed(factors: Factors, s, shape):
@@ -213,36 +248,19 @@ def _unsmoothed(factors: Factors, s, shape):
     return made.down.reshape(*shape[:-1], rank).astype(jnp.float16), made.up.astype(jnp.float16)
 
 
+def _smoothed(down, up, s) -> Factors:
+    """The factors of s W that are stored as L1 / s and L2."""
+    rank = down.shape[-1]
+    down = down.astype(jnp.float32).reshape(-1, s.shape[0], rank) * s[None, :, None]
+    return Factors(down.reshape(-1, rank), up.astype(jnp.float32))
+
+
 @functools.partial(jax.jit, static_argnames="grids")
 def second_moment(grids: Grids, codes: Codes, rows, shift, inverse):
     """H [K, K] of the inputs that the quantized product reads, rows ordered as a kernel HWIO flattens."""
     read = _rounded_rows(grids, codes, (rows + shift) * inverse[None, None, :])
     flat = read.reshape(read.shape[0], -1)
     return jnp.matmul(flat.T, flat, precision=_EXACT) / read.shape[0]
-
-
-@functools.partial(jax.jit, static_argnames="grids")
-def _outcome(grids: Grids, codes: Codes, rows, kernel, shift, inverse, down, up, qparams, integers):
-    """(relative output error, [N] what a shift of 1 adds) of a layer as it is stored."""
-    rounded = quantizer.dequantize(qparams, integers)
-    s = 1.0 / inverse
-    _, error = _measure(grids, codes, rows, kernel, _times(rows, kernel), shift, s)
-    factors = None
-    if down is not None:
-        unfolded = down.astype(jnp.float32).reshape(-1, s.shape[0], down.shape[-1])
-        smoothed = (unfolded * s[None, :, None]).reshape(-1, down.shape[-1])
-        factors = Factors(smoothed, up.astype(jnp.float32))
-    summed = rounded * inverse[None, :, None]
-    if not grids.stored_sums:
-        summed = kernel
-        if factors is not None:
-            summed = kernel - factors.product.reshape(kernel.shape) * inverse[None, :, None]
-    return error(factors, rounded), jnp.sum(summed, axis=(0, 1))
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _nearest(spec, leaves, rest):
-    return quantizer.codes(QParams(*leaves, spec), rest)
 
 
 def solve(
@@ -265,29 +283,23 @@ def solve(
     (damping 0.01, blocks of 128, rows of large moment first) instead of the nearest.
     """
     shape = np.shape(kernel)
-    taps = jnp.reshape(jnp.asarray(kernel, jnp.float32), (-1, *shape[-2:]))
-    problem = (codes, rows, taps)
-    inverse, down, up, rest, grid, errors, iterations = fit(
-        key, grids, *problem, magnitude, shift, pair, most=most
-    )
+    taps = np.reshape(np.asarray(kernel, np.float32), (-1, *shape[-2:]))
+    made = fit(key, grids, codes, rows, taps, magnitude, shift, pair, most=most)
     if use_gptq:
-        moment = second_moment(grids, codes, rows, shift, inverse)
-        integers = gptq(rest, moment, grid, act_order=True, damping=0.01, block=128).codes
-    else:
-        integers = _nearest(grid.spec, (grid.scale, grid.zero_point, grid.qmin, grid.qmax), rest)
-    kept, sums = _outcome(grids, *problem, shift, inverse, down, up, grid, integers)
-    down, up, inverse = (None if v is None else np.asarray(v) for v in (down, up, inverse))
-    if down is not None:
-        down = down.reshape(*shape[:-1], -1)
-    errors = np.asarray([*np.asarray(errors), float(kept)], np.float32)
+        moment = second_moment(grids, codes, rows, shift, made.inverse)
+        integers = gptq(made.rest, moment, made.grid, act_order=True, damping=0.01, block=128).codes
+        made = made._replace(codes=integers)
+        error, sums = _figures(grids, codes, rows, taps, shift, made)
+        made = made._replace(errors=made.errors.at[2].set(error), sums=sums)
+    made = jax.device_get(made)
     return Solved(
-        codes=np.asarray(integers).astype(np.int8).reshape(shape),
-        scale=np.asarray(grid.scale),
+        codes=made.codes.astype(np.int8).reshape(shape),
+        scale=made.grid.scale,
         exponents=np.asarray(pair, np.float32),
-        errors=errors,
-        iterations=np.asarray(iterations),
-        down=down,
-        up=up,
-        smoothing=inverse if np.any(inverse != 1.0) else None,
-        sums=np.asarray(sums) if grids.shifted else None,
+        errors=made.errors,
+        iterations=made.iterations,
+        down=None if made.down is None else made.down.reshape(*shape[:-1], -1),
+        up=made.up,
+        smoothing=made.inverse if np.any(made.inverse != 1.0) else None,
+        sums=made.sums if grids.shifted else None,
     )

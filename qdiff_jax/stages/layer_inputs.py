@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,15 +29,22 @@ def first_values(calibration: Any, rows: np.ndarray) -> dict[str, Any]:
 
 
 def after_unit(
-    units: Sequence[Unit], position: int, params: Mapping, values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The values once the unit at `position` has run in full precision, without those nobody reads again."""
+    units: Sequence[Unit],
+    position: int,
+    params: Mapping,
+    values: Mapping[str, Any],
+    names: Sequence[str] = (),
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The values once the unit at `position` has run in full precision, without those nobody reads again.
+
+    Beside them {site: input} of the layers `names` of the unit.
+    """
     unit = units[position]
     inputs = tuple(values[name] for name in unit.inputs)
-    outputs = run_plain(unit.signature, subtrees(params, unit), inputs)
+    outputs, read = run_tapped(unit, params, inputs, names)
     alive = needed_after(units, position)
     joined = {**values, **dict(zip(unit.outputs, outputs, strict=True))}
-    return {name: value for name, value in joined.items() if name in alive}
+    return {name: value for name, value in joined.items() if name in alive}, read
 
 
 def walk_units(
@@ -47,29 +55,22 @@ def walk_units(
     values = first_values(calibration, rows)
     for i, unit in enumerate(units):
         yield unit, tuple(values[name] for name in unit.inputs)
-        values = after_unit(units, i, params, values)
+        values, _ = after_unit(units, i, params, values)
 
 
-def _plain(signature, params, inputs):
-    return apply_unit(signature, params, tuple({} for _ in signature.modules), inputs)
+@functools.partial(jax.jit, static_argnums=0)
+def _run_tapped(signature, params, quant, inputs):
+    return apply_unit(signature, params, quant, inputs, mutable=["observed"])
 
 
-run_plain = jax.jit(_plain, static_argnums=0)
-
-
-def _tapped_unit(signature, params, quant, inputs):
-    return apply_unit(signature, params, quant, inputs, mutable=["observed"])[1]
-
-
-_run_tapped = jax.jit(_tapped_unit, static_argnums=0)
-
-
-def inputs_of(
+def run_tapped(
     unit: Unit, params: Mapping, inputs: tuple, names: Sequence[str]
-) -> dict[str, jax.Array]:
-    """{site: input} of the named layers of a unit."""
+) -> tuple[tuple, dict[str, jax.Array]]:
+    """(outputs of a unit in full precision, {site: input} of its layers `names`)."""
     taps = nest_sites({name: SiteQuant(tap=Tap("value")) for name in names})
-    written = _run_tapped(unit.signature, subtrees(params, unit), subtrees(taps, unit), inputs)
+    outputs, written = _run_tapped(
+        unit.signature, subtrees(params, unit), subtrees(taps, unit), inputs
+    )
     found = {}
     for name in names:
         block, _, op = name.partition("/")
@@ -77,7 +78,7 @@ def inputs_of(
         for part in op.split("/"):
             node = node[part]
         found[name] = node[OPERANDS["conv"][0]]["value"]
-    return found
+    return outputs, found
 
 
 def layer_rows(

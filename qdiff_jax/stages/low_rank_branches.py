@@ -42,7 +42,6 @@ from qdiff_jax.stages.layer_branch import (
 from qdiff_jax.stages.layer_inputs import (
     after_unit,
     first_values,
-    inputs_of,
     layer_rows,
     spread_rows,
 )
@@ -182,7 +181,7 @@ def low_rank_branches(
         inputs = tuple(carry.values[name] for name in unit.inputs)
         paths = {name: _path(carry.store, i, name) for name in names}
         missing = [n for n in names if paths[n] is None or not paths[n].exists()]
-        read = inputs_of(unit, model.params, inputs, missing) if missing else {}
+        values, read = after_unit(units, i, model.params, carry.values, missing)
         for name in names:
             if name in missing:
                 solved[name] = _one_layer(carry.state, unit, name, inputs, np.asarray(read[name]))
@@ -194,7 +193,6 @@ def low_rank_branches(
         if on_progress is not None:
             shown = {"error": f"{solved[names[-1]].errors[2]:.3g}"} if names else {}
             on_progress(i + 1, len(units), unit=unit.name, **shown)
-        values = after_unit(units, i, model.params, carry.values)
         return Carry(carry.state, i + 1, values, solved, carry.store)
 
     def _one_layer(state: QuantState, unit: Unit, name: str, inputs, x) -> Solved:
@@ -217,7 +215,7 @@ def low_rank_branches(
                 where = (unit.nodes.index(node), op, subtrees(model.params, unit), inputs)
                 errors = block_errors(key, unit.signature, grids, codes, *where, magnitude, pairs)
             else:
-                taps = jnp.reshape(kernel, (-1, *kernel.shape[-2:]))
+                taps = np.reshape(kernel, (-1, *kernel.shape[-2:]))
                 errors = candidate_errors(key, grids, codes, data, taps, magnitude, shift, pairs)
             picked = pairs[best_candidate(errors, config.later_ties)]
         made = solve(

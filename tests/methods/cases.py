@@ -57,12 +57,12 @@ KEPT_WEIGHT, KEPT_INPUT = "mid_block_1/conv2", "up_0_block_1/conv1"
 STEPS = 8
 
 
-# Groups of 4 and rank 2 fit the tiny widths but for an image of 3 channels. Layers by their own output: by
-# that of their block costs a compile for each of q, k and v.
+# Groups of 4 and rank 2 fit the tiny widths but for an image of 3 channels. One smoothing: searching it costs
+# another compile for each shape of a layer.
 SVDQUANT = SvdQuantConfig(
     group=4,
     misfit="adapt",
-    branch=BranchConfig(rank=2, smoothing="fast", samples=12, rows=64, judge="layer"),
+    branch=BranchConfig(rank=2, alpha=0.5, beta=0.5, iterations=10, samples=12, rows=64),
 )
 
 

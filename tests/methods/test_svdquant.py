@@ -62,7 +62,8 @@ def test_layers_of_the_blocks_have_branches_and_time_projections_codes_alone():
     flat = flatten_sites(state.quant)
     figures = reports["low_rank_branches"]["sites"]
     temporal = temporal_nodes(model().program)
-    for site, held in flat.items():
+    for entry in state.plan.quantized("weight"):
+        site, held = entry.site, flat[entry.site]
         branched = site.split("/")[0] not in temporal
         assert (site in figures) == branched
         assert (held.substitute is not None) == branched
@@ -80,10 +81,13 @@ def test_layers_of_the_blocks_have_branches_and_time_projections_codes_alone():
 
 
 def test_groups_and_ranks_that_do_not_fit_name_their_site():
-    strict = dataclasses.replace(SVDQUANT, misfit="error", group=6)
+    strict = dataclasses.replace(SVDQUANT, misfit="error", group=32)
     stages, state = made(strict)
-    with pytest.raises(ValueError, match=r"mid_block_1/conv1 has 8 input channels, .* of 6 do not"):
-        run_stage(stages.stages[0], begin(plan("official:svdquant", 4, None)))
+    # The time projections have 32 channels.
+    with pytest.raises(
+        ValueError, match=r"down_0_block_0/conv1 has 8 .* groups of 32 do not divide"
+    ):
+        run_stage(stages.stages[0], state)
     whole = BranchConfig(rank=9, rows=8)
     stages, state = made(dataclasses.replace(SVDQUANT, misfit="error", branch=whole))
     state, _ = run_stage(stages.stages[0], state)
@@ -180,20 +184,19 @@ def test_a_whole_run_samples_the_same_from_its_bundle_and_close_to_it_in_integer
 
 
 @pytest.mark.slow
-def test_attention_is_judged_by_its_block():
-    """The choice of smoothing may differ, the errors of both are of the same size, and all else is equal."""
-    config = dataclasses.replace(
-        SVDQUANT, branch=dataclasses.replace(SVDQUANT.branch, judge="module")
-    )
+@pytest.mark.parametrize("judge", ["layer", "module"])
+def test_the_smoothing_is_searched_by_the_output_of_the_layer_or_of_its_block(judge):
+    """With everything on, the search beats a fixed smoothing; what is no attention has one judge."""
+    branch = dataclasses.replace(SVDQUANT.branch, alpha=-1.0, beta=-1.0, smoothing="fast")
+    config = dataclasses.replace(SVDQUANT, branch=dataclasses.replace(branch, judge=judge))
     stages, state = made(config)
     for stage in stages.stages:
         state, report = run_stage(stage, state)
         if stage.name == "low_rank_branches":
             figures = report["sites"]
-    own = outcome("svdquant").reports["low_rank_branches"]["sites"]
+    fixed = outcome("svdquant").reports["low_rank_branches"]["sites"]
     for site, seen in figures.items():
-        if site.rpartition("/")[2] not in ("q", "k", "v"):
-            assert seen == own[site], site
-        else:
-            assert seen["error"] < 3 * own[site]["error"]
-    assert jax.tree.structure(state.quant) == jax.tree.structure(outcome("svdquant").state.quant)
+        if judge == "layer" or site.rpartition("/")[2] not in ("q", "k", "v"):
+            assert seen["error"] < 1.1 * fixed[site]["error"], site
+    ratios = [seen["error"] / fixed[site]["error"] for site, seen in figures.items()]
+    assert np.mean(np.log(ratios)) < 0
