@@ -31,6 +31,16 @@ CASES = {
     "conv-1x1": (Operator("conv"), (1, 3, 3, 12), (1, 1, 12, 6), True),
 }
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# The others compile as long and differ in what test_integer has.
+RUN = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, id=name, marks=() if name in ("dense-shifted", "conv") else pytest.mark.slow
+        )
+        for name, case in CASES.items()
+    ],
+)
 
 
 def ends(spec, bits=4):
@@ -88,7 +98,7 @@ def _codes(site):
     return codes_of(site.rhs)
 
 
-@EVERY
+@RUN
 def test_the_fused_operator_is_the_formula_and_integers_are_the_simulation(case):
     operator = case[0]
     x, site, arrays, bias = built(case)

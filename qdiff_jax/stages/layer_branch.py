@@ -21,15 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qdiff_jax.branch import LowRank, low_rank
-from qdiff_jax.models.program import Signature, apply_unit
 from qdiff_jax.quant import quantizer
 from qdiff_jax.quant.gptq import gptq
 from qdiff_jax.quant.low_rank import SVD, Factors, alternate, balanced, decompose
 from qdiff_jax.quant.qparams import QParams, dynamic_qparams, from_tensor
 from qdiff_jax.quant.smoothing import smoothing_factors, weight_magnitude
 from qdiff_jax.quant.spec import QuantSpec
-from qdiff_jax.sites import Replacement, SiteQuant, flatten_sites, nest_sites
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -113,7 +110,7 @@ def _measure(grids: Grids, codes: Codes, rows, kernel, wanted, shift, s):
     return target, error
 
 
-def _one_shot(key, grids: Grids, codes: Codes, target):
+def one_shot(key, grids: Grids, codes: Codes, target):
     """(factors or None, Q(R) [T, C, N]) of one decomposition."""
     if not grids.rank:
         return None, _rounded_kernel(grids, codes, target)
@@ -131,59 +128,15 @@ def candidate_errors(key, grids: Grids, codes: Codes, rows, kernel, magnitude, s
     def one(pair):
         s = smoothing_factors(magnitude, w, pair[0], pair[1])
         target, error = _measure(grids, codes, rows, kernel, wanted, shift, s)
-        return error(*_one_shot(key, grids, codes, target))
-
-    return lax.map(one, pairs)
-
-
-@functools.partial(jax.jit, static_argnames=("signature", "grids", "node", "op"))
-def block_errors(
-    key,
-    signature: Signature,
-    grids: Grids,
-    codes: Codes,
-    node,
-    op,
-    params,
-    inputs,
-    magnitude,
-    pairs,
-):
-    """[J]: as `candidate_errors`, of the outputs of the block around the layer, all else in full precision.
-
-    node, op: where the layer is in the unit. params, inputs: of the unit. Not for shifted inputs.
-    """
-    empty = tuple({} for _ in signature.modules)
-    wanted = apply_unit(signature, params, empty, inputs)
-    kernel = flatten_sites(params[node])[f"{op}/kernel"]
-    folded = kernel.reshape(-1, *kernel.shape[-2:])
-    w = weight_magnitude(kernel)
-
-    def one(pair):
-        s = smoothing_factors(magnitude, w, pair[0], pair[1])
-        factors, rounded = _one_shot(key, grids, codes, folded * s[None, :, None])
-        quant = list(empty)
-        arrays = LowRank(smoothing=1.0 / s)
-        if factors is not None:
-            down, up = _unsmoothed(factors, s, kernel.shape)
-            arrays = arrays.replace(down=down, up=up)
-        lhs = None
-        if grids.activation is not None:
-            lhs = dynamic_qparams(grids.activation, *codes.activation)
-        quant[node] = nest_sites({op: SiteQuant(lhs=lhs, substitute=Replacement(arrays, low_rank))})
-        flat = {**flatten_sites(params[node]), f"{op}/kernel": rounded.reshape(kernel.shape)}
-        weights = (*params[:node], nest_sites(flat), *params[node + 1 :])
-        found = apply_unit(signature, weights, tuple(quant), inputs)
-        gaps = [jnp.sum(jnp.square(f - v)) for f, v in zip(found, wanted, strict=True)]
-        return jnp.sqrt(sum(gaps) / sum(jnp.sum(jnp.square(v)) for v in wanted))
+        return error(*one_shot(key, grids, codes, target))
 
     return lax.map(one, pairs)
 
 
 class Fitted(NamedTuple):
-    """inverse: 1 / s [C]. down, up: L1 / s and L2 in float16, None without a branch. rest: R [T, C, N], what the
-    branch as it is stored leaves of s W, with its grid and its nearest codes. errors: relative, of plain codes,
-    of one decomposition and of what is stored. sums: [N], what a shift of 1 adds."""
+    """inverse: 1 / s [C]. down, up: L1 / s and L2 in float16, None without a branch. rest: R [T, C, N], what
+    the branch as it is stored leaves of s W, with its grid and its nearest codes. errors: relative, of plain
+    codes, of one decomposition and of what is stored. sums: [N], what a shift of 1 adds."""
 
     inverse: jax.Array
     down: jax.Array | None
@@ -213,7 +166,7 @@ def fit(
 
         matrix = target.reshape(-1, target.shape[-1])
         found = alternate(key, matrix, grids.rank, quantize, error, most=most, svd=grids.svd)
-        down, up = _unsmoothed(found.factors, s, kernel.shape)
+        down, up = unsmoothed(found.factors, s, kernel.shape)
         stored = _smoothed(down, up, s)
         rest = target - stored.product.reshape(kernel.shape)
         first, iterations = found.first, found.iterations
@@ -240,7 +193,7 @@ def _sums(grids: Grids, rest, rounded, s):
     return jnp.einsum("tcm,c->m", rounded if grids.stored_sums else rest, 1.0 / s)
 
 
-def _unsmoothed(factors: Factors, s, shape):
+def unsmoothed(factors: Factors, s, shape):
     """L1 / s as a kernel [.., C, r] and L2, balanced, in float16."""
     rank = factors.down.shape[-1]
     down = factors.down.reshape(-1, s.shape[0], rank) / s[None, :, None]

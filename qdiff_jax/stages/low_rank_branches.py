@@ -21,21 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from qdiff_jax.branch import LowRank, low_rank
-from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.models.program import Unit, subtrees, temporal_nodes, units_with_projections
 from qdiff_jax.observe.archive import load_arrays, save_arrays
 from qdiff_jax.policy import SitePlan
 from qdiff_jax.quant.low_rank import SVD
-from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.smoothing import best_candidate, exponents
-from qdiff_jax.sites import Replacement, Site, SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.sites import Site, SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.stages.block_errors import block_errors
+from qdiff_jax.stages.branch_results import bias_at, figures, with_branch
 from qdiff_jax.stages.group_grids import MISFITS
 from qdiff_jax.stages.layer_branch import (
     Codes,
     Grids,
     Solved,
-    block_errors,
     candidate_errors,
     solve,
 )
@@ -250,15 +248,10 @@ def low_rank_branches(
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         flat, report = flatten_sites(carry.state.quant), {}
         for name, made in carry.solved.items():
+            entry = carry.state.plan.of(name)["weight"]
             held = flat.get(name, SiteQuant())
-            entries = carry.state.plan.of(name)
-            shifted = made.sums is not None
-            flat[name] = held.replace(
-                rhs=_packed(made, entries["weight"]),
-                substitute=_operator(made, config.shift if shifted else None),
-                bias=_bias(model, name, config.shift * made.sums) if shifted else held.bias,
-            )
-            report[name] = _figures(made)
+            flat[name] = with_branch(held, made, entry, bias_at(model.params, name), config.shift)
+            report[name] = figures(made)
         state = carry.state.replace(quant=nest_sites(flat))
         return state, {"sites": report, "network_passes": len(rows) / len(calibration.t)}
 
@@ -271,38 +264,3 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _path(store: pathlib.Path | None, position: int, name: str) -> pathlib.Path | None:
     return None if store is None else store / f"{position:03d}_{re.sub('/', '_', name)}.npz"
-
-
-def _bias(model: Model, name: str, less: np.ndarray) -> jax.Array:
-    node = model.params
-    for part in name.split("/"):
-        node = node[part]
-    return jnp.asarray(np.asarray(node["bias"], np.float32) - less)
-
-
-def _packed(made: Solved, entry):
-    ends = (jnp.float32(code) for code in entry.codes)
-    scale = jnp.asarray(made.scale)
-    grid = QParams(scale, jnp.asarray(np.zeros_like(made.scale)), *ends, entry.spec)
-    return from_codes(made.codes.astype(np.int32), grid, entry.bits)
-
-
-def _operator(made: Solved, shift: float | None) -> Replacement | None:
-    """None where nothing is left of it: the site is an ordinary one."""
-    held = (None if v is None else jnp.asarray(v) for v in (made.down, made.up, made.smoothing))
-    arrays = LowRank(*held, shift=None if shift is None else jnp.float32(shift))
-    return Replacement(arrays, low_rank) if jax.tree.leaves(arrays) else None
-
-
-def _figures(made: Solved) -> dict:
-    added = 0 if made.down is None else 16 * (made.down.size + made.up.size) / made.codes.size
-    plain, one_shot, kept = (None if np.isnan(e) else float(e) for e in made.errors)
-    return {
-        "exponents": made.exponents.tolist(),
-        "rank": 0 if made.down is None else int(made.down.shape[-1]),
-        "plain": plain,
-        "one_shot": one_shot,
-        "error": kept,
-        "iterations": int(made.iterations),
-        "branch_bits": float(added),
-    }

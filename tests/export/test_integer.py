@@ -181,7 +181,6 @@ CASES = {
     "dense-token": (DENSE, (2, 5, 6), (6, 4), TOKEN, 4, CHANNEL, 4),
     "dense-weight-groups": (DENSE, (2, 5, 6), (6, 4), TOKEN, 8, W_GROUP, 4),
     "dense-both-groups": (DENSE, (2, 5, 6), (6, 4), X_GROUP_DYNAMIC, 8, W_GROUP, 4),
-    "dense-signed-groups": (DENSE, (2, 5, 6), (6, 4), X_GROUP_SIGNED, 4, W_GROUP_SIGNED, 4),
     "dense-unsigned-groups": (DENSE, (2, 5, 6), (6, 4), X_GROUP_SHIFTED, 4, W_GROUP_SIGNED, 4),
     "dense-1-bit-weight": (DENSE, (5, 7), (7, 4), TENSOR, 8, CHANNEL, 1),
 }
@@ -197,12 +196,10 @@ def test_accumulators_are_exact_and_output_is_the_simulation(case):
     assert_exact(operator, build, draw(x_shape, 3), draw(w_shape, 7, offset=0.1))
 
 
-PIXELS = {
+PIXELS = {"asymmetric-groups": (STRIPES, X_GROUP_DYNAMIC, W_GROUP)}
+MORE_PIXELS = {
     "groups": (same_conv(3), X_GROUP_SIGNED, W_GROUP_SIGNED),
     "token": (DOWNSAMPLE, TOKEN, CHANNEL),
-    "asymmetric-groups": (STRIPES, X_GROUP_DYNAMIC, W_GROUP),
-}
-MORE_PIXELS = {
     "token-weight-groups": (STRIPES, TOKEN, W_GROUP_SIGNED),
     "groups-of-the-input-alone": (same_conv(3), X_GROUP_SHIFTED, CHANNEL_SYM),
 }

@@ -72,7 +72,9 @@ def alternated(pair):
     return solve(KEY, grids, codes, *given, most=10)
 
 
-@pytest.mark.parametrize("column", range(4))
+@pytest.mark.parametrize(
+    "column", [pytest.param(i, marks=() if i > 1 else pytest.mark.slow) for i in range(4)]
+)
 def test_nearest_rounding_and_smoothquant(column):
     w_bits, a_bits, group = COLUMNS[column]
     found = errors([NONE, HALF], w_bits, a_bits, group)

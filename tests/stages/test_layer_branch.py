@@ -12,7 +12,7 @@ from qdiff_jax.quant import quantizer
 from qdiff_jax.quant.qparams import dynamic_qparams, from_tensor
 from qdiff_jax.quant.smoothing import GELU_SHIFT, exponents
 from qdiff_jax.stages.group_grids import activation_spec, weight_spec
-from qdiff_jax.stages.layer_branch import Codes, Grids, candidate_errors, solve
+from qdiff_jax.stages.layer_branch import Codes, Grids, candidate_errors, fit, solve
 from qdiff_jax.stages.layer_inputs import layer_rows
 
 KEY = jax.random.key(0)
@@ -94,6 +94,7 @@ def test_the_branch_and_its_alternation_lower_the_error():
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_full_rank_branch_leaves_nothing():
     # What float16 loses of the branch is in the codes.
     assert solved(N, HALF).errors[2] < 1e-4
@@ -137,6 +138,23 @@ def test_candidates_are_compared_with_everything_on():
 @pytest.mark.slow
 def test_gptq_on_the_rest_lowers_the_error_further():
     assert solved(3, HALF, use_gptq=True).errors[2] < 0.98 * solved(3, HALF).errors[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_fitting_a_layer_lowers(platform):
+    """A layer too large for an exact decomposition: no such device is needed."""
+
+    def run(rows, kernel, magnitude, pair):
+        how = Grids(weight_spec(G), activation_spec(G), 2)
+        given = (codes(), rows, kernel, magnitude, jnp.float32(0), pair)
+        return fit(KEY, how, *given, most=2).codes
+
+    shapes = ((8, 1, 32), (1, 32, 24), (32,), (2,))
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    exported = jax.export.export(jax.jit(run), platforms=[platform])(*args)
+    assert exported.platforms == (platform,)
+    assert exported.mlir_module().count("stablehlo.while") >= 2
 
 
 PLACES = {
