@@ -4,10 +4,10 @@
     python -m experiments.claims --config=configs/claims.py:claim=fsc,seeds=1 --out=W
 
 Papers: PTQ4DM (arXiv:2211.15736), Q-Diffusion (2302.04304), TFMQ-DM (2311.16503), TDQ (2306.02316), TCAQ-DM
-(2412.16700), PTQD (2305.10657), PTQ4DiT (2405.16005, `model=dit`). Every run is a config of configs/methods
-at its `laptop` size, measured on 256 samples from shared noise over 20 steps, with three seeds; a run that two
-claims share is made once. Hours in all on two cores, resumable. Expected: experiments/results/claims.md once
-it has been run in full.
+(2412.16700), PTQD (2305.10657), PTQ4DiT (2405.16005, `model=dit`), SVDQuant (2411.05007). Every run is a config
+of configs/methods at its `laptop` size, measured on 256 samples from shared noise over 20 steps, with three
+seeds; a run that two claims share is made once. Hours in all on two cores, resumable. Expected:
+experiments/results/claims.md once it has been run in full.
 `claims.py:smoke` pairs two runs on a miniature.
 """
 
@@ -235,6 +235,50 @@ CLAIMS = {
         "19.9 times fewer bit operations",
     ),
     **{
+        f"svdquant_{name}": _claim(
+            "SVDQuant", part, "svdquant", with_it, without, "w4a4", published
+        )
+        for name, part, with_it, without, published in (
+            (
+                "branch",
+                "low-rank branch, smoothing searched on both sides",
+                "",
+                "rank=0",
+                "part of the next figure",
+            ),
+            (
+                "branch_and_smoothing",
+                "low-rank branch and smoothing",
+                "",
+                "rank=0,smoothing=none",
+                "FLUX.1-dev LPIPS 0.322 -> 0.256, PSNR 18.5 -> 20.1; SANA-1.6B 0.339 -> 0.234, 15.3 -> 17.4",
+            ),
+            ("smoothing", "smoothing search, against none", "", "smoothing=none", UNKNOWN),
+            (
+                "groups",
+                "groups of 64, against one scale per channel and token",
+                "",
+                "group=0",
+                UNKNOWN,
+            ),
+            (
+                "alternation",
+                "alternation, against the paper's single decomposition",
+                "",
+                "iterations=1",
+                UNKNOWN,
+            ),
+            ("unsigned", "unsigned codes behind GELU", "", "signed", UNKNOWN),
+            (
+                "gptq",
+                "GPTQ on what the branch leaves",
+                "gptq",
+                "",
+                "FLUX.1-dev LPIPS 0.256 -> 0.223, PSNR 20.1 -> 21.0; PixArt-Sigma 0.356 -> 0.323, 17.0 -> 17.6",
+            ),
+        )
+    },
+    **{
         f"closed_form_{name}": _claim(
             method,
             "closed form (ours), against AdaRound of 150 steps",
@@ -254,8 +298,8 @@ CLAIMS = {
 
 
 def _serves(name, model):
-    """Whether a claim's method has something to work on: skips in a U-Net, adaLN blocks in a DiT."""
-    if CLAIMS[name][0] == "PTQ4DiT":
+    """Whether a claim has something to work on: skips in a U-Net, adaLN blocks and GELUs in a DiT."""
+    if CLAIMS[name][0] == "PTQ4DiT" or name.startswith("svdquant_unsigned"):
         return model == "dit"
     return model == "unet" or not name.startswith("split")
 

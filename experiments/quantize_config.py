@@ -19,6 +19,7 @@ from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings
+from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.methods.tfmq import VARIANTS
@@ -180,6 +181,7 @@ class QuantizeConfig:
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
     ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
+    svdquant: SvdQuantConfig = SvdQuantConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
@@ -272,6 +274,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         tdq=config.tdq,
         tcaq=config.tcaq,
         ptq4dit=config.ptq4dit,
+        svdquant=config.svdquant,
     )
 
 

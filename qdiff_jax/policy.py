@@ -285,6 +285,29 @@ def official_ptq4dit(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     )
 
 
+def official_svdquant(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """SVDQuant's code: layers of the blocks at target bits, the modulation (in a U-Net: the time projections)
+    with its weights alone, embedders, first and last layer and attention products in full precision."""
+    fp = ("input", "weight")
+    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    rules = (
+        *(
+            Rule("embedders in full precision", pattern, fp, None, None)
+            for pattern in ("t_embedder/*", "temb/*")
+        ),
+        Rule("first layer in full precision", first.name, fp, None, None),
+        Rule("last layer in full precision", last_weight_site(sites).name, fp, None, None),
+        Rule("last modulation in full precision", "final_layer_adaLN/*", fp, None, None),
+        *(
+            Rule("modulation: weights alone", pattern, ("input",), None, None)
+            for pattern in ("*_adaLN/*", "*_temb_proj/*")
+        ),
+        _NO_PRODUCTS,
+        *_targets(w_bits, a_bits),
+    )
+    return _present(sites, rules)
+
+
 POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "common": common,
     "official:qdiffusion": official_qdiffusion,
@@ -295,6 +318,7 @@ POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "official:tdq": official_tdq,
     "official:tcaq": official_tcaq,
     "official:ptq4dit": official_ptq4dit,
+    "official:svdquant": official_svdquant,
 }
 
 

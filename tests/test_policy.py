@@ -77,6 +77,14 @@ SNAPSHOT = {
         "q 8, k 8": ["mid_attn_1/qk"],
         "softmax 8z, v 8": ["mid_attn_1/pv"],
     },
+    "official:svdquant": {
+        "input 6, weight 4c": "*",
+        "input fp, weight fp": ["temb/dense_0", "temb/dense_1", "conv_in/conv", "out/conv_out"],
+        "input fp, weight 4c": [
+            site.name for site in network(TINY).sites if "_temb_proj/" in site.name
+        ],
+        **PRODUCTS_KEPT,
+    },
     "official:ptqd": {
         "input 6, weight 4c": "*",
         "input 8, weight 8c": ["temb/dense_0", "conv_in/conv", "out/conv_out"],

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qdiff_jax.branch import LowRank
 from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.rounding import SoftRounding
@@ -20,6 +21,7 @@ from qdiff_jax.quant.timed import TimeIndexed
 from qdiff_jax.sites import Site, SiteQuant, flatten_sites
 
 FULL_BITS = 32
+BRANCH_BITS = 16
 
 
 class Cost(NamedTuple):
@@ -91,15 +93,27 @@ def network_cost(sites: Sequence[Site], quant: Mapping) -> Cost:
 
     A weight that the tree holds as codes counts with their bits; folded trees no longer know them, so pass
     the bundle's own. A site without an entry counts as full precision on both sides; an operator in place
-    of a site's own (`SiteQuant.substitute`) counts as the site it replaces.
+    of a site's own (`SiteQuant.substitute`) counts as the site it replaces, and a low-rank branch beside it as
+    16-bit products, which `by_site` leaves out.
     """
     held = flatten_sites(dict(quant))
     by_site: dict[str, tuple[int, float, float]] = {}
-    bitops = 0.0
+    bitops, branches = 0.0, 0
     for site in sites:
         entry = held.get(site.name, SiteQuant())
         left, right = operand_bits(entry.lhs), operand_bits(entry.rhs)
         macs = site_macs(site)
         bitops += macs * float(np.mean(left * right))
         by_site[site.name] = (macs, float(np.mean(left)), float(np.mean(right)))
-    return Cost(sum(macs for macs, _, _ in by_site.values()), bitops, by_site)
+        branches += branch_macs(site, entry)
+    macs = sum(macs for macs, _, _ in by_site.values()) + branches
+    return Cost(macs, bitops + branches * float(BRANCH_BITS**2), by_site)
+
+
+def branch_macs(site: Site, entry: SiteQuant) -> int:
+    """Multiply-accumulates of the low-rank branch beside a site, for one sample; 0 without one."""
+    arrays = getattr(entry.substitute, "arrays", None)
+    if not isinstance(arrays, LowRank) or arrays.down is None:
+        return 0
+    rows = site_macs(site) // math.prod(site.rhs_shape)
+    return rows * (math.prod(arrays.down.shape) + math.prod(arrays.up.shape))

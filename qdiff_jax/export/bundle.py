@@ -52,8 +52,8 @@ class Bundle(NamedTuple):
 class StoredBytes(NamedTuple):
     """tensors: bytes of all arrays; by_kind: the same by what they are for: "codes",
     "weight_grids" (scales, zero points and code ranges of the codes), "quantizers" (of activations,
-    with their step tables), "parameters" (full precision), "correction" (of the sampling). files: both
-    files as they lie there."""
+    with their step tables), "branches" (low-rank, 16-bit), "parameters" (full precision), "correction" (of the
+    sampling). files: both files as they lie there."""
 
     tensors: int
     by_kind: dict[str, int]

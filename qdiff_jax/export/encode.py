@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qdiff_jax.branch import LowRank, low_rank
 from qdiff_jax.diffusion.corrections import AffineCorrection
 from qdiff_jax.export.qtensor import QTensor, check_storage
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed
-from qdiff_jax.sites import SiteQuant
+from qdiff_jax.sites import Replacement, SiteQuant
 
-DTYPES = ("float32", "int32", "int8", "uint8", "bool")
+DTYPES = ("float32", "float16", "int32", "int8", "uint8", "bool")
 
 
 class Codec(NamedTuple):
@@ -178,6 +179,20 @@ def _same(value):
     return value
 
 
+# Operators in place of a site's own, under names that are in the files for good.
+OPERATORS = {"low_rank": low_rank}
+
+
+def _operator_name(function: Callable) -> str:
+    for name, known in OPERATORS.items():
+        if known is function:
+            return name
+    raise TypeError(
+        f"{getattr(function, '__name__', function)} is an operator that a bundle cannot hold; give it a "
+        "name in export.encode.OPERATORS"
+    )
+
+
 _PLAIN = (_same, _same)
 _SPEC = (dataclasses.asdict, lambda fields: QuantSpec(**fields))
 
@@ -212,6 +227,21 @@ register(
         SiteQuant,
         {**dict.fromkeys(("lhs", "rhs", "tap", "substitute")), "bias": "parameters"},
         {"execute": _PLAIN, "product": _PLAIN},
+    )
+)
+register(
+    dataclass_codec(
+        "Replacement",
+        Replacement,
+        {"arrays": None},
+        {"apply": (_operator_name, OPERATORS.__getitem__)},
+    )
+)
+register(
+    dataclass_codec(
+        "LowRank",
+        LowRank,
+        {"down": "branches", "up": "branches", "smoothing": None, "shift": None},
     )
 )
 register(

@@ -7,7 +7,8 @@ z' = z - shift), one output element is
     sum_k (...) = sum p_x p_w - z_x' sum p_w - z_w' sum p_x + K z_x' z_w'
 
 so no scale may vary along k inside one accumulation; scales per group of k cut the accumulation at
-the group borders, and the two parts of a split operand are two products. The int32 accumulators
+the group borders, scales per pixel of a convolution's input cut it at its taps, and the two parts of a
+split operand are two products. The int32 accumulators
 are exact: they equal the same sums in unbounded integers.
 
 Convolutions become one product of shifted slices of the input (im2col), because integer
@@ -52,8 +53,8 @@ def integer_op(
     Args:
       operator: conv, dense, qk or pv.
       lhs: activation, [B, H, W, K] (conv), [..., K] (dense), [B, N, K] (qk, pv).
-      lhs_qparams: affine, at most 8 bits; per tensor or per token, static or dynamic, rows of a
-        step table, or groups or two parts of the contracted axis (conv and dense).
+      lhs_qparams: affine, at most 8 bits; per tensor, static or dynamic, per token (of a convolution:
+        per pixel), rows of a step table, or groups or two parts of the contracted axis (conv and dense).
       rhs_quantizer: the packed weight (conv, dense) or the QParams of `rhs` (qk, pv).
       bias: [N] or None.
       rhs: k or v for qk and pv; None otherwise.
@@ -97,9 +98,10 @@ def integer_accumulators(
     """(accumulators, lhs scales, rhs scales): `integer_op` before any floating-point arithmetic.
 
     Arguments as for `integer_op`. The accumulators are int32 [G, ...output], G the groups of the
-    contracted axis (1 without groups); the scales are float32 and broadcast against them. The
-    output is sum_g accumulators[g] * lhs_scales[g] * rhs_scales[g], plus the bias. The two parts of a
-    split product count as two groups.
+    contracted axis (1 without groups; taps times groups where the input has a scale for each pixel);
+    the scales are float32 and broadcast against them. The output is
+    sum_g accumulators[g] * lhs_scales[g] * rhs_scales[g], plus the bias. The two parts of a split
+    product count as two groups.
     """
     if is_split(lhs_qparams, rhs_quantizer):
         pairs = split_operands(operator, lhs, lhs_qparams, rhs_quantizer)

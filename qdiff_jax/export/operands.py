@@ -4,6 +4,7 @@ Activations are quantized here and convolutions laid out as matrix products (im2
 multiplied and how the zero points are removed is `export.integer`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -129,28 +130,38 @@ def _grouped(operator, x, w, weight_groups, rhs_quantizer):
             f"integer {operator.kind}: the weight has {weight_groups} groups and the input "
             f"{x.scale.shape[-1]} along the contracted axis; cut both alike, or only one"
         )
+    per_tap = operator.kind == "conv" and x.scale.shape[1:3] != (1, 1)
+    # What has a scale for each pixel meets another one at each tap: every tap is accumulated apart.
+    cut = shape[0] * shape[1] if per_tap else 1
     taps = _patches(operator, x, shape) if operator.kind == "conv" else x.codes[..., None, :]
-    # [..., T, C] -> [G, ..., T * C/G], and the weight's rows in the same order.
-    taps = taps.reshape(*taps.shape[:-1], groups, -1)
-    width = taps.shape[-3] * taps.shape[-1]
-    taps = jnp.moveaxis(taps, -2, 0).reshape(groups, *taps.shape[:-3], width)
-    rows = w.codes.reshape(-1, groups, shape[-2] // groups, shape[-1])
-    rows = jnp.moveaxis(rows, 1, 0).reshape(groups, width, shape[-1])
+    # [..., T, C] -> [cut * G, ..., T / cut * C/G], and the weight's rows in the same order.
+    lead, count = taps.shape[:-2], taps.shape[-2] // cut
+    taps = taps.reshape(*lead, cut, count, groups, -1)
+    width = count * taps.shape[-1]
+    taps = jnp.moveaxis(taps, (-4, -2), (0, 1)).reshape(cut * groups, *lead, width)
+    rows = w.codes.reshape(cut, count, groups, shape[-2] // groups, shape[-1])
+    rows = jnp.moveaxis(rows, 2, 1).reshape(cut * groups, width, shape[-1])
     _require_headroom(width, (1 << rhs_quantizer.bits) - 1, operator.kind)
 
-    def per_group(leaf):  # [..., G or 1] -> [G, ..., 1]
+    def per_group(leaf, padding):  # [..., G or 1] -> [cut * G, ..., 1]
         if leaf is None:
             return None
-        leaf = jnp.moveaxis(leaf, -1, 0)[..., None]
-        return jnp.broadcast_to(leaf, (groups, *leaf.shape[1:]))
+        if not per_tap:
+            leaf = jnp.moveaxis(leaf, -1, 0)[..., None]
+            return jnp.broadcast_to(leaf, (groups, *leaf.shape[1:]))
+        spread = jnp.broadcast_to(leaf, (*x.codes.shape[:3], leaf.shape[-1]))
+        leaf = jnp.moveaxis(_windows(operator, spread, shape, padding), (-2, -1), (0, 1))
+        leaf = jnp.broadcast_to(leaf, (cut, groups, *leaf.shape[2:]))
+        return leaf.reshape(cut * groups, *leaf.shape[2:], 1)
 
-    def per_channel(leaf):  # [G or 1, N or 1] -> [G, 1.., N or 1]
+    def per_channel(leaf):  # [G or 1, N or 1] -> [cut * G, 1.., N or 1]
         if leaf is None:
             return None
-        leaf = leaf.reshape(leaf.shape[0], *(1,) * (rank - 1), leaf.shape[1])
-        return jnp.broadcast_to(leaf, (groups, *leaf.shape[1:]))
+        leaf = jnp.broadcast_to(leaf, (cut, groups, leaf.shape[1]))
+        return leaf.reshape(cut * groups, *(1,) * (rank - 1), leaf.shape[-1])
 
-    left = Operand(taps, per_group(x.zero), per_group(x.scale))
+    # Beyond the border lie zeros, under any scale.
+    left = Operand(taps, per_group(x.zero, 0), per_group(x.scale, 1))
     return left, Operand(rows, per_channel(w.zero), per_channel(w.scale))
 
 
@@ -243,30 +254,36 @@ def _integers(zero, scale, valid, shift, spec):
 
 
 def _patches(operator, x, kernel):
-    """im2col of int8 codes by static slices: [B, H', W', T, C], taps in the order of HWIO."""
-    (height, width), (down, across) = kernel[:2], operator.strides
-    varies = x.scale.shape[1:3] != (1, 1)
-    if varies and ((height, width, down, across) != (1, 1, 1, 1) or np.any(operator.padding)):
-        raise ValueError(
-            "integer conv: the scale of the input varies over space, which only a 1x1 convolution "
-            "of stride 1 can honour; quantize per tensor"
-        )
+    """im2col of int8 codes: [B, H', W', T, C], taps in the order of HWIO."""
     codes = x.codes
-    if np.any(operator.padding):
-        config = [(0, 0, 0), *((lo, hi, 0) for lo, hi in operator.padding), (0, 0, 0)]
-        inside = np.pad(np.ones(codes.shape[1:3], bool), operator.padding)[None, :, :, None]
-        codes = lax.pad(codes, jnp.int8(0), config)
-        if x.zero is not None:
-            zero = x.zero.astype(jnp.int8)
-            zero = jnp.repeat(zero, codes.shape[-1] // zero.shape[-1], axis=-1)
-            codes = jnp.where(inside, codes, zero)
-    rows = (codes.shape[1] - height) // down + 1
-    columns = (codes.shape[2] - width) // across + 1
+    if x.zero is None or x.scale.shape[1:3] != (1, 1):
+        return _windows(operator, codes, kernel, 0)
+    inside = np.pad(np.ones(codes.shape[1:3], bool), operator.padding)[None, :, :, None]
+    zero = x.zero.astype(jnp.int8)
+    zero = jnp.repeat(zero, codes.shape[-1] // zero.shape[-1], axis=-1)
+    padded = jnp.where(inside, _padded(operator, codes, 0), zero)
+    return _windows(dataclasses.replace(operator, padding=((0, 0), (0, 0))), padded, kernel, 0)
+
+
+def _padded(operator, x, value):
+    if not np.any(operator.padding):
+        return x
+    config = [(0, 0, 0), *((lo, hi, 0) for lo, hi in operator.padding), (0, 0, 0)]
+    return lax.pad(x, jnp.asarray(value, x.dtype), config)
+
+
+def _windows(operator, x, kernel, value):
+    """What each tap of a kernel HWIO reads of x [B, H, W, C], `value` beyond the border: static slices
+    [B, H', W', T, C]."""
+    (height, width), (down, across) = kernel[:2], operator.strides
+    padded = _padded(operator, x, value)
+    rows = (padded.shape[1] - height) // down + 1
+    columns = (padded.shape[2] - width) // across + 1
     if rows < 1 or columns < 1:
-        raise ValueError(f"integer conv: a kernel {kernel} does not fit an input {x.codes.shape}")
+        raise ValueError(f"integer conv: a kernel {kernel} does not fit an input {x.shape}")
     return jnp.stack(
         [
-            codes[
+            padded[
                 :, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * across + 1 : across
             ]
             for i in range(height)

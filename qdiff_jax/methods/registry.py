@@ -14,6 +14,7 @@ from qdiff_jax.methods.ptq4dm import ptq4dm
 from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
 from qdiff_jax.methods.qdiffusion import qdiffusion
 from qdiff_jax.methods.rtn import rtn
+from qdiff_jax.methods.svdquant import SvdQuantConfig, svdquant
 from qdiff_jax.methods.tcaq import TcaqConfig, tcaq
 from qdiff_jax.methods.tdq import TdqConfig, tdq
 from qdiff_jax.methods.tfmq import tfmq
@@ -68,6 +69,7 @@ class MethodSettings:
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
     ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
+    svdquant: SvdQuantConfig = SvdQuantConfig()
 
 
 def _two_sets(sets):
@@ -219,6 +221,16 @@ def _ptq4dit(model, sets, settings, **own):
     )
 
 
+def _svdquant(model, sets, settings, **own):
+    return svdquant(
+        model,
+        *_two_sets(sets),
+        config=settings.svdquant,
+        activations=settings.activations,
+        **own,
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "ptq4dm": _ptq4dm,
@@ -230,6 +242,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "tdq": _tdq,
     "tcaq": _tcaq,
     "ptq4dit": _ptq4dit,
+    "svdquant": _svdquant,
 }
 # Methods that not every network has layers for: what raises ValueError for one that has none.
 _NEEDS: dict[str, Callable[[Model], None]] = {"ptq4dit": check_transformer}

@@ -87,6 +87,20 @@ def from_range(spec: QuantSpec, lo, hi, qmin, qmax) -> QParams:
     return QParams(scale=scale, zero_point=zero_point, qmin=qmin, qmax=qmax, spec=spec)
 
 
+def from_tensor(spec: QuantSpec, x: jax.Array, qmin, qmax) -> QParams:
+    """QParams of the min-max range of x itself, traceable; any static granularity but "split".
+
+    Args:
+      spec: static; per tensor, channel or group.
+      x: any shape that the spec fits.
+      qmin, qmax: numbers or scalars.
+    """
+    view = grouped(spec, x)
+    kept = _kept_axes(spec, x.shape)
+    axes = tuple(axis for axis in range(view.ndim) if axis not in kept)
+    return from_range(spec, view.min(axis=axes), view.max(axis=axes), qmin, qmax)
+
+
 def dynamic_qparams(spec: QuantSpec, qmin, qmax, gain=1.0) -> QParams:
     """QParams of a dynamic quantizer: the codes, and a gain () on the range to be measured."""
     if not spec.dynamic:

@@ -36,6 +36,7 @@ class QuantSpec:
       dynamic: the range is measured on the tensor itself at run time.
       zero_code: log grids only: the last code decodes to exactly 0 instead of the smallest power.
       boundary: for "split": index along `axis` at which the second part begins.
+      narrow: signed codes are +-(2**(bits-1) - 1), so that the grid is symmetric about 0.
 
     Raises:
       ValueError: a field is outside its domain or two fields contradict each other.
@@ -50,6 +51,7 @@ class QuantSpec:
     dynamic: bool = False
     zero_code: bool = False
     boundary: int | None = None
+    narrow: bool = False
 
     def __post_init__(self):
         if self.grid not in GRIDS:
@@ -74,6 +76,10 @@ class QuantSpec:
             raise ValueError(
                 f"QuantSpec.signed with grid {self.grid!r}: a log grid holds non-negative values "
                 "only; set signed=False."
+            )
+        if self.narrow and not self.signed:
+            raise ValueError(
+                "QuantSpec.narrow is for signed codes; an unsigned grid has no spare code."
             )
         if self.granularity == "token" and not self.dynamic:
             # One scale per token cannot be calibrated: normalised so that equal specs compare
@@ -128,7 +134,7 @@ def code_range(spec: QuantSpec, bits: int, narrow: bool = False) -> tuple[int, i
       spec: decides signed or unsigned.
       bits: at least 1; at least 2 for a signed symmetric grid (1 bit would leave it no positive
         code).
-      narrow: signed only: +-(2**(bits-1) - 1), so that the grid is symmetric about 0.
+      narrow: signed only: +-(2**(bits-1) - 1), whatever the spec says.
 
     Returns:
       (qmin, qmax) as Python integers: unsigned 0 .. 2**bits - 1, signed -2**(bits-1) .. 2**(bits-1)
@@ -141,7 +147,7 @@ def code_range(spec: QuantSpec, bits: int, narrow: bool = False) -> tuple[int, i
         raise ValueError(
             f"bits is {bits!r}; it must be an integer from 1 to 24, the codes float32 holds."
         )
-    bits = int(bits)
+    bits, narrow = int(bits), narrow or spec.narrow
     if not spec.signed:
         if narrow:
             raise ValueError("narrow=True is for signed codes; an unsigned grid has no spare code.")

@@ -19,9 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from qdiff_jax.models.program import Unit, apply_unit, subtrees, units_with_projections
 from qdiff_jax.observe.capture import batch_bounds
-from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.reparameterise import (
     EXPONENTS,
@@ -30,8 +28,8 @@ from qdiff_jax.quant.reparameterise import (
     scale_rows,
     time_weighted_range,
 )
-from qdiff_jax.sites import OPERANDS, SiteQuant, nest_sites
 from qdiff_jax.stages.channel_tops import channel_tops
+from qdiff_jax.stages.layer_inputs import run_tapped, spread_rows, walk_units
 from qdiff_jax.stages.stage import Model, QuantState, Stage, kernel_at, tuned_params
 
 
@@ -125,13 +123,14 @@ def move_channel_factors(
         params = tuned_params(model.params, carry.state.aux)
         by_site = {group.sites[0]: group for group in groups(carry.state)}
         leaves, chosen = {}, {}
-        for unit, inputs in _walk(model, params, calibration, config.search_samples):
+        rows = spread_rows(len(calibration.t), config.search_samples)
+        for unit, inputs in walk_units(model, params, calibration, rows):
             if len(chosen) == len(by_site):
                 break  # the blocks that remain hold no planned layer
             own = [name for name in by_site if name.split("/")[0] in unit.nodes]
             if not own:
                 continue
-            values = _inputs_of(unit, params, inputs, own)
+            _, values = run_tapped(unit, params, inputs, own)
             for name in own:
                 more, picked = _decide(
                     by_site[name], carry, params, values[name], operators[name], config
@@ -217,44 +216,3 @@ def _comparable(entry: Entry | None) -> Entry | None:
             f"not {entry.spec.granularity!r}; leave the site out, or change the plan."
         )
     return entry
-
-
-def _walk(model: Model, params, calibration, samples: int):
-    """(unit, its inputs) in order, on rows spread over the set; full precision."""
-    size = len(calibration.t)
-    rows = np.unique(np.linspace(0, size - 1, min(samples, size)).astype(int))
-    y = None if calibration.y is None else calibration.y[rows]
-    values = {"x": calibration.x[rows], "t": calibration.t[rows], "y": y}
-    for unit in units_with_projections(model.program):
-        inputs = tuple(values[name] for name in unit.inputs)
-        yield unit, inputs
-        outputs = _run(unit.signature, subtrees(params, unit), inputs)
-        values.update(zip(unit.outputs, outputs))
-
-
-def _plain(signature, params, inputs):
-    return apply_unit(signature, params, tuple({} for _ in signature.modules), inputs)
-
-
-_run = jax.jit(_plain, static_argnums=0)
-
-
-def _tapped_unit(signature, params, quant, inputs):
-    return apply_unit(signature, params, quant, inputs, mutable=["observed"])[1]
-
-
-_run_tapped = jax.jit(_tapped_unit, static_argnums=0)
-
-
-def _inputs_of(unit: Unit, params, inputs, names) -> dict[str, jax.Array]:
-    """{site: input} of the named layers of a unit."""
-    taps = nest_sites({name: SiteQuant(tap=Tap("value")) for name in names})
-    written = _run_tapped(unit.signature, subtrees(params, unit), subtrees(taps, unit), inputs)
-    found = {}
-    for name in names:
-        block, _, op = name.partition("/")
-        node = written[unit.nodes.index(block)]["observed"]
-        for part in op.split("/"):
-            node = node[part]
-        found[name] = node[OPERANDS["conv"][0]]["value"]
-    return found

@@ -170,7 +170,7 @@ def drop_scale(manifest):
 
 
 def misname_type(manifest):
-    manifest["trees"]["quant"]["dict"]["mid"]["dict"]["qk"]["type"] = "LowRank"
+    manifest["trees"]["quant"]["dict"]["mid"]["dict"]["qk"]["type"] = "Rotated"
 
 
 def add_field(manifest):
@@ -187,7 +187,7 @@ def drop_block(manifest):
 
 MISDESCRIBED = {
     "a QParams is described wrongly": drop_scale,
-    "the type 'LowRank' is not known": misname_type,
+    "the type 'Rotated' is not known": misname_type,
     "SiteQuant has no field colour": add_field,
     "in 4 bits is stored as uint8": misstate_bits,
     "params/out/kernel belongs nowhere": drop_block,

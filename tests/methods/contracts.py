@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from qdiff_jax.branch import low_rank
 from qdiff_jax.export.qtensor import QTensor, codes
 from qdiff_jax.models.program import temporal_nodes
 from qdiff_jax.quant.qparams import QParams
@@ -70,8 +71,10 @@ def activations_have_quantizers(name: str, state: QuantState) -> None:
 
 
 def nothing_else_is_left(state: QuantState) -> None:
-    """Sites are those of the plan, what it keeps holds no quantizer, and no tap stays behind."""
+    """Sites are those of the plan, what it keeps holds no quantizer, no tap stays behind, and no operator but
+    a low-rank branch beside a planned weight."""
     flat = flatten_sites(state.quant)
+    weights = {entry.site for entry in state.plan.quantized("weight")}
     assert set(flat) == {entry.site for entry in state.plan.quantized()}
     for entry in state.plan.entries:
         if entry.bits is None and entry.site in flat:
@@ -79,7 +82,8 @@ def nothing_else_is_left(state: QuantState) -> None:
             assert getattr(flat[entry.site], side) is None, entry
     for site, held in flat.items():
         assert held.tap is None, site
-        assert held.substitute is None, site
+        branch = held.substitute is not None
+        assert not branch or (held.substitute.apply is low_rank and site in weights), site
         assert not held.execute
         assert held.product == site.endswith(("/qk", "/pv", "/attn_qk", "/attn_pv"))
 
@@ -129,6 +133,8 @@ def values_of(tensor: QTensor, spec) -> np.ndarray:
     """What the codes of a weight stand for, in NumPy; of a split weight part by part."""
     held, grid = codes(tensor).astype(np.float32), tensor.qparams
     scale, zero = np.asarray(grid.scale), np.asarray(grid.zero_point)
+    if spec.granularity == "group":
+        return (held - np.repeat(zero, spec.group, axis=0)) * np.repeat(scale, spec.group, axis=0)
     if spec.granularity != "split":
         return (held - zero) * scale
     axis = held.ndim + spec.axis if spec.axis < 0 else spec.axis

@@ -17,6 +17,7 @@ from qdiff_jax.quant.spec import QuantSpec, code_range
         ({"zero_code": True}, "log grids"),
         ({"grid": "log2", "signed": True}, "signed=False"),
         ({"granularity": "cell", "dynamic": True}, "dynamic=False"),
+        ({"narrow": True}, "narrow is for signed codes"),
     ],
 )
 def test_contradictory_fields_raise(fields, message):
@@ -34,6 +35,7 @@ def test_code_ranges():
     assert code_range(unsigned, 4) == (0, 15)
     assert code_range(signed, 4) == (-8, 7)
     assert code_range(signed, 4, narrow=True) == (-7, 7)
+    assert code_range(QuantSpec(signed=True, narrow=True), 4) == (-7, 7)
     assert code_range(signed, 1) == (-1, 0)  # asymmetric: the shifted storage of 1 bit
 
 

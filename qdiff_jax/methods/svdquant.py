@@ -1,0 +1,95 @@
+"""SVDQuant: outliers smoothed into the weights, a 16-bit low-rank branch takes them up, the rest in 4 bits.
+
+Source: Li et al. 2024 ("SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models",
+arXiv:2411.05007) and the official code (deepcompressor, nunchaku), in its INT4 form: groups of 64 input
+channels, symmetric codes, activations measured at run time, inputs behind a GELU shifted by 0.171875 onto
+unsigned codes. Groups must divide the channels of every layer: `misfit` says what happens where they do not.
+
+`variant`:
+- "faithful" (the official code): among equal candidates of the smoothing search the later one; the bias makes
+  up for the shift with the sum of the full-precision weights.
+- "fixed": the earlier one; the sum of the weights as they are stored, so that the shift itself adds no
+  error.
+
+Departures in both: the decomposition is randomised (`branch.exact` for the full one) and the search makes one
+for each candidate; the branch is balanced and rounded to float16 before the rest is taken, which then makes up
+for the rounding; smoothing is applied at run time at every site (folded into the branch and the activation
+quantizer), never into the layers before; layers see full-precision inputs; in a U-Net q, k and v have branches
+of their own, and convolutions, of which the paper has none, share a group's scale over their taps. The paper's
+text decomposes once (`branch.iterations=1`); code and default go on until the error stops falling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from qdiff_jax.models.families import example_inputs
+from qdiff_jax.sites import list_sites
+from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
+from qdiff_jax.stages.group_grids import group_grids
+from qdiff_jax.stages.low_rank_branches import BranchConfig, low_rank_branches
+from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
+
+VARIANTS = ("fixed", "faithful")
+
+
+@dataclasses.dataclass(frozen=True)
+class SvdQuantConfig:
+    """group: input channels that share a scale, 0 for one scale per output channel and per token. misfit: where
+    a group or the rank does not fit a layer, "error" or "adapt" (the largest divisor; half of the layer's
+    rank). unsigned: patterns of sites whose input a GELU wrote, none to leave them signed. branch: rank,
+    smoothing and the rest; its later_ties and stored_sums are those of the variant."""
+
+    group: int = 64
+    misfit: str = "error"
+    variant: str = "fixed"
+    unsigned: tuple[str, ...] = ("*/mlp_fc2",)
+    branch: BranchConfig = BranchConfig()
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(
+                f"svdquant variant {self.variant!r} is unknown; use one of {VARIANTS}."
+            )
+
+
+def svdquant(
+    model: Model,
+    weight_calibration: Any,
+    activation_calibration: Any,
+    timesteps: Any,
+    *,
+    config: SvdQuantConfig = SvdQuantConfig(),
+    activations: ActivationConfig = ActivationConfig(),
+    on_progress=None,
+) -> Method:
+    """Grids of groups, then a branch and codes for every layer, nearest codes for what is weight-only.
+
+    weight_calibration: whose inputs the layers are judged on. activation_calibration, timesteps: for products
+    of two activations, where the policy quantizes those; all else is measured at run time. Raises ValueError
+    for an unknown variant, and while it runs for a group or rank that does not fit (see `misfit`).
+    """
+    sites = list_sites(model.module, *example_inputs(model.module.config))
+    faithful = config.variant == "faithful"
+    branch = dataclasses.replace(config.branch, later_ties=faithful, stored_sums=not faithful)
+    stages = (
+        group_grids(sites, config.group, misfit=config.misfit, unsigned=config.unsigned),
+        # Before there are codes: ranges of products come from the network in full precision.
+        calibrate_activations(
+            model, activation_calibration, timesteps, activations, on_progress=on_progress
+        ),
+        calibrate_weights(model, method="minmax"),
+        low_rank_branches(
+            model,
+            sites,
+            weight_calibration,
+            branch,
+            misfit=config.misfit,
+            on_progress=on_progress,
+        ),
+        round_to_nearest(model),
+    )
+    notes = f"variant={config.variant}, group={config.group}, rank={branch.rank}"
+    return Method("svdquant", stages, notes=notes)

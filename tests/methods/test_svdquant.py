@@ -1,0 +1,201 @@
+"""SVDQuant as a method: its stages, what it leaves at each site, what it refuses, whole runs on both models."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments.quantize import quantize
+from experiments.quantize_config import method_settings, read_config
+from experiments.sample import sample_bundle
+from qdiff_jax.branch import low_rank
+from qdiff_jax.config import load_config
+from qdiff_jax.eval.samples import Samples
+from qdiff_jax.export.bundle import load_bundle
+from qdiff_jax.export.integer import check_executable
+from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.svdquant import SvdQuantConfig
+from qdiff_jax.models.program import temporal_nodes
+from qdiff_jax.observe.archive import load_arrays
+from qdiff_jax.quant.timed import select, step_context
+from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.stages.low_rank_branches import BranchConfig
+from qdiff_jax.stages.stage import run_stage
+
+from .. import tiny_unet
+from ..main_job import ROOT
+from .cases import (
+    CONFIG,
+    KEPT_INPUT,
+    SVDQUANT,
+    TIMESTEPS,
+    begin,
+    calibration,
+    method,
+    model,
+    outcome,
+    plan,
+)
+
+CONFIGS = ROOT / "configs" / "methods" / "svdquant.py"
+
+
+def made(config, policy="official:svdquant"):
+    sets = CalibrationSets(calibration(), calibration(), TIMESTEPS)
+    return build("svdquant", model(), sets, MethodSettings(svdquant=config)), begin(plan(policy))
+
+
+def test_stages_in_order():
+    assert [stage.name for stage in method("svdquant", 0).stages] == [
+        "group_grids",
+        "calibrate_activations",
+        "calibrate_weights",
+        "low_rank_branches",
+        "round_to_nearest",
+    ]
+
+
+def test_layers_of_the_blocks_have_branches_and_time_projections_codes_alone():
+    state, reports = outcome("svdquant")
+    flat = flatten_sites(state.quant)
+    figures = reports["low_rank_branches"]["sites"]
+    temporal = temporal_nodes(model().program)
+    for entry in state.plan.quantized("weight"):
+        site, held = entry.site, flat[entry.site]
+        branched = site.split("/")[0] not in temporal
+        assert (site in figures) == branched
+        assert (held.substitute is not None) == branched
+        assert (held.lhs is None) == (not branched or site == KEPT_INPUT)
+        if branched:
+            arrays = held.substitute.arrays
+            assert held.substitute.apply is low_rank
+            assert arrays.down.shape == (*held.rhs.shape[:-1], 2)
+            assert (arrays.down.dtype, arrays.shift) == (np.float16, None)
+    assert reports["group_grids"]["adapted"] == {}
+    for site, seen in figures.items():
+        assert seen["error"] <= seen["one_shot"] * 1.02, site
+        assert seen["error"] < seen["plain"], site
+        assert (seen["rank"], seen["branch_bits"] > 0) == (2, True)
+
+
+def test_groups_and_ranks_that_do_not_fit_name_their_site():
+    strict = dataclasses.replace(SVDQUANT, misfit="error", group=32)
+    stages, state = made(strict)
+    # The time projections have 32 channels.
+    with pytest.raises(
+        ValueError, match=r"down_0_block_0/conv1 has 8 .* groups of 32 do not divide"
+    ):
+        run_stage(stages.stages[0], state)
+    whole = BranchConfig(rank=9, rows=8)
+    stages, state = made(dataclasses.replace(SVDQUANT, misfit="error", branch=whole))
+    state, _ = run_stage(stages.stages[0], state)
+    with pytest.raises(ValueError, match="rank 8, and a branch of rank 9.*misfit='adapt'"):
+        stages.stages[3].init(state, None)
+    with pytest.raises(ValueError, match="put stages.group_grids first"):
+        method("svdquant", 0).stages[3].init(begin(plan("common")), None)
+
+
+def test_an_input_that_is_not_bounded_below_is_not_taken_as_unsigned():
+    config = dataclasses.replace(SVDQUANT, unsigned=("mid_attn_1/proj_out",))
+    stages, state = made(config)
+    state, report = run_stage(stages.stages[0], state)
+    assert report["unsigned"] == ["mid_attn_1/proj_out"]
+    with pytest.raises(ValueError, match="mid_attn_1/proj_out: inputs reach -"):
+        run_stage(stages.stages[3], state)
+
+
+def test_what_a_config_cannot_say_is_refused():
+    with pytest.raises(ValueError, match="variant 'paper' is unknown"):
+        SvdQuantConfig(variant="paper")
+    for wrong, message in (
+        ({"judge": "block"}, "judge is 'block'"),
+        ({"smoothing": "all"}, "smoothing 'all' is unknown"),
+        ({"rank": -1}, "rank is -1"),
+        ({"alpha": 0.5}, "alpha and beta both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BranchConfig(**wrong)
+
+
+@pytest.mark.parametrize("words", ["", "w8a8,laptop", "w4a8,model=unet,smoke", "smoke"])
+def test_every_word_of_the_config_is_read(words):
+    config = read_config(load_config(f"{CONFIGS}:{words}"))
+    settings = method_settings(config).svdquant
+    assert {v.method for v in config.variants.values()} == {"rtn", "svdquant"}
+    assert config.policy == "official:svdquant"
+    if not words:
+        assert settings == SvdQuantConfig()
+        assert (config.model, list(config.variants)[-1]) == ("dit_fashion", "svdquant_w4a4")
+    other = "rank=0,group=0,smoothing=fast,alpha=0.5,beta=0.5,iterations=1,signed,gptq,faithful"
+    settings = method_settings(read_config(load_config(f"{CONFIGS}:{other}"))).svdquant
+    assert (settings.group, settings.unsigned, settings.variant) == (0, (), "faithful")
+    branch = settings.branch
+    assert (branch.rank, branch.smoothing, branch.iterations, branch.gptq) == (0, "fast", 1, True)
+    assert (branch.alpha, branch.beta) == (0.5, 0.5)
+
+
+@pytest.mark.slow
+def test_packed_codes_execute_in_integers_on_convolutions_too():
+    state = outcome("svdquant").state
+    ready = {
+        site: held.replace(execute=held.lhs is not None and held.rhs is not None)
+        for site, held in flatten_sites(state.quant).items()
+    }
+    executed = nest_sites(ready)
+    check_executable(executed)
+    x, y, t = calibration().x[:2], calibration().y[:2], np.full(2, TIMESTEPS[1])
+    ctx = step_context(TIMESTEPS[1], 1)
+    simulated, integers = (
+        np.asarray(
+            tiny_unet.forward(CONFIG)(
+                {"params": model().params, "quant": select(quant, ctx)}, x, t, y
+            )
+        )
+        for quant in (state.quant, executed)
+    )
+    # Codes next to a rounding tie may fall either way; a wrong scale would be far off.
+    assert np.square(integers - simulated).mean() < 1e-3 * np.square(simulated).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["smoke", "model=unet,smoke", "faithful,gptq,smoke"])
+def test_a_whole_run_samples_the_same_from_its_bundle_and_close_to_it_in_integers(words, tmp_path):
+    config = load_config(f"{CONFIGS}:{words}")
+    with config.unlocked():
+        del config.variants["rtn_w4a4"]
+    quantize(config, tmp_path)
+    (_, variant) = json.loads((tmp_path / "report.json").read_text())["variants"]
+    assert variant["name"] == "svdquant_w4a4"
+    assert np.isfinite(variant["eps_rel_mse"])
+    folder = tmp_path / "variants" / "svdquant_w4a4"
+    bundle = load_bundle(folder / "bundle")
+    flat = flatten_sites(bundle.quant)
+    shifted = {n for n, s in flat.items() if s.lhs is not None and not s.lhs.spec.signed}
+    wanted = set() if "unet" in words else {f"blocks_{i}/mlp_fc2" for i in range(2)}
+    assert shifted == wanted
+    assert {n for n, s in flat.items() if s.bias is not None} == wanted
+    assert all(flat[n].substitute.arrays.shift is not None for n in wanted)
+    drawn = load_arrays(folder / "samples.npz", Samples).x
+    np.testing.assert_array_equal(sample_bundle(folder / "bundle", tmp_path / "again"), drawn)
+    executed = sample_bundle(folder / "bundle", tmp_path / "executed", execute=True)
+    assert np.square(executed - drawn).mean() < 0.05 * np.square(drawn).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("judge", ["layer", "module"])
+def test_the_smoothing_is_searched_by_the_output_of_the_layer_or_of_its_block(judge):
+    """With everything on, the search beats a fixed smoothing; what is no attention has one judge."""
+    branch = dataclasses.replace(SVDQUANT.branch, alpha=-1.0, beta=-1.0, smoothing="fast")
+    config = dataclasses.replace(SVDQUANT, branch=dataclasses.replace(branch, judge=judge))
+    stages, state = made(config)
+    for stage in stages.stages:
+        state, report = run_stage(stage, state)
+        if stage.name == "low_rank_branches":
+            figures = report["sites"]
+    fixed = outcome("svdquant").reports["low_rank_branches"]["sites"]
+    for site, seen in figures.items():
+        if judge == "layer" or site.rpartition("/")[2] not in ("q", "k", "v"):
+            assert seen["error"] < 1.1 * fixed[site]["error"], site
+    ratios = [seen["error"] / fixed[site]["error"] for site, seen in figures.items()]
+    assert np.mean(np.log(ratios)) < 0
