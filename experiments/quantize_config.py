@@ -16,6 +16,7 @@ from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
 from qdiff_jax.methods.closed_form import check_rounding
+from qdiff_jax.methods.efficientdm import EfficientDMConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings
 from qdiff_jax.methods.tcaq import TcaqConfig
@@ -164,10 +165,15 @@ class QuantizeConfig:
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
+    efficientdm: EfficientDMConfig = EfficientDMConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
-FREE_TO_CHANGE = ("reconstruct.save_seconds", "reconstruct.memory_mib")
+FREE_TO_CHANGE = (
+    "reconstruct.save_seconds",
+    "reconstruct.memory_mib",
+    "efficientdm.training.save_seconds",
+)
 
 
 def read_config(config: Any) -> QuantizeConfig:
@@ -252,6 +258,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         ptqd=config.ptqd,
         tdq=config.tdq,
         tcaq=config.tcaq,
+        efficientdm=config.efficientdm,
     )
 
 

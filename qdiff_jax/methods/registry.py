@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
+from qdiff_jax.methods.efficientdm import EfficientDMConfig, efficientdm
 from qdiff_jax.methods.ptq4dm import ptq4dm
 from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
 from qdiff_jax.methods.qdiffusion import qdiffusion
@@ -28,13 +29,15 @@ class CalibrationSets(NamedTuple):
     """What methods calibrate on. weights: for reconstruction; activations: visits every step;
     timesteps: [S], the sampler's schedule by step index. step_weights: [S], how much the samples
     of each step count in closed-form rounding (`stages.row_weights`), None for equally. paired: an
-    `observe.quantization_noise.Paired`, for methods that correct the sampling."""
+    `observe.quantization_noise.Paired`, for methods that correct the sampling. sampling: an
+    `observe.sources.Sampling`, for methods that sample while they train."""
 
     weights: Any
     activations: Any
     timesteps: Any
     step_weights: Any = None
     paired: Any = None
+    sampling: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,7 @@ class MethodSettings:
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
+    efficientdm: EfficientDMConfig = EfficientDMConfig()
 
 
 def _two_sets(sets):
@@ -202,6 +206,19 @@ def _tcaq(model, sets, settings, **own):
     )
 
 
+def _efficientdm(model, sets, settings, **own):
+    return efficientdm(
+        model,
+        sets.activations,
+        sets.timesteps,
+        sampling=sets.sampling,
+        recorded=sets.paired,
+        config=settings.efficientdm,
+        activations=settings.activations,
+        **own,
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "ptq4dm": _ptq4dm,
@@ -212,6 +229,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ptqd": _ptqd,
     "tdq": _tdq,
     "tcaq": _tcaq,
+    "efficientdm": _efficientdm,
 }
 
 

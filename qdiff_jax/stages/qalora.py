@@ -1,0 +1,264 @@
+"""EfficientDM's student: low-rank updates rounded together with the weight, activations by sampling step.
+
+He et al. 2024, sections 3.2 to 3.4: W_eff = FQ(W0 + B A; delta_w) with W0 the naively quantized weight, kept
+as integers; delta_w learned; every input quantized with the step's own scale and zero point (TALSQ). An
+update smaller than half a step changes no code, and steps differ between layers by orders of magnitude, so
+the rate of a layer's update is proportional to its mean delta_w (scale-aware LoRA). With Adam that must
+multiply the update: a factor on the gradient would be normalised away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qdiff_jax.export.qtensor import from_codes
+from qdiff_jax.quant.low_rank import init_low_rank, merged_codes, merged_weight, trained_grid
+from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.quantizer import codes, dequantize, fake_quant
+from qdiff_jax.quant.step_tables import kept_among_codes, on_schedule, repeated, trained_rows
+from qdiff_jax.quant.timed import StepContext, TimeIndexed, locate
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.stages.finetune import Student
+from qdiff_jax.stages.stage import Model, QuantState, decide_codes, kernel_at, replace_kernels
+
+BASES = ("quantized", "full_precision")
+RATES = ("scale_aware", "mean", "constant")
+LABELS = ("lora", "scales", "base_scales", "tables")
+_LEFT = ("input", "q", "softmax")
+
+
+@dataclasses.dataclass(frozen=True)
+class QALoRAConfig:
+    """rank: r of the updates. base: W0, "quantized" (the paper) or "full_precision". base_delta_shared: W0
+    de-quantized with the learned delta_w, which both uses update (the official code's aliasing); otherwise
+    W0 stays. zp_ste: zero points of activations are rounded in training; False trains free floats, as the
+    code does, and rounds them at the end. talsq: activations by sampling step, else one learned pair for all.
+    rates: factor of each layer's rate, "scale_aware" (its mean delta_w), "mean" (their mean, for all) or
+    "constant" (1). subsample: tables on a shorter schedule, "interpolate" or "every"."""
+
+    rank: int = 32
+    base: str = "quantized"
+    base_delta_shared: bool = False
+    zp_ste: bool = True
+    talsq: bool = True
+    rates: str = "scale_aware"
+    subsample: str = "interpolate"
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("base", BASES),
+            ("rates", RATES),
+            ("subsample", ("every", "interpolate")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"QALoRAConfig.{name} is {getattr(self, name)!r}; use one of {allowed}."
+                )
+        if self.base_delta_shared and self.base == "full_precision":
+            raise ValueError(
+                "base_delta_shared speaks of a quantized base: leave it out with base='full_precision'."
+            )
+
+
+def qalora(
+    model: Model,
+    config: QALoRAConfig,
+    trained: np.ndarray,
+    timesteps: np.ndarray,
+    left_alone: Collection[str] = (),
+) -> Student:
+    """The student of a state whose weights have ranges and whose activations have one quantizer each.
+
+    trained: [S], timesteps of the trajectories. timesteps: [S'], the sampler's, which the tables of
+    the result serve. left_alone: sites that are calibrated and nothing more. Its labels: "lora",
+    "scales" (delta_w), "tables" (activations), and with base_delta_shared "base_scales". `begin` raises
+    ValueError, naming the site, for a weight without a range or an activation that has a step table
+    already.
+    """
+    rows = np.asarray(trained, np.float32) if config.talsq else np.zeros(1, np.float32)
+
+    def begin(state: QuantState) -> tuple[dict, Any, dict]:
+        flat = flatten_sites(state.quant)
+        fixed = {
+            "grids": {},
+            "bases": {},
+            "kept": {},
+            "activations": {},
+            "static": {},
+            "timesteps": jnp.asarray(rows),
+        }
+        trainable: dict[str, dict] = {"lora": {}, "scales": {}, "tables": {}}
+        for i, entry in enumerate(state.plan.quantized("weight")):
+            site, grid = entry.site, flat[entry.site].rhs
+            if not isinstance(grid, QParams):
+                raise ValueError(f"{site} has no range to train from; run calibrate_weights first.")
+            kernel = kernel_at(model.params, site)
+            if site in left_alone:
+                fixed["kept"][site] = fake_quant(grid, kernel)
+                continue
+            key = jax.random.fold_in(jax.random.fold_in(state.key, 2), i)
+            trainable["lora"][site] = init_low_rank(key, kernel.shape, config.rank)
+            trainable["scales"][site] = grid.scale
+            fixed["grids"][site] = grid
+            if config.base == "quantized":
+                fixed["bases"][site] = _as_bytes(codes(grid, kernel), grid)
+        for entry in state.plan.quantized(*_LEFT, "k", "v"):
+            held = flat[entry.site].lhs if entry.operand in _LEFT else flat[entry.site].rhs
+            name = f"{entry.site}:{entry.operand}"
+            if entry.site in left_alone or entry.spec.dynamic:
+                fixed["static"][name] = held
+                continue
+            if not isinstance(held, QParams):
+                raise ValueError(f"{name} needs one calibrated range before its steps are learned.")
+            fixed["activations"][name] = table = repeated(held, len(rows))
+            learned = {"scale": table.scale, "zero_point": table.zero_point}
+            trainable["tables"][name] = learned
+        if not trainable["tables"]:
+            del trainable["tables"]
+        if config.base_delta_shared:
+            trainable["base_scales"] = dict(trainable["scales"])
+        return trainable, fixed, {"lora": _factors(trainable, config.rates)}
+
+    return Student(
+        tuple(name for name in LABELS if name != "base_scales" or config.base_delta_shared),
+        ("tables",),
+        begin,
+        _variables(config.zp_ste),
+        settle,
+        visited,
+        functools.partial(_finish, model, config, rows, timesteps),
+    )
+
+
+def _as_bytes(held: jax.Array, grid: QParams) -> jax.Array:
+    """Codes of at most 8 bits, one byte each, whatever the bits: narrower packing would compile anew."""
+    return held.astype(jnp.int8 if grid.spec.signed else jnp.uint8)
+
+
+def _factors(trainable: Mapping, rates: str) -> dict:
+    """{site: factor of the rate of A and of B}: mean(delta_w) of the layer, before training."""
+    means = {site: jnp.mean(scale) for site, scale in trainable["scales"].items()}
+    if rates == "mean" and means:
+        means = dict.fromkeys(means, jnp.mean(jnp.stack(list(means.values()))))
+    elif rates == "constant":
+        means = dict.fromkeys(means, jnp.float32(1.0))
+    return {
+        site: jax.tree.map(lambda leaf: means[site], update)  # noqa: B023
+        for site, update in trainable["lora"].items()
+    }
+
+
+def base_weight(trainable: Mapping, fixed: Mapping, params: Mapping, site: str) -> jax.Array:
+    """W0 of a site: its codes, valued with the scale they were given or with the learned one, or the
+    full-precision kernel."""
+    if site not in fixed["bases"]:
+        return kernel_at(params, site)
+    grid = fixed["grids"][site]
+    if "base_scales" in trainable:
+        grid = trained_grid(grid.replace(scale=trainable["base_scales"][site]))
+    return dequantize(grid, fixed["bases"][site].astype(jnp.int32))
+
+
+@functools.cache
+def _variables(zp_ste: bool):
+    def variables(trainable, fixed, params):
+        kernels = dict(fixed["kept"])
+        for site, grid in fixed["grids"].items():
+            kernels[site] = _effective(trainable, fixed, params, site, grid)
+        sites: dict[str, SiteQuant] = {}
+        rule = "step" if fixed["timesteps"].shape[0] > 1 else "bin"
+        made = dict(fixed["static"])
+        for name, table in fixed["activations"].items():
+            table = trained_rows(table.replace(**trainable["tables"][name]), zp_ste)
+            made[name] = TimeIndexed(table, fixed["timesteps"], rule)
+        for name, quantizer in made.items():
+            site, _, operand = name.rpartition(":")
+            side = {"lhs" if operand in _LEFT else "rhs": quantizer}
+            held = sites.get(site, SiteQuant(product=operand not in ("input",)))
+            sites[site] = held.replace(**side)
+        return {"params": replace_kernels(params, kernels), "quant": nest_sites(sites)}
+
+    return variables
+
+
+def _effective(trainable, fixed, params, site, grid):
+    """FQ(W0 + B A), recomputed in the backward pass: what rounding leaves behind there would be several
+    copies of the network."""
+
+    def weight(update, scale, base_scales):
+        own = {"base_scales": {site: base_scales}} if base_scales is not None else {}
+        base = base_weight(own, fixed, params, site)
+        return merged_weight(base, update, grid.replace(scale=scale))
+
+    shared = trainable["base_scales"][site] if "base_scales" in trainable else None
+    update, scale = trainable["lora"][site], trainable["scales"][site]
+    return jax.checkpoint(weight)(update, scale, shared)
+
+
+def settle(before: Mapping, after: dict, fixed: Mapping) -> dict:
+    """Zero points back among the codes; a shared delta_w takes the updates of both its uses."""
+    if "tables" in after:
+        tables = {}
+        for name, learned in after["tables"].items():
+            table = kept_among_codes(fixed["activations"][name].replace(**learned))
+            tables[name] = {**learned, "zero_point": table.zero_point}
+        after = {**after, "tables": tables}
+    if "base_scales" in after:
+        both = jax.tree.map(
+            lambda a, b, old: a + b - old, after["scales"], after["base_scales"], before["scales"]
+        )
+        after = {**after, "scales": both, "base_scales": dict(both)}
+    return after
+
+
+def visited(fixed: Mapping, ctx: StepContext) -> jax.Array:
+    """[n] int32: the rows of the tables that a batch reads."""
+    steps = fixed["timesteps"]
+    rule = "step" if steps.shape[0] > 1 else "bin"
+    return jnp.atleast_1d(locate(TimeIndexed((), steps, rule), ctx)[0])
+
+
+# A list, not a dict: a site's name in the treedef would compile equal layers again.
+@jax.jit
+def _merged(bases, updates, grids):
+    return [merged_codes(b, u, g) for b, u, g in zip(bases, updates, grids)]
+
+
+def _finish(model, config, rows, timesteps, state: QuantState, trainable, fixed):
+    """The state of integers: merged codes, tables on the sampler's schedule; nothing of the updates left."""
+    flat = flatten_sites(state.quant)
+    bits = {entry.site: entry.bits for entry in state.plan.quantized("weight")}
+    sites = list(fixed["grids"])
+    grids = [
+        trained_grid(fixed["grids"][site].replace(scale=trainable["scales"][site]))
+        for site in sites
+    ]
+    bases = [base_weight(trainable, fixed, model.params, site) for site in sites]
+    merged = _merged(bases, [trainable["lora"][site] for site in sites], grids)
+    moved = total = 0
+    for site, grid, held in zip(sites, grids, merged):
+        nearest = codes(fixed["grids"][site], kernel_at(model.params, site))
+        moved, total = moved + int(np.sum(np.asarray(held != nearest))), total + held.size
+        flat[site] = flat[site].replace(rhs=from_codes(held, grid, bits[site]))
+    for name, table in fixed["activations"].items():
+        site, _, operand = name.rpartition(":")
+        learned = table.replace(**trainable["tables"][name])
+        if config.talsq:
+            made = on_schedule(learned, rows, timesteps, config.subsample)
+        else:
+            rounded = kept_among_codes(trained_rows(learned))
+            made = jax.tree.map(lambda leaf: leaf[0], rounded)
+        flat[site] = flat[site].replace(**{"lhs" if operand in _LEFT else "rhs": made})
+    state = state.replace(quant=decide_codes(nest_sites(flat), model.params))
+    return state, {
+        "adapted": len(sites),
+        "lora_parameters": sum(leaf.size for leaf in jax.tree.leaves(trainable["lora"])),
+        "codes_moved": moved / total if total else None,
+    }
