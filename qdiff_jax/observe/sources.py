@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdiff_jax.diffusion.guidance import Guidance, branches
+from qdiff_jax.diffusion.guidance import Guidance, branches, classifier_free
 from qdiff_jax.diffusion.noise import initial_noise, normal, sample_keys, step_keys
 from qdiff_jax.diffusion.samplers import SamplerPlan, ddim
 from qdiff_jax.diffusion.schedule import NoiseSchedule
@@ -73,13 +73,13 @@ class Sampling(NamedTuple):
 class SourceConfig:
     """kind: "online" or "cached" (the recorded calibration trajectories; order and target: see `cached`).
     batch_size: samples at a time. Of online trajectories: DDIM with sampling_steps (0 for those of the
-    sampler) and eta; guidance_scale, None for that of the sampler. The defaults are EfficientDM's."""
+    sampler) and eta; guidance_scale, negative for that of the sampler. The defaults are EfficientDM's."""
 
     kind: str = "online"
     batch_size: int = 2
     sampling_steps: int = 100
     eta: float = 1.0
-    guidance_scale: float | None = None
+    guidance_scale: float = -1.0
     order: str = "trajectory"
     target: str = "teacher"
 
@@ -117,8 +117,13 @@ def make_source(
             "shape), or take kind='cached' with recorded trajectories."
         )
     guidance = sampling.guidance
-    if config.guidance_scale is not None and guidance is not None:
-        guidance = guidance.replace(scale=np.float32(config.guidance_scale))
+    if config.guidance_scale >= 0:
+        if sampling.classes is None:
+            raise ValueError(
+                f"SourceConfig.guidance_scale is {config.guidance_scale}, but the model has no classes to "
+                "guide by; leave it negative."
+            )
+        guidance = classifier_free(config.guidance_scale, sampling.classes)
     total = sampling.schedule.num_timesteps
     grid = make_timesteps(sampling.spacing, total, config.sampling_steps or steps)
     return online(
