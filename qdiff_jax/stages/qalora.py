@@ -19,14 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.export.qtensor import from_codes
-from qdiff_jax.quant.low_rank import init_low_rank, merged_codes, merged_weight, trained_grid
+from qdiff_jax.quant.low_rank import (
+    LowRank,
+    init_low_rank,
+    merged_codes,
+    merged_weight,
+    trained_grid,
+)
 from qdiff_jax.quant.qparams import QParams
-from qdiff_jax.quant.quantizer import codes, dequantize, fake_quant
+from qdiff_jax.quant.quantizer import codes, dequantize
 from qdiff_jax.quant.step_tables import kept_among_codes, on_schedule, repeated, trained_rows
 from qdiff_jax.quant.timed import StepContext, TimeIndexed, locate
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 from qdiff_jax.stages.finetune import Student
-from qdiff_jax.stages.stage import Model, QuantState, decide_codes, kernel_at, replace_kernels
+from qdiff_jax.stages.stage import (
+    Model,
+    QuantState,
+    decide_codes,
+    fold_weights,
+    kernel_at,
+    replace_kernels,
+)
 
 BASES = ("quantized", "full_precision")
 RATES = ("scale_aware", "mean", "constant")
@@ -95,20 +108,22 @@ def qalora(
             "timesteps": jnp.asarray(rows),
         }
         trainable: dict[str, dict] = {"lora": {}, "scales": {}, "tables": {}}
-        for i, entry in enumerate(state.plan.quantized("weight")):
-            site, grid = entry.site, flat[entry.site].rhs
-            if not isinstance(grid, QParams):
+        weights = [entry.site for entry in state.plan.quantized("weight")]
+        for site in weights:
+            if not isinstance(flat[site].rhs, QParams):
                 raise ValueError(f"{site} has no range to train from; run calibrate_weights first.")
-            kernel = kernel_at(model.params, site)
-            if site in left_alone:
-                fixed["kept"][site] = fake_quant(grid, kernel)
-                continue
-            key = jax.random.fold_in(jax.random.fold_in(state.key, 2), i)
-            trainable["lora"][site] = init_low_rank(key, kernel.shape, config.rank)
-            trainable["scales"][site] = grid.scale
+        kept = {site: flat[site] for site in weights if site in left_alone}
+        folded, _ = fold_weights(model.params, nest_sites(kept))
+        fixed["kept"] = {site: kernel_at(folded, site) for site in kept}
+        adapted = [site for site in weights if site not in left_alone]
+        key = jax.random.fold_in(state.key, 2)
+        for i, site in enumerate(adapted):
+            grid, shape = flat[site].rhs, kernel_at(model.params, site).shape
             fixed["grids"][site] = grid
-            if config.base == "quantized":
-                fixed["bases"][site] = _as_bytes(codes(grid, kernel), grid)
+            trainable["scales"][site] = grid.scale
+            trainable["lora"][site] = init_low_rank(jax.random.fold_in(key, i), shape, config.rank)
+        if config.base == "quantized":
+            fixed["bases"] = dict(zip(adapted, _nearest(model.params, fixed["grids"])))
         for entry in state.plan.quantized(*_LEFT, "k", "v"):
             held = flat[entry.site].lhs if entry.operand in _LEFT else flat[entry.site].rhs
             name = f"{entry.site}:{entry.operand}"
@@ -137,22 +152,29 @@ def qalora(
     )
 
 
-def _as_bytes(held: jax.Array, grid: QParams) -> jax.Array:
-    """Codes of at most 8 bits, one byte each, whatever the bits: narrower packing would compile anew."""
-    return held.astype(jnp.int8 if grid.spec.signed else jnp.uint8)
+# Lists, not dicts: a site's name in the treedef would compile equal layers again.
+@jax.jit
+def _codes(grids, kernels):
+    # Of at most 8 bits, one byte each, whatever the bits: narrower packing would compile anew.
+    return [
+        codes(g, k).astype(jnp.int8 if g.spec.signed else jnp.uint8) for g, k in zip(grids, kernels)
+    ]
+
+
+def _nearest(params: Mapping, grids: Mapping[str, QParams]) -> list[jax.Array]:
+    """The nearest codes of every kernel, in order."""
+    return _codes(list(grids.values()), [kernel_at(params, site) for site in grids])
 
 
 def _factors(trainable: Mapping, rates: str) -> dict:
     """{site: factor of the rate of A and of B}: mean(delta_w) of the layer, before training."""
-    means = {site: jnp.mean(scale) for site, scale in trainable["scales"].items()}
-    if rates == "mean" and means:
-        means = dict.fromkeys(means, jnp.mean(jnp.stack(list(means.values()))))
+    means = {site: np.mean(np.asarray(scale)) for site, scale in trainable["scales"].items()}
+    if rates == "mean":
+        means = dict.fromkeys(means, np.mean(list(means.values())))
     elif rates == "constant":
-        means = dict.fromkeys(means, jnp.float32(1.0))
-    return {
-        site: jax.tree.map(lambda leaf: means[site], update)  # noqa: B023
-        for site, update in trainable["lora"].items()
-    }
+        means = dict.fromkeys(means, 1.0)
+    factors = {site: jnp.float32(mean) for site, mean in means.items()}
+    return {site: LowRank(a=factor, b=factor) for site, factor in factors.items()}
 
 
 def base_weight(trainable: Mapping, fixed: Mapping, params: Mapping, site: str) -> jax.Array:
@@ -225,10 +247,15 @@ def visited(fixed: Mapping, ctx: StepContext) -> jax.Array:
     return jnp.atleast_1d(locate(TimeIndexed((), steps, rule), ctx)[0])
 
 
-# A list, not a dict: a site's name in the treedef would compile equal layers again.
 @jax.jit
-def _merged(bases, updates, grids):
-    return [merged_codes(b, u, g) for b, u, g in zip(bases, updates, grids)]
+def _merged(bases, base_grids, updates, grids):
+    """(codes of FQ(W0 + B A), the grids they are on), lists. bases: codes, or kernels in full precision."""
+    held = []
+    for base, base_grid, update, grid in zip(bases, base_grids, updates, grids):
+        if jnp.issubdtype(base.dtype, jnp.integer):
+            base = dequantize(base_grid, base.astype(jnp.int32))
+        held.append(merged_codes(base, update, grid))
+    return held, [trained_grid(grid) for grid in grids]
 
 
 def _finish(model, config, rows, timesteps, state: QuantState, trainable, fixed):
@@ -236,16 +263,22 @@ def _finish(model, config, rows, timesteps, state: QuantState, trainable, fixed)
     flat = flatten_sites(state.quant)
     bits = {entry.site: entry.bits for entry in state.plan.quantized("weight")}
     sites = list(fixed["grids"])
-    grids = [
-        trained_grid(fixed["grids"][site].replace(scale=trainable["scales"][site]))
-        for site in sites
-    ]
-    bases = [base_weight(trainable, fixed, model.params, site) for site in sites]
-    merged = _merged(bases, [trainable["lora"][site] for site in sites], grids)
+    bases = [fixed["bases"].get(site, kernel_at(model.params, site)) for site in sites]
+    start = fixed["grids"]
+    if "base_scales" in trainable:
+        learned = trainable["base_scales"]
+        start = {n: trained_grid(start[n].replace(scale=learned[n])) for n in sites}
+    merged, grids = _merged(
+        bases,
+        [start[site] for site in sites],
+        [trainable["lora"][site] for site in sites],
+        [fixed["grids"][site].replace(scale=trainable["scales"][site]) for site in sites],
+    )
     moved = total = 0
-    for site, grid, held in zip(sites, grids, merged):
-        nearest = codes(fixed["grids"][site], kernel_at(model.params, site))
-        moved, total = moved + int(np.sum(np.asarray(held != nearest))), total + held.size
+    nearest = _nearest(model.params, fixed["grids"])
+    for site, grid, held, before in zip(sites, grids, merged, nearest):
+        moved += int(np.sum(np.asarray(held) != np.asarray(before)))
+        total += held.size
         flat[site] = flat[site].replace(rhs=from_codes(held, grid, bits[site]))
     for name, table in fixed["activations"].items():
         site, _, operand = name.rpartition(":")

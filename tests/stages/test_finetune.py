@@ -51,8 +51,8 @@ def stage(config=PLAIN, phases=None, source=None, training=FinetuneConfig(), **o
 
 
 @functools.cache
-def tuned():
-    return run_stage(stage(), start(), chunk=5)
+def tuned(steps=12):
+    return run_stage(stage(phases=(Phase(steps, RATES, SUM),)), start(), chunk=5)
 
 
 def after(work, steps, state=None):
@@ -91,8 +91,8 @@ def test_step_zero_is_the_naively_quantized_model(base, shared):
 
 
 def test_it_learns_and_ends_in_integers_and_tables():
-    state, report = tuned()
-    assert report["last_loss"] < 0.7 * report["first_loss"]
+    state, report = tuned(400)
+    assert report["last_loss"] < 0.5 * report["first_loss"]
     assert report["adapted"] == 3
     assert 0.02 < report["codes_moved"] < 0.9
     flat = flatten_sites(state.quant)
@@ -146,7 +146,7 @@ def test_rates_are_proportional_to_the_mean_step_of_the_layer():
     assert ratio == pytest.approx(means["net/l2"] / means["net/l0"], rel=1e-4)
 
 
-@pytest.mark.parametrize("order", ["trajectory", "mixed"])
+@pytest.mark.parametrize("order", ["trajectory", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_a_table_row_has_a_gradient_only_where_the_batch_has_its_step(order):
     made = student()
     trainable, fixed, _ = made.begin(start())
@@ -208,7 +208,7 @@ def test_phases_are_data_and_what_rests_stays_bit_identical():
         stage(phases=(Phase(1, RATES, {"eps": 1.0}),))
 
 
-@pytest.mark.parametrize("steps", [3, 6])
+@pytest.mark.parametrize("steps", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_of_a_trajectory_and_resumed_equals_uninterrupted(steps, tmp_path):
     training = FinetuneConfig(save_seconds=0.0)
     work = stage(training=training)
@@ -243,6 +243,7 @@ def test_without_steps_it_is_round_to_nearest():
     assert report["codes_moved"] == 0.0
 
 
+@pytest.mark.slow
 def test_sites_left_alone_keep_their_codes_and_their_one_range():
     state, report = run_stage(stage(alone=("net/l1",)), start())
     assert report["adapted"] == 2
@@ -251,6 +252,7 @@ def test_sites_left_alone_keep_their_codes_and_their_one_range():
     assert isinstance(flatten_sites(state.quant)["net/l0"].lhs, TimeIndexed)
 
 
+@pytest.mark.slow
 def test_one_learned_range_for_all_steps_instead_of_tables():
     state, _ = run_stage(stage(QALoRAConfig(rank=4, talsq=False)), start())
     before = flatten_sites(start().quant)
@@ -259,12 +261,15 @@ def test_one_learned_range_for_all_steps_instead_of_tables():
         assert float(site.lhs.scale) != float(before[name].lhs.scale)
 
 
+@pytest.mark.slow
 def test_weights_alone():
-    state, report = run_stage(stage(), start(4, None))
+    phases = (Phase(400, RATES, SUM),)
+    state, report = run_stage(stage(phases=phases), start(2, None))
     assert all(site.lhs is None for site in flatten_sites(state.quant).values())
-    assert report["last_loss"] < report["first_loss"]
+    assert report["last_loss"] < 0.7 * report["first_loss"]
 
 
+@pytest.mark.slow
 def test_a_shared_step_takes_the_updates_of_both_its_uses():
     one = (Phase(1, {"scales": 1e-3, "base_scales": 1e-3}, SUM),)
     begun = after(stage(QALoRAConfig(rank=4, base_delta_shared=True), one), 0)
@@ -284,6 +289,7 @@ def test_a_shared_step_takes_the_updates_of_both_its_uses():
     assert not np.array_equal(shared, frozen)
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_nothing_but_memory():
     kept, made = (
         run_stage(stage(training=FinetuneConfig(remat=remat)), start())[1]
