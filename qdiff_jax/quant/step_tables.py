@@ -44,6 +44,28 @@ def kept_among_codes(table: QParams) -> QParams:
     return table.replace(zero_point=jnp.clip(table.zero_point, table.qmin, table.qmax))
 
 
+def check_served(trained: np.ndarray, timesteps: np.ndarray, how: str) -> None:
+    """Raise ValueError for what `on_schedule` cannot do: another `how`, "every" with S' that does not divide S,
+    or, interpolating, a timestep outside the trained ones. Cheap, for before the training."""
+    trained, timesteps = np.asarray(trained), np.asarray(timesteps)
+    if how not in ("every", "interpolate"):
+        raise ValueError(f"how={how!r} is unknown; use 'every' or 'interpolate'.")
+    if np.array_equal(trained, timesteps):
+        return
+    if how == "every" and len(trained) % len(timesteps):
+        raise ValueError(
+            f"a table of {len(trained)} steps has no every-n-th entry for {len(timesteps)} steps; train on a "
+            "multiple of the sampler's steps, or take how='interpolate'."
+        )
+    if how == "interpolate" and (
+        timesteps.min() < trained.min() or timesteps.max() > trained.max()
+    ):
+        raise ValueError(
+            f"tables are trained from t = {trained.min():g} to {trained.max():g}, the schedule goes from "
+            f"{timesteps.min():g} to {timesteps.max():g}; train on a grid that covers it."
+        )
+
+
 def on_schedule(
     table: QParams, trained: np.ndarray, timesteps: np.ndarray, how: str = "interpolate"
 ) -> TimeIndexed:
@@ -55,45 +77,34 @@ def on_schedule(
       how: "every": row i * (S / S'), which the official code takes; "interpolate": linear in t, exact at
         trained timesteps (and so the same on nested grids).
 
-    Raises:
-      ValueError: another `how`, "every" with S' that does not divide S, or a timestep outside the trained
-      ones.
+    Raises ValueError as `check_served` does.
     """
     trained, timesteps = np.asarray(trained, np.float32), np.asarray(timesteps, np.float32)
-    count, wanted = len(trained), len(timesteps)
+    check_served(trained, timesteps, how)
     if np.array_equal(trained, timesteps):
         chosen = table
     elif how == "every":
-        if count % wanted:
-            raise ValueError(
-                f"a table of {count} steps has no every-n-th entry for {wanted} steps; train on a multiple "
-                "of the sampler's steps, or take how='interpolate'."
-            )
-        chosen = jax.tree.map(lambda leaf: leaf[:: count // wanted], table)
-    elif how == "interpolate":
-        if timesteps.min() < trained.min() or timesteps.max() > trained.max():
-            raise ValueError(
-                f"the table was trained from t = {trained.min():g} to {trained.max():g}, the schedule goes "
-                f"from {timesteps.min():g} to {timesteps.max():g}; train on a grid that covers it."
-            )
-        # Where a grid repeats a timestep, its first row stands for it.
-        at, first = np.unique(trained, return_index=True)
-        above = np.clip(np.searchsorted(at, timesteps), 1, max(len(at) - 1, 1))
-        above = np.minimum(above, len(at) - 1)
-        below = np.maximum(above - 1, 0)
-        span = np.maximum(at[above] - at[below], np.finfo(np.float32).tiny)
-        share = np.clip((timesteps - at[below]) / span, 0.0, 1.0).astype(np.float32)
-
-        def between(leaf):
-            leaf = np.asarray(leaf)
-            low, high = leaf[first[below]], leaf[first[above]]
-            part = share.reshape((-1,) + (1,) * (leaf.ndim - 1))
-            # Both ends exact, which low + part * (high - low) is not at its upper one.
-            mixed = (1 - part) * low + part * high
-            return jnp.asarray(np.where(part == 1, high, np.where(part == 0, low, mixed)))
-
-        chosen = jax.tree.map(between, table)
+        chosen = jax.tree.map(lambda leaf: leaf[:: len(trained) // len(timesteps)], table)
     else:
-        raise ValueError(f"how={how!r} is unknown; use 'every' or 'interpolate'.")
+        chosen = _interpolated(table, trained, timesteps)
     rows = kept_among_codes(trained_rows(chosen))
     return TimeIndexed(rows, jnp.asarray(timesteps), "step")
+
+
+def _interpolated(table: QParams, trained: np.ndarray, timesteps: np.ndarray) -> QParams:
+    # Where a grid repeats a timestep, its first row stands for it.
+    at, first = np.unique(trained, return_index=True)
+    above = np.minimum(np.clip(np.searchsorted(at, timesteps), 1, None), len(at) - 1)
+    below = np.maximum(above - 1, 0)
+    span = np.maximum(at[above] - at[below], np.finfo(np.float32).tiny)
+    share = np.clip((timesteps - at[below]) / span, 0.0, 1.0).astype(np.float32)
+
+    def between(leaf):
+        leaf = np.asarray(leaf)
+        low, high = leaf[first[below]], leaf[first[above]]
+        part = share.reshape((-1,) + (1,) * (leaf.ndim - 1))
+        # Both ends exact, which low + part * (high - low) is not at its upper one.
+        mixed = (1 - part) * low + part * high
+        return jnp.asarray(np.where(part == 1, high, np.where(part == 0, low, mixed)))
+
+    return jax.tree.map(between, table)

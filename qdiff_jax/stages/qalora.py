@@ -28,7 +28,13 @@ from qdiff_jax.quant.low_rank import (
 )
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import codes, dequantize
-from qdiff_jax.quant.step_tables import kept_among_codes, on_schedule, repeated, trained_rows
+from qdiff_jax.quant.step_tables import (
+    check_served,
+    kept_among_codes,
+    on_schedule,
+    repeated,
+    trained_rows,
+)
 from qdiff_jax.quant.timed import StepContext, TimeIndexed, locate
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 from qdiff_jax.stages.finetune import Student
@@ -91,11 +97,14 @@ def qalora(
 
     trained: [S], timesteps of the trajectories. timesteps: [S'], the sampler's, which the tables of
     the result serve. left_alone: sites that are calibrated and nothing more. Its labels: "lora",
-    "scales" (delta_w), "tables" (activations), and with base_delta_shared "base_scales". `begin` raises
-    ValueError, naming the site, for a weight without a range or an activation that has a step table
-    already.
+    "scales" (delta_w), "tables" (activations), and with base_delta_shared "base_scales". Raises ValueError
+    for a schedule that tables of `trained` cannot serve, and `begin`, naming the site, for a weight without a
+    range or an activation that has a step table already.
     """
-    rows = np.asarray(trained, np.float32) if config.talsq else np.zeros(1, np.float32)
+    rows = np.zeros(1, np.float32)
+    if config.talsq:
+        rows = np.asarray(trained, np.float32)
+        check_served(rows, np.asarray(timesteps, np.float32), config.subsample)
 
     def begin(state: QuantState) -> tuple[dict, Any, dict]:
         flat = flatten_sites(state.quant)

@@ -298,6 +298,12 @@ def test_recomputing_blocks_changes_nothing_but_memory():
     assert made["last_loss"] == pytest.approx(kept["last_loss"], rel=1e-3)
 
 
+def test_a_schedule_that_no_table_will_serve_is_refused_before_the_training():
+    with pytest.raises(ValueError, match="a grid that covers it"):
+        student(timesteps=np.float32([1.0, 4.0]))
+    assert student(QALoRAConfig(talsq=False), timesteps=np.float32([1.0, 4.0]))
+
+
 def test_a_state_without_ranges_is_refused():
     bare = start().replace(quant=decide_codes(start().quant, toy.model().params))
     with pytest.raises(ValueError, match="net/l0 has no range"):
