@@ -8,9 +8,10 @@ or `policy=official` (the code's table: embedding, first and last layer at 8 bit
 attention products in full precision); `variant=fixed` (default) or `variant=faithful` (the code's shared
 delta_w and float zero points); `base=full_precision` starts the updates from the unrounded weights;
 `ranges=minmax` (the paper) or `ranges=mse` of weights. For ablations: `untuned` (ranges and nothing more),
-`no_talsq` (one learned activation scale for all steps), `rates=mean` (one rate for all layers, the mean of the
-scale-aware ones), `source=cached` (the recorded calibration trajectories) and with it `target=noise` (ordinary
-diffusion training on what they end in, in place of distillation). Round-to-nearest stands beside it.
+`no_lora` (scales alone learn), `no_talsq` (one learned activation scale for all steps), `rates=mean` (one rate
+for all layers, the mean of the scale-aware ones), `source=cached` (the recorded calibration trajectories) and
+with it `target=noise` (ordinary diffusion training on what they end in, in place of distillation).
+Round-to-nearest stands beside it.
 The paper's sizes: 16,000 steps, batch 2, trajectories of 100 steps with eta 1, whose tables are taken over to
 the sampler's 20 steps: hours on a CPU. `laptop` trains on the sampler's own timesteps, LAPTOP; `smoke`
 runs in seconds (`efficientdm.py:smoke`). Guided training: `--config.sampler.guidance_scale=3` and, as
@@ -33,6 +34,7 @@ def get_config(arg=None):
         base=("quantized", "full_precision"),
         ranges=("", "minmax", "mse"),
         untuned=False,
+        no_lora=False,
         no_talsq=False,
         rates=("scale_aware", "mean"),
         source=("online", "cached"),
@@ -44,6 +46,7 @@ def get_config(arg=None):
     config.activations.observer = "mse"
     own = dict(
         steps=16_000,
+        lora=not arg.no_lora,
         lora_divisor=2500.0,
         scale_lr=1e-6,
         activation_lr=5e-4,

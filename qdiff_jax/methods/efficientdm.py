@@ -40,7 +40,7 @@ VARIANTS = ("fixed", "faithful")
 class EfficientDMConfig:
     """The paper's figures for LDM-4 on ImageNet.
 
-    steps: of training. lora_divisor: a layer's update learns at mean(delta_w) / lora_divisor, or at the mean of
+    steps: of training. lora: False trains scales and tables alone (an ablation). lora_divisor: a layer's update learns at mean(delta_w) / lora_divisor, or at the mean of
     these over the layers with student.rates "mean"; lora_lr: its rate with student.rates "constant". scale_lr,
     activation_lr: of delta_w and of the tables. loss: of `stages.finetune.LOSSES`. weight_method: ranges of
     weights, "minmax" or "mse". variant: "fixed" or "faithful". source, student, training: where batches come
@@ -48,6 +48,7 @@ class EfficientDMConfig:
     """
 
     steps: int = 16_000
+    lora: bool = True
     lora_divisor: float = 2500.0
     lora_lr: float = 1e-3
     scale_lr: float = 1e-6
@@ -75,8 +76,10 @@ class EfficientDMConfig:
 
 def phases_of(config: EfficientDMConfig) -> tuple[Phase, ...]:
     """The paper's one phase."""
-    lora = config.lora_lr if config.student.rates == "constant" else 1.0 / config.lora_divisor
-    labels = {"lora": lora, "scales": config.scale_lr, "tables": config.activation_lr}
+    labels = {"scales": config.scale_lr, "tables": config.activation_lr}
+    if config.lora:
+        constant = config.student.rates == "constant"
+        labels["lora"] = config.lora_lr if constant else 1.0 / config.lora_divisor
     if config.student.base_delta_shared:
         labels["base_scales"] = config.scale_lr
     return (Phase(config.steps, labels, {config.loss: 1.0}),)

@@ -1,0 +1,95 @@
+"""What a step of fine-tuning holds: a teacher, a student, what is trained with its moments, and little else."""
+
+import jax
+import numpy as np
+import pytest
+
+from qdiff_jax.diffusion.samplers import ddim
+from qdiff_jax.diffusion.schedule import make_schedule
+from qdiff_jax.diffusion.timesteps import make_timesteps
+from qdiff_jax.models.dit import DiTConfig
+from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes, program_of
+from qdiff_jax.observe.sources import online
+from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.sites import list_sites
+from qdiff_jax.stages.finetune import FinetuneConfig, Phase, finetune, make_step, schedule
+from qdiff_jax.stages.qalora import QALoRAConfig, qalora
+from qdiff_jax.stages.stage import Model, initial_state, run_stage
+from qdiff_jax.stages.weights import calibrate_weights
+
+pytestmark = pytest.mark.slow
+# Weights outweigh activations here as they do at real sizes: four tokens.
+CONFIG = DiTConfig(
+    width=256, depth=4, heads=4, patch=4, resolution=8, num_classes=10, learn_sigma=False
+)
+
+
+def model() -> Model:
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jax.numpy.asarray(0.05 * rng.standard_normal(leaf.shape), "float32"),
+        parameter_shapes(CONFIG),
+    )
+    return Model(make_module(CONFIG), program_of(CONFIG), params)
+
+
+def size(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_peak_of_a_step_is_within_a_fifth_of_what_must_be_there(remat):
+    """Sum: the teacher, as much for the student's weights, what is trained three times (AdamW's moments)."""
+    net = model()
+    sites = list_sites(net.module, *example_inputs(CONFIG))
+    plan = make_plan(sites, policy("common", sites, 4, None))
+    state, _ = run_stage(
+        calibrate_weights(net, method="minmax"), initial_state(plan, jax.random.key(0))
+    )
+    grid = make_timesteps("uniform", 1000, 4)
+    sampler = ddim(make_schedule("linear"), grid, eta=1.0)
+    source = online(sampler, shape=(8, 8, 4), batch_size=1, classes=10)
+    student = qalora(net, QALoRAConfig(rank=32), grid, grid)
+    phases = (Phase(8, {"lora": 1e-3, "scales": 1e-6}, {"eps_sum": 1.0}),)
+    training = FinetuneConfig(remat=remat)
+    carry = finetune("tuned", net, student, source, phases, training).init(state, None)
+    step = make_step(
+        net.module,
+        net.program if remat else None,
+        source.draw,
+        student.variables,
+        student.settle,
+        student.rows,
+        student.by_step,
+        ("eps_sum",),
+        training.weight_decay,
+    )
+    inputs = (
+        source.inputs(jax.random.key(1), 0, 1),
+        *schedule(phases, student.labels, ("eps_sum",), 0, 1),
+    )
+    first = jax.tree.map(lambda leaf: leaf[0], inputs)
+    compiled = jax.jit(step, donate_argnums=0).lower(carry.work, first, carry.fixed).compile()
+    held = compiled.memory_analysis()
+    peak = held.argument_size_in_bytes + held.temp_size_in_bytes
+    peak += held.output_size_in_bytes - held.alias_size_in_bytes
+    needed = 2 * size(net.params) + 3 * size(carry.work["trainable"])
+    assert size(carry.work["optimizer"]) < 2.01 * size(carry.work["trainable"])
+    print(f"peak {peak / 2**20:.1f} MiB, needed {needed / 2**20:.1f} MiB: {peak / needed:.3f}")
+    assert peak < 1.2 * needed
+
+
+def test_the_teacher_is_shared_and_not_copied():
+    net = model()
+    sites = list_sites(net.module, *example_inputs(CONFIG))
+    plan = make_plan(sites, policy("common", sites, 4, None))
+    state, _ = run_stage(
+        calibrate_weights(net, method="minmax"), initial_state(plan, jax.random.key(0))
+    )
+    grid = np.arange(4.0)
+    source = online(ddim(make_schedule("linear"), grid), shape=(8, 8, 4), batch_size=1, classes=10)
+    student = qalora(net, QALoRAConfig(rank=2), grid, grid)
+    phases = (Phase(8, {"lora": 1e-3}, {"eps_sum": 1.0}),)
+    carry = finetune("tuned", net, student, source, phases).init(state, None)
+    for ours, theirs in zip(jax.tree.leaves(carry.fixed["teacher"]), jax.tree.leaves(net.params)):
+        assert ours.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer()
