@@ -6,8 +6,8 @@
 Papers: PTQ4DM (arXiv:2211.15736), Q-Diffusion (2302.04304), TFMQ-DM (2311.16503), TDQ (2306.02316), TCAQ-DM
 (2412.16700), PTQD (2305.10657), EfficientDM (2310.03270). Every run is a config of configs/methods at its
 `laptop` size, measured on 256 samples from shared noise over 20 steps, with three seeds; a run that two claims
-share is made once. Hours in all on two cores, resumable. Expected: experiments/results/claims.md once it has been
-run in full.
+share is made once. Hours in all on two cores, resumable. Expected: experiments/results/claims.md once it has
+been run in full.
 `claims.py:smoke` pairs two runs on a miniature.
 """
 

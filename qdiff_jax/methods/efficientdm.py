@@ -42,8 +42,8 @@ class EfficientDMConfig:
 
     steps: of training. lora: False trains scales and tables alone (an ablation). lora_divisor: a layer's update
     learns at mean(delta_w) / lora_divisor, or at the mean of these over the layers with student.rates "mean";
-    lora_lr: its rate with student.rates "constant". scale_lr, activation_lr: of delta_w and of the tables. loss:
-    of `stages.finetune.LOSSES`. weight_method: ranges of weights, "minmax" or "mse". variant: "fixed" or
+    lora_lr: its rate with student.rates "constant". scale_lr, activation_lr: of delta_w and of the tables.
+    loss: of `stages.finetune.LOSSES`. weight_method: ranges of weights, "minmax" or "mse". variant: "fixed" or
     "faithful". source, student, training: where batches come from, what is trained, and how.
     """
 
