@@ -24,6 +24,7 @@ from qdiff_jax.diffusion.guidance import evaluate
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.sources import Source
 from qdiff_jax.quant.timed import StepContext, rowwise, select
+from qdiff_jax.runtime.remat import recomputed
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.whole_network import Carry, train_whole
 
@@ -185,6 +186,15 @@ def initial_moments(trainable: dict, *, by_step: Sequence[str], weight_decay: fl
 
 
 @functools.cache
+def _block(module):
+    def apply(tied, params):
+        values, quant = tied
+        return module.apply({"params": params, "quant": quant}, *values)
+
+    return apply
+
+
+@functools.cache
 def rematerialised(module, program):
     """`models.registry.predictor` of a network that keeps nothing but what its blocks read."""
 
@@ -193,12 +203,9 @@ def rematerialised(module, program):
         params, quant = variables["params"], select(variables["quant"], ctx)
         env = {"x": x, "t": t, "y": y}
         for node in program:
-
-            def block(params, quant, *values, module=node.module):
-                return module.apply({"params": params, "quant": quant}, *values)
-
-            own = (tree.get(node.name, {}) for tree in (params, quant))
-            env[node.name] = jax.checkpoint(block)(*own, *(env[n] for n in node.reads))
+            own = tuple(tree.get(node.name, {}) for tree in (params, quant))
+            values = tuple(env[name] for name in node.reads)
+            env[node.name] = recomputed(_block(node.module), (values, own[1]), own[0])
         return env[program[-1].name][..., : x.shape[-1]]
 
     return predict

@@ -36,6 +36,7 @@ from qdiff_jax.quant.step_tables import (
     trained_rows,
 )
 from qdiff_jax.quant.timed import StepContext, TimeIndexed, locate
+from qdiff_jax.runtime.remat import recomputed
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 from qdiff_jax.stages.finetune import Student
 from qdiff_jax.stages.stage import (
@@ -186,30 +187,29 @@ def _factors(trainable: Mapping, rates: str) -> dict:
     return {site: LowRank(a=factor, b=factor) for site, factor in factors.items()}
 
 
-def base_weight(trainable: Mapping, fixed: Mapping, params: Mapping, site: str) -> jax.Array:
-    """W0 of a site: its codes, valued with the scale they were given or with the learned one, or the
-    full-precision kernel."""
-    if site not in fixed["bases"]:
-        return kernel_at(params, site)
-    grid = fixed["grids"][site]
-    if "base_scales" in trainable:
-        grid = trained_grid(grid.replace(scale=trainable["base_scales"][site]))
-    return dequantize(grid, fixed["bases"][site].astype(jnp.int32))
+def _weight(learned, given):
+    """FQ(W0 + B A). learned: (update, grid, grid of W0 or None); given: codes of W0, or a kernel."""
+    update, grid, base_grid = learned
+    if base_grid is not None:
+        given = dequantize(trained_grid(base_grid), given.astype(jnp.int32))
+    return merged_weight(given, update, grid)
 
 
 @functools.cache
 def _variables(zp_ste: bool):
     def variables(trainable, fixed, params):
-        kernels = dict(fixed["kept"])
+        kernels, made = dict(fixed["kept"]), None
         for site, grid in fixed["grids"].items():
-            kernels[site] = _effective(trainable, fixed, params, site, grid)
+            # One after the other: started together, their products A B are a copy of the network.
+            made = _effective(trainable, fixed, params, site, grid, begin=made)
+            kernels[site] = made
         sites: dict[str, SiteQuant] = {}
         rule = "step" if fixed["timesteps"].shape[0] > 1 else "bin"
-        made = dict(fixed["static"])
+        quantizers = dict(fixed["static"])
         for name, table in fixed["activations"].items():
             table = trained_rows(table.replace(**trainable["tables"][name]), zp_ste)
-            made[name] = TimeIndexed(table, fixed["timesteps"], rule)
-        for name, quantizer in made.items():
+            quantizers[name] = TimeIndexed(table, fixed["timesteps"], rule)
+        for name, quantizer in quantizers.items():
             site, _, operand = name.rpartition(":")
             side = {"lhs" if operand in _LEFT else "rhs": quantizer}
             held = sites.get(site, SiteQuant(product=operand not in ("input",)))
@@ -219,18 +219,17 @@ def _variables(zp_ste: bool):
     return variables
 
 
-def _effective(trainable, fixed, params, site, grid):
-    """FQ(W0 + B A), recomputed in the backward pass: what rounding leaves behind there would be several
-    copies of the network."""
-
-    def weight(update, scale, base_scales):
-        own = {"base_scales": {site: base_scales}} if base_scales is not None else {}
-        base = base_weight(own, fixed, params, site)
-        return merged_weight(base, update, grid.replace(scale=scale))
-
-    shared = trainable["base_scales"][site] if "base_scales" in trainable else None
-    update, scale = trainable["lora"][site], trainable["scales"][site]
-    return jax.checkpoint(weight)(update, scale, shared)
+def _effective(trainable, fixed, params, site, grid, begin):
+    """The weight of a site, recomputed in the backward pass: what rounding leaves behind there would be several
+    copies of the network. W0 is valued with the scale it was given, or with the learned one."""
+    given = fixed["bases"].get(site)
+    base_grid = None if given is None else grid
+    if "base_scales" in trainable:
+        base_grid = grid.replace(scale=trainable["base_scales"][site])
+    learned = grid.replace(scale=trainable["scales"][site])
+    given = kernel_at(params, site) if given is None else given
+    update = trainable["lora"][site]
+    return recomputed(_weight, (update, learned, base_grid), given, begin)
 
 
 def settle(before: Mapping, after: dict, fixed: Mapping) -> dict:
@@ -258,11 +257,11 @@ def visited(fixed: Mapping, ctx: StepContext) -> jax.Array:
 
 @jax.jit
 def _merged(bases, base_grids, updates, grids):
-    """(codes of FQ(W0 + B A), the grids they are on), lists. bases: codes, or kernels in full precision."""
+    """(codes of FQ(W0 + B A), their grids), lists. bases: codes, or kernels, whose base grid is None."""
     held = []
     for base, base_grid, update, grid in zip(bases, base_grids, updates, grids):
-        if jnp.issubdtype(base.dtype, jnp.integer):
-            base = dequantize(base_grid, base.astype(jnp.int32))
+        if base_grid is not None:
+            base = dequantize(trained_grid(base_grid), base.astype(jnp.int32))
         held.append(merged_codes(base, update, grid))
     return held, [trained_grid(grid) for grid in grids]
 
@@ -273,13 +272,13 @@ def _finish(model, config, rows, timesteps, state: QuantState, trainable, fixed)
     bits = {entry.site: entry.bits for entry in state.plan.quantized("weight")}
     sites = list(fixed["grids"])
     bases = [fixed["bases"].get(site, kernel_at(model.params, site)) for site in sites]
-    start = fixed["grids"]
+    start = {site: fixed["grids"][site] for site in fixed["bases"]}
     if "base_scales" in trainable:
         learned = trainable["base_scales"]
-        start = {n: trained_grid(start[n].replace(scale=learned[n])) for n in sites}
+        start = {site: grid.replace(scale=learned[site]) for site, grid in start.items()}
     merged, grids = _merged(
         bases,
-        [start[site] for site in sites],
+        [start.get(site) for site in sites],
         [trainable["lora"][site] for site in sites],
         [fixed["grids"][site].replace(scale=trainable["scales"][site]) for site in sites],
     )

@@ -10,10 +10,11 @@ import pytest
 from qdiff_jax.export.qtensor import QTensor, dequantize
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.sources import cached, online
+from qdiff_jax.quant.quantizer import dequantize as values_of
 from qdiff_jax.quant.timed import TimeIndexed, select, step_context
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.finetune import FinetuneConfig, Phase, finetune, schedule
-from qdiff_jax.stages.qalora import QALoRAConfig, base_weight, qalora
+from qdiff_jax.stages.qalora import QALoRAConfig, qalora
 from qdiff_jax.stages.stage import decide_codes, fold_weights, kernel_at, run_stage
 
 from . import toy
@@ -272,10 +273,10 @@ def test_weights_alone():
 @pytest.mark.slow
 def test_a_shared_step_takes_the_updates_of_both_its_uses():
     one = (Phase(1, {"scales": 1e-3, "base_scales": 1e-3}, SUM),)
-    begun = after(stage(QALoRAConfig(rank=4, base_delta_shared=True), one), 0)
+    shared = QALoRAConfig(rank=4, base_delta_shared=True)
+    begun = after(stage(shared, one), 0)
     before = {name: np.asarray(v) for name, v in begun.work["trainable"]["scales"].items()}
-    work = stage(QALoRAConfig(rank=4, base_delta_shared=True), one)
-    carry = work.run(begun, 1)
+    carry = stage(shared, one).run(begun, 1)
     for name in toy.LAYERS:
         scale = carry.work["trainable"]["scales"][name]
         np.testing.assert_array_equal(scale, carry.work["trainable"]["base_scales"][name])
@@ -283,10 +284,12 @@ def test_a_shared_step_takes_the_updates_of_both_its_uses():
         assert size.max() <= 2.1e-3
         # At the start both pull the same way where W0 follows the step, and then count twice.
         assert size.max() > 1.1e-3
+    # W0 is valued with the learned step: with B still 0 the weight is its codes times that step.
     trainable, fixed = carry.work["trainable"], carry.fixed["student"]
-    shared = base_weight(trainable, fixed, toy.model().params, "net/l0")
-    frozen = base_weight({}, fixed, toy.model().params, "net/l0")
-    assert not np.array_equal(shared, frozen)
+    grid = fixed["grids"]["net/l0"].replace(scale=trainable["scales"]["net/l0"])
+    seen = jax.jit(student(shared).variables)(trainable, fixed, toy.model().params)
+    expected = values_of(grid, fixed["bases"]["net/l0"].astype(jnp.int32))
+    np.testing.assert_allclose(kernel_at(seen["params"], "net/l0"), expected, rtol=1e-6)
 
 
 @pytest.mark.slow
