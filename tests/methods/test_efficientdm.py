@@ -128,9 +128,13 @@ def test_every_word_of_the_config_is_read(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["w4a4", "w2a8,official,faithful", "w4a4,model=dit,no_talsq"])
-def test_the_whole_method_runs_to_a_bundle_and_a_report(words, tmp_path):
-    config = load_config(f"{CONFIG}:{words},smoke")
+@pytest.mark.parametrize(
+    ("words", "guided"),
+    [("w4a4", True), ("w2a8,official,faithful", False), ("w4a4,model=dit,no_talsq", False)],
+)
+def test_the_whole_method_runs_to_a_bundle_and_a_report(words, guided, tmp_path):
+    scales = {"sampler.guidance_scale": 3.0, "efficientdm.source.guidance_scale": 1.5}
+    config = load_config(f"{CONFIG}:{words},smoke", scales if guided else {})
     name = f"efficientdm_{words[:4]}"
     with config.unlocked():
         del config.variants[f"rtn_{words[:4]}"]

@@ -1,5 +1,7 @@
 """What a step of fine-tuning holds: a teacher, a student, what is trained with its moments, and little else."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -19,42 +21,36 @@ from qdiff_jax.stages.weights import calibrate_weights
 
 from ..tiny_unet import QUICK
 
-pytestmark = pytest.mark.slow
-# Weights outweigh activations here as they do at real sizes: four tokens.
+# Weights outweigh activations here as they do at real sizes: four tokens. One layer is little of the
+# whole only in a deep network: with 4 blocks in place of 12 the ratio is 1.26.
 CONFIG = DiTConfig(
     width=64, depth=12, heads=4, patch=4, resolution=8, num_classes=10, learn_sigma=False
 )
-
-
-def model() -> Model:
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jax.numpy.asarray(0.05 * rng.standard_normal(leaf.shape), "float32"),
-        parameter_shapes(CONFIG),
-    )
-    return Model(make_module(CONFIG), program_of(CONFIG), params)
+PHASES = (Phase(8, {"lora": 1e-3, "scales": 1e-6}, {"eps_sum": 1.0}),)
 
 
 def size(tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_the_peak_of_a_step_is_within_a_fifth_of_what_must_be_there(remat):
-    """Sum: the teacher, as much for the student's weights, what is trained three times (AdamW's moments)."""
-    net = model()
-    sites = list_sites(net.module, *example_inputs(CONFIG))
-    plan = make_plan(sites, policy("common", sites, 4, None))
-    state, _ = run_stage(
-        calibrate_weights(net, method="minmax"), initial_state(plan, jax.random.key(0))
+def begun(config: DiTConfig, batch: int, remat: bool):
+    """(the model, the stage's carry before its first step, the step compiled)."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jax.numpy.asarray(0.05 * rng.standard_normal(leaf.shape), "float32"),
+        parameter_shapes(config),
     )
+    net = Model(make_module(config), program_of(config), params)
+    sites = list_sites(net.module, *example_inputs(config))
+    plan = make_plan(sites, policy("common", sites, 4, None))
+    state = initial_state(plan, jax.random.key(0))
+    state, _ = run_stage(calibrate_weights(net, method="minmax"), state)
     grid = make_timesteps("uniform", 1000, 4)
     sampler = ddim(make_schedule("linear"), grid, eta=1.0)
-    source = online(sampler, shape=(8, 8, 4), batch_size=1, classes=10)
+    source = online(sampler, shape=(8, 8, 4), batch_size=batch, classes=10)
     student = qalora(net, QALoRAConfig(rank=8), grid, grid)
-    phases = (Phase(8, {"lora": 1e-3, "scales": 1e-6}, {"eps_sum": 1.0}),)
     training = FinetuneConfig(remat=remat)
-    carry = finetune("tuned", net, student, source, phases, training).init(state, None)
+    carry = finetune("tuned", net, student, source, PHASES, training).init(state, None)
     step = make_step(
         net.module,
         net.program if remat else None,
@@ -68,30 +64,32 @@ def test_the_peak_of_a_step_is_within_a_fifth_of_what_must_be_there(remat):
     )
     inputs = (
         source.inputs(jax.random.key(1), 0, 1),
-        *schedule(phases, student.labels, ("eps_sum",), 0, 1),
+        *schedule(PHASES, student.labels, ("eps_sum",), 0, 1),
     )
     first = jax.tree.map(lambda leaf: leaf[0], inputs)
-    compiled = jax.jit(step, donate_argnums=0).lower(carry.work, first, carry.fixed).compile(QUICK)
-    held = compiled.memory_analysis()
+    lowered = jax.jit(step, donate_argnums=0).lower(carry.work, first, carry.fixed)
+    return net, carry, lowered.compile(QUICK).memory_analysis()
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_step_is_within_a_fifth_of_what_must_be_there():
+    """Sum: the teacher, as much for the student's weights, what is trained three times (AdamW's moments)."""
+    net, carry, held = begun(CONFIG, batch=1, remat=False)
+    trained = size(carry.work["trainable"])
+    assert size(carry.work["optimizer"]) < 2.01 * trained
+    assert size(carry.work) < 3.02 * trained
+    for ours, theirs in zip(jax.tree.leaves(carry.fixed["teacher"]), jax.tree.leaves(net.params)):
+        assert ours.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer()  # shared, not copied
     peak = held.argument_size_in_bytes + held.temp_size_in_bytes
     peak += held.output_size_in_bytes - held.alias_size_in_bytes
-    needed = 2 * size(net.params) + 3 * size(carry.work["trainable"])
-    assert size(carry.work["optimizer"]) < 2.01 * size(carry.work["trainable"])
-    print(f"peak {peak / 2**20:.1f} MiB, needed {needed / 2**20:.1f} MiB: {peak / needed:.3f}")
-    assert peak < 1.2 * needed
+    assert peak < 1.2 * (2 * size(net.params) + 3 * trained)
 
 
-def test_the_teacher_is_shared_and_not_copied():
-    net = model()
-    sites = list_sites(net.module, *example_inputs(CONFIG))
-    plan = make_plan(sites, policy("common", sites, 4, None))
-    state, _ = run_stage(
-        calibrate_weights(net, method="minmax"), initial_state(plan, jax.random.key(0))
+@pytest.mark.slow
+def test_recomputing_blocks_keeps_their_inputs_alone():
+    """Where activations dominate: 2 blocks, 64 samples."""
+    small = dataclasses.replace(CONFIG, depth=2)
+    kept, made = (
+        begun(small, batch=64, remat=remat)[2].temp_size_in_bytes for remat in (False, True)
     )
-    grid = np.arange(4.0)
-    source = online(ddim(make_schedule("linear"), grid), shape=(8, 8, 4), batch_size=1, classes=10)
-    student = qalora(net, QALoRAConfig(rank=2), grid, grid)
-    phases = (Phase(8, {"lora": 1e-3}, {"eps_sum": 1.0}),)
-    carry = finetune("tuned", net, student, source, phases).init(state, None)
-    for ours, theirs in zip(jax.tree.leaves(carry.fixed["teacher"]), jax.tree.leaves(net.params)):
-        assert ours.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer()
+    assert made < 0.75 * kept
