@@ -41,6 +41,7 @@ from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
 from qdiff_jax.observe.quantization_noise import Paired, paired
 from qdiff_jax.observe.selectors import every_step, select_calibration
+from qdiff_jax.observe.sources import Sampling
 from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
 from qdiff_jax.policy import SitePlan, make_plan, policy
 from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
@@ -74,7 +75,9 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
         enter("trajectories")
         calibration, held_out = trajectories(job, workdir)
         sets = calibration_sets(config, calibration)._replace(
-            paired=pairs_of(job, calibration), step_weights=step_weights(job, workdir)
+            paired=pairs_of(job, calibration),
+            sampling=sampling_of(job),
+            step_weights=step_weights(job, workdir),
         )
         enter("fp32")
         records = [reference(config, diffusion, workdir)]
@@ -201,6 +204,15 @@ def pairs_of(job: Job, calibration: Trajectory) -> Paired:
     """The calibration trajectories as pairs, for methods that correct the sampling."""
     guidance = guidance_of(job.config.sampler.guidance_scale, job.diffusion.null_class)
     return paired(calibration, guidance, job.sampler, job.diffusion.schedule)
+
+
+def sampling_of(job: Job) -> Sampling:
+    """What the config's trajectories are made of, for methods that sample while they train."""
+    config, diffusion = job.config.sampler, job.diffusion
+    guidance = guidance_of(config.guidance_scale, diffusion.null_class)
+    return Sampling(
+        diffusion.schedule, config.spacing, guidance, diffusion.image_shape, diffusion.null_class
+    )
 
 
 def sampler_config(job: Job, calibration: Trajectory) -> dict:

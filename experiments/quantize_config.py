@@ -16,6 +16,7 @@ from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
 from qdiff_jax.methods.closed_form import check_rounding
+from qdiff_jax.methods.efficientdm import EfficientDMConfig
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings
@@ -182,10 +183,15 @@ class QuantizeConfig:
     tcaq: TcaqConfig = TcaqConfig()
     ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
     svdquant: SvdQuantConfig = SvdQuantConfig()
+    efficientdm: EfficientDMConfig = EfficientDMConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
-FREE_TO_CHANGE = ("reconstruct.save_seconds", "reconstruct.memory_mib")
+FREE_TO_CHANGE = (
+    "reconstruct.save_seconds",
+    "reconstruct.memory_mib",
+    "efficientdm.training.save_seconds",
+)
 
 
 def read_config(config: Any) -> QuantizeConfig:
@@ -275,6 +281,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         tcaq=config.tcaq,
         ptq4dit=config.ptq4dit,
         svdquant=config.svdquant,
+        efficientdm=config.efficientdm,
     )
 
 

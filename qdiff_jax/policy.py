@@ -308,6 +308,29 @@ def official_svdquant(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     return _present(sites, rules)
 
 
+def embedding_and_ends(sites: Sequence[Site]) -> tuple[str, ...]:
+    """Names of the layers of the time embedding, of the first layer and of the last."""
+    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    time = [s.name for s in sites if s.name.split("/")[0] in ("temb", "t_embedder")]
+    return tuple(dict.fromkeys((*time, first.name, last_weight_site(sites).name)))
+
+
+def official_efficientdm(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """EfficientDM's code (MPQ-DM's too): the time embedding, first and last layer at 8 bits, shortcuts,
+    downsampling and attention products in full precision, all else at target bits."""
+    fp = ("input", "weight")
+    rules = [
+        Rule("shortcuts in full precision", "*/nin_shortcut", fp, None, None),
+        Rule("downsampling in full precision", "*_downsample/*", fp, None, None),
+    ]
+    for name in embedding_and_ends(sites):
+        if w_bits:
+            rules.append(Rule("embedding and ends at 8 bits", name, ("weight",), 8, WEIGHT))
+        if a_bits:
+            rules.append(Rule("embedding and ends at 8 bits", name, ("input",), 8, ACTIVATION))
+    return _present(sites, (*rules, _NO_PRODUCTS, *_targets(w_bits, a_bits)))
+
+
 POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "common": common,
     "official:qdiffusion": official_qdiffusion,
@@ -319,6 +342,7 @@ POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "official:tcaq": official_tcaq,
     "official:ptq4dit": official_ptq4dit,
     "official:svdquant": official_svdquant,
+    "official:efficientdm": official_efficientdm,
 }
 
 

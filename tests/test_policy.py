@@ -85,6 +85,24 @@ SNAPSHOT = {
         ],
         **PRODUCTS_KEPT,
     },
+    "official:efficientdm": {
+        "input 6, weight 4c": "*",
+        "input 8, weight 8c": [
+            "temb/dense_0",
+            "temb/dense_1",
+            "conv_in/conv",
+            "out/conv_out",
+        ],
+        "input fp, weight fp": [
+            "down_0_downsample/conv",
+            "down_1_block_0/nin_shortcut",
+            "up_1_block_0/nin_shortcut",
+            "up_1_block_1/nin_shortcut",
+            "up_0_block_0/nin_shortcut",
+            "up_0_block_1/nin_shortcut",
+        ],
+        **PRODUCTS_KEPT,
+    },
     "official:ptqd": {
         "input 6, weight 4c": "*",
         "input 8, weight 8c": ["temb/dense_0", "conv_in/conv", "out/conv_out"],

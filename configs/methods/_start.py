@@ -11,11 +11,14 @@ ROUNDING = {"rounding": ("adaround", "closed_form")}
 MINIATURES = {"unet": "random:miniature", "dit": "random:dit"}
 
 
-def parse(arg, model=tuple(MODELS), **own):
-    """The words behind the colon, with a method's own. model: the models it can run on, its default first."""
+BITS = ("w4a8", "w8a8", "w4a4", "w4a32", "w6a6", "w8a4")
+
+
+def parse(arg, bits=BITS, model=tuple(MODELS), **own):
+    """The words behind the colon, with a method's own. bits, model: what there is, the default first."""
     return parse_arg(
         arg,
-        bits=("w4a8", "w8a8", "w4a4", "w4a32", "w6a6", "w8a4"),
+        bits=bits,
         model=model,
         laptop=False,
         smoke=False,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
+from qdiff_jax.methods.efficientdm import EfficientDMConfig, efficientdm
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, check_transformer, ptq4dit
 from qdiff_jax.methods.ptq4dm import ptq4dm
 from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
@@ -30,13 +31,15 @@ class CalibrationSets(NamedTuple):
     """What methods calibrate on. weights: for reconstruction; activations: visits every step;
     timesteps: [S], the sampler's schedule by step index. step_weights: [S], how much the samples
     of each step count in closed-form rounding (`stages.row_weights`), None for equally. paired: an
-    `observe.quantization_noise.Paired`, for methods that correct the sampling."""
+    `observe.quantization_noise.Paired`, for methods that correct the sampling. sampling: an
+    `observe.sources.Sampling`, for methods that sample while they train."""
 
     weights: Any
     activations: Any
     timesteps: Any
     step_weights: Any = None
     paired: Any = None
+    sampling: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,7 @@ class MethodSettings:
     tcaq: TcaqConfig = TcaqConfig()
     ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
     svdquant: SvdQuantConfig = SvdQuantConfig()
+    efficientdm: EfficientDMConfig = EfficientDMConfig()
 
 
 def _two_sets(sets):
@@ -231,6 +235,19 @@ def _svdquant(model, sets, settings, **own):
     )
 
 
+def _efficientdm(model, sets, settings, **own):
+    return efficientdm(
+        model,
+        sets.activations,
+        sets.timesteps,
+        sampling=sets.sampling,
+        recorded=sets.paired,
+        config=settings.efficientdm,
+        activations=settings.activations,
+        **own,
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "ptq4dm": _ptq4dm,
@@ -243,6 +260,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "tcaq": _tcaq,
     "ptq4dit": _ptq4dit,
     "svdquant": _svdquant,
+    "efficientdm": _efficientdm,
 }
 # Methods that not every network has layers for: what raises ValueError for one that has none.
 _NEEDS: dict[str, Callable[[Model], None]] = {"ptq4dit": check_transformer}

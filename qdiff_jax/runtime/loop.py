@@ -22,13 +22,14 @@ def prefers_scan() -> bool:
 
 
 def run_steps(
-    step: Callable[[Any, Any], tuple[Any, Any]],
+    step: Callable[..., tuple[Any, Any]],
     carry: Any,
     xs: Any = None,
     *,
     length: int | None = None,
     scan: bool | None = None,
     donate: bool = False,
+    fixed: Any = None,
 ) -> tuple[Any, Any]:
     """Runs `carry, y = step(carry, x)` over the leading axis of xs, like `lax.scan`.
 
@@ -45,6 +46,8 @@ def run_steps(
       donate: give the carry's buffers up to the first step, so that it is not copied. The caller's
         carry must not be used afterwards. Without it the carry stays valid, at the price of one
         copy.
+      fixed: arrays that every step reads and none changes; they are handed to `step(carry, x, fixed)` as
+        they are, neither copied nor given up. None: the step takes two arguments.
 
     Returns:
       (carry, ys): ys stacked along a new leading axis, None where step returns None (or for no
@@ -56,15 +59,16 @@ def run_steps(
     count = _length(xs, length)
     if count == 0:
         return carry, None
+    rest = () if fixed is None else (fixed,)
     if not donate:
         carry = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), carry)
     if prefers_scan() if scan is None else scan:
-        return _scanned(step)(carry, xs, count)
+        return _scanned(step)(carry, xs, rest, count)
     jitted = _stepped(step)
     several = any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(carry) if _is_array(leaf))
     outputs = []
     for i in range(count):
-        carry, y = jitted(carry, jax.tree.map(lambda leaf: leaf[i], xs))  # noqa: B023
+        carry, y = jitted(carry, jax.tree.map(lambda leaf: leaf[i], xs), *rest)  # noqa: B023
         outputs.append(y)
         if several:
             # Two runs in flight over several CPU devices can each hold the thread the other waits for.
@@ -82,10 +86,10 @@ def _stepped(step):
 
 @functools.lru_cache(maxsize=64)
 def _scanned(step):
-    def run(carry, xs, count):
-        return jax.lax.scan(step, carry, xs, length=count)
+    def run(carry, xs, rest, count):
+        return jax.lax.scan(lambda c, x: step(c, x, *rest), carry, xs, length=count)
 
-    return jax.jit(run, donate_argnums=0, static_argnums=2)
+    return jax.jit(run, donate_argnums=0, static_argnums=3)
 
 
 def _is_array(leaf) -> bool:

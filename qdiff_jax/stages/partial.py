@@ -10,26 +10,31 @@ import numpy as np
 
 from qdiff_jax.runtime import checkpoint
 
-_KEPT = ("trainable", "optimizer")
+KEPT = ("trainable", "optimizer")
 
 
 def save_partial(
-    folder: pathlib.Path, step: int, total: int, work: Mapping, losses: Sequence[float]
+    folder: pathlib.Path,
+    step: int,
+    total: int,
+    work: Mapping,
+    losses: Sequence[float],
+    names: Sequence[str] = KEPT,
 ) -> None:
-    """Write work["trainable"], work["optimizer"] and the losses of `step` of `total` steps, atomically."""
+    """Write the named parts of work and the losses of `step` of `total` steps, atomically."""
     padded = np.zeros(total, np.float32)
     padded[:step] = losses
-    kept = {name: work[name] for name in _KEPT}
+    kept = {name: work[name] for name in names}
     checkpoint.save(folder, step, {**kept, "losses": padded}, keep=2)
 
 
 def resume_partial(
-    folder: pathlib.Path | None, total: int, work: dict
+    folder: pathlib.Path | None, total: int, work: dict, names: Sequence[str] = KEPT
 ) -> tuple[int, list[float], dict]:
     """(step, losses, work as it was then), or (0, [], work) if nothing was saved."""
     if folder is None or checkpoint.latest_step(folder) is None:
         return 0, [], work
-    template = {name: work[name] for name in _KEPT}
+    template = {name: work[name] for name in names}
     template["losses"] = np.zeros(total, np.float32)
     restored = checkpoint.restore(folder, template)
     losses = restored.tree.pop("losses")[: restored.step].tolist()

@@ -13,12 +13,13 @@ import numpy as np
 import optax
 
 from qdiff_jax.runtime.loop import run_steps
-from qdiff_jax.stages.partial import resume_partial, save_partial
+from qdiff_jax.stages.partial import KEPT, resume_partial, save_partial
 from qdiff_jax.stages.stage import QuantState, Stage
 
 
 class Carry(NamedTuple):
-    """work: {"trainable", "optimizer", "frozen", "data"}, the carry of the steps."""
+    """work: {"trainable", "optimizer", "frozen", "data"}, the carry of the steps. fixed: what they read
+    beside it, None for nothing."""
 
     state: QuantState
     work: dict
@@ -26,42 +27,50 @@ class Carry(NamedTuple):
     losses: tuple[float, ...]
     saved: float
     store: pathlib.Path | None
+    fixed: Any = None
 
 
 def train_whole(
     name: str,
     steps: int,
-    begin: Callable[[QuantState], tuple[dict, Any, Any]],
+    begin: Callable[[QuantState], tuple],
     inputs: Callable[[QuantState, int, int], Any],
     step: Callable,
     finish: Callable[[Carry], tuple[QuantState, dict]],
     *,
     save_seconds: float,
+    optimizer: Callable[[Any], Any] | None = None,
+    kept: tuple[str, ...] = KEPT,
     on_progress=None,
 ) -> Stage:
     """A stage of `steps` steps.
 
-    begin(state) -> (trainable, frozen, data). inputs(state, first, stop): what steps first..stop-1 read,
+    begin(state) -> (trainable, frozen, data), or (trainable, frozen, data, fixed): of the first three the
+    steps have their own copies, `fixed` is shared with whoever holds it and goes to step(work, input, fixed).
+    inputs(state, first, stop): what steps first..stop-1 read,
     functions of the state's key and the step's number alone, so that a resumed run sees the same.
-    step(work, input) -> (work, loss). The optimizer's state is Adam's. Raises FloatingPointError if a
-    loss is not finite.
+    step(work, input) -> (work, loss). optimizer(trainable): its state before the first step, Adam's by default.
+    kept: the parts of work that steps change, which are saved. Raises FloatingPointError if a loss is not
+    finite.
     """
+    start = optax.scale_by_adam().init if optimizer is None else optimizer
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
-        trainable, frozen, data = begin(state)
-        optimizer = optax.scale_by_adam().init(trainable)
-        work = {"trainable": trainable, "optimizer": optimizer, "frozen": frozen, "data": data}
+        trainable, frozen, data, *shared = begin(state)
+        moments = start(trainable)
+        work = {"trainable": trainable, "optimizer": moments, "frozen": frozen, "data": data}
         # Copies: the working set is given up to the step, and must share no buffer with the model.
         work = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), work)
-        at, losses, work = resume_partial(_partial(store), steps, work)
-        return Carry(state, work, at, tuple(losses), time.monotonic(), store)
+        at, losses, work = resume_partial(_partial(store), steps, work, kept)
+        fixed = jax.tree.map(jnp.asarray, shared[0]) if shared else None
+        return Carry(state, work, at, tuple(losses), time.monotonic(), store, fixed)
 
     def run(carry: Carry, n: int) -> Carry:
         stop = min(carry.step + n, steps)
         if stop == carry.step:
             return carry
         xs = inputs(carry.state, carry.step, stop)
-        work, losses = run_steps(step, carry.work, xs, donate=True)
+        work, losses = run_steps(step, carry.work, xs, donate=True, fixed=carry.fixed)
         losses = np.asarray(losses).astype(float)
         if not np.isfinite(losses).all():
             raise FloatingPointError(
@@ -72,7 +81,7 @@ def train_whole(
         if on_progress is not None:
             on_progress(stop, steps, loss=f"{losses[-1]:.3g}")
         if carry.store is not None and time.monotonic() - carry.saved > save_seconds:
-            save_partial(_partial(carry.store), stop, steps, work, carry.losses)
+            save_partial(_partial(carry.store), stop, steps, work, carry.losses, kept)
             carry = carry._replace(saved=time.monotonic())
         return carry
 

@@ -15,6 +15,7 @@ import pytest
 
 from qdiff_jax.diffusion.samplers import ddim
 from qdiff_jax.diffusion.schedule import make_schedule
+from qdiff_jax.methods.efficientdm import EfficientDMConfig
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
 from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
@@ -22,12 +23,15 @@ from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.models.unet_ddpm import UNetConfig
 from qdiff_jax.observe.quantization_noise import Paired, paired
 from qdiff_jax.observe.selectors import CalibrationSet
+from qdiff_jax.observe.sources import Sampling, SourceConfig
 from qdiff_jax.observe.trajectory import Trajectory
 from qdiff_jax.policy import Rule, SitePlan, make_plan, policy
 from qdiff_jax.stages.batch_ranges import BatchRangeConfig
 from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.finetune import FinetuneConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.low_rank_branches import BranchConfig
+from qdiff_jax.stages.qalora import QALoRAConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import (
     Method,
@@ -101,7 +105,8 @@ SVDQUANT = SvdQuantConfig(
 class Case(NamedTuple):
     """entry: of the registry. policy: the one it runs under when nothing else is asked. options: of
     `MethodSettings`. slow: whether all its tests are. reports: progress reports until the run is
-    killed where a part of the calibration is done. network: which of `NETWORKS`."""
+    killed where a part of the calibration is done; late: until it is killed where it learns. network: which of
+    `NETWORKS`."""
 
     entry: str
     policy: str = "common"
@@ -109,6 +114,7 @@ class Case(NamedTuple):
     slow: bool = False
     reports: int = 2
     network: str = "unet"
+    late: int = 11
 
 
 CASES = {
@@ -132,6 +138,8 @@ CASES = {
     "ptq4dit": Case("ptq4dit", "official:ptq4dit", reports=6, network="dit"),
     # Twelve blocks are reported; by the sixth some layers have their results in the store.
     "svdquant": Case("svdquant", "official:svdquant", options={"svdquant": SVDQUANT}, reports=6),
+    # Four batches of the calibration, then three chunks of training.
+    "efficientdm": Case("efficientdm", late=5),
 }
 UNLEARNED = ("rtn", "ptq4dm", "ptqd", "svdquant")
 LEARNING = tuple(n for n, case in CASES.items() if case.entry not in UNLEARNED)
@@ -219,6 +227,15 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
         tune_steps=steps,
         batch_ranges=BatchRangeConfig(values=32, candidates=10),
         tdq=TdqConfig(scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8)),
+        efficientdm=EfficientDMConfig(
+            steps=steps,
+            lora_divisor=5.0,
+            weight_method="mse",
+            # Its own schedule: the tables of the outcome are interpolated.
+            source=SourceConfig(sampling_steps=4),
+            student=QALoRAConfig(rank=2),
+            training=FinetuneConfig(save_seconds=save_seconds),
+        ),
         **case.options,
     )
     # Rounds sample the network, which compiles it once more.
@@ -232,7 +249,10 @@ def plan_for(name: str, w_bits: int = 4, a_bits: int | None = 8) -> SitePlan:
 
 def method(name: str, steps: int, on_progress: Callable | None = None, **own) -> Method:
     """own: devices and save_seconds of `settings`."""
-    sets = CalibrationSets(calibration(), calibration(), TIMESTEPS, paired=pairs())
+    sampling = Sampling(make_schedule("linear"), "linspace", None, (4, 4, 3), 3)
+    sets = CalibrationSets(
+        calibration(), calibration(), TIMESTEPS, paired=pairs(), sampling=sampling
+    )
     case = CASES[name]
     return build(case.entry, model(case.network), sets, settings(name, steps, **own), on_progress)
 

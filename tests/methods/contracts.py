@@ -5,6 +5,7 @@ import numpy as np
 
 from qdiff_jax.branch import low_rank
 from qdiff_jax.export.qtensor import QTensor, codes
+from qdiff_jax.methods.efficientdm import left_alone
 from qdiff_jax.models.program import temporal_nodes
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.timed import TimeIndexed
@@ -37,8 +38,10 @@ def codes_are_in_range(state: QuantState) -> None:
         assert (tensor.qparams.scale > 0).all()
 
 
-def by_step(name: str, site: str, operand: str) -> bool:
-    """Whether the method of a case calibrates this activation step by step."""
+def by_step(name: str, site: str, operand: str, alone=()) -> bool:
+    """Whether the method of a case has a table for this activation. alone: EfficientDM's exceptions."""
+    if name == "efficientdm":
+        return site not in alone
     if name in ("tfmq faithful", "tdq"):
         return True
     if name == "tfmq":
@@ -49,10 +52,11 @@ def by_step(name: str, site: str, operand: str) -> bool:
 def activations_have_quantizers(name: str, state: QuantState) -> None:
     """Every planned activation has a quantizer of its bits, and a step table where the method makes one."""
     flat = flatten_sites(state.quant)
+    alone = left_alone(model(), state.plan)
     for entry in state.plan.quantized("input", "q", "k", "softmax", "v"):
         site = flat[entry.site]
         made = site.lhs if entry.operand in ("input", "q", "softmax") else site.rhs
-        table = by_step(name, entry.site, entry.operand)
+        table = by_step(name, entry.site, entry.operand, alone)
         assert isinstance(made, TimeIndexed if table else QParams), entry
         rows = made.table if table else made
         if CASES[name].entry == "tcaq" and entry.operand == "softmax":

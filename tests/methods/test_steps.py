@@ -11,6 +11,7 @@ from qdiff_jax.stages.stage import run_stage
 
 from ..stages.chain import leaves_equal
 from .cases import (
+    CASES,
     LEARNING,
     STEPS,
     begin,
@@ -27,10 +28,10 @@ from .cases import (
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("reports", [2, 11])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", LEARNING)
-def test_killed_anywhere_and_resumed_equals_uninterrupted(name, reports, tmp_path):
-    kill(name, STEPS, tmp_path, reports)
+def test_killed_anywhere_and_resumed_equals_uninterrupted(name, late, tmp_path):
+    kill(name, STEPS, tmp_path, CASES[name].late if late else 2)
     resumed = resume(name, STEPS, tmp_path).state
     whole = outcome(name, STEPS).state
     assert leaves_equal(resumed.quant, whole.quant)
@@ -56,7 +57,7 @@ def test_killed_in_a_late_stage_and_resumed_equals_uninterrupted(name, stage, re
     assert leaves_equal(resumed.aux, whole.aux)
 
 
-@pytest.mark.parametrize("name", ["brecq", "tfmq", "tdq", "ptq4dit"])
+@pytest.mark.parametrize("name", ["brecq", "tfmq", "tdq", "ptq4dit", "efficientdm"])
 def test_key_decides_the_minibatches(name):
     other = finish(method(name, STEPS), begin(plan_for(name), seed=6)).state.quant
     assert not leaves_equal(other, outcome(name, STEPS).state.quant)

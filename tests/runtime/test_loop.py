@@ -27,6 +27,19 @@ def test_host_loop_and_scan_agree():
         chex.assert_trees_all_close(run_steps(_step, carry, xs, scan=scan), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_is_fixed_is_read_by_every_step_and_not_given_up(scan):
+    def step(carry, x, fixed):
+        return carry + x * fixed["factor"], None
+
+    fixed = {"factor": jnp.float32(3.0)}
+    carry, _ = run_steps(step, jnp.zeros(()), jnp.arange(4.0), fixed=fixed, scan=scan, donate=True)
+    assert float(carry) == 18.0
+    assert not fixed["factor"].is_deleted()
+    carry, _ = run_steps(step, carry, jnp.arange(4.0), fixed=fixed, scan=scan, donate=True)
+    assert float(carry) == 36.0
+
+
 def test_the_backend_decides():
     assert prefers_scan() == (jax.default_backend() != "cpu")
 

@@ -1,0 +1,78 @@
+"""EfficientDM: low-rank updates rounded together with the weights, learned from the teacher's own trajectories.
+
+    python -m experiments.quantize --config=configs/methods/efficientdm.py:w4a4 --workdir=/tmp/efficientdm
+
+Paper: EfficientDM (He et al. 2024, arXiv:2310.03270). Words behind the colon: bits `w4a4` (default), `w8a8`,
+`w4a8`, `w2a8`, `w2a4`, `w6a6`, `w8a4`, `w4a32`; `model=unet` (default), `model=dit`; `policy=common` (default)
+or `policy=official` (the code's table: embedding, first and last layer at 8 bits, shortcuts, downsampling and
+attention products in full precision); `variant=fixed` (default) or `variant=faithful` (the code's shared
+delta_w and float zero points); `base=full_precision` starts the updates from the unrounded weights;
+`ranges=minmax` (the paper) or `ranges=mse` of weights. For ablations: `untuned` (ranges and nothing more),
+`no_lora` (scales alone learn), `no_talsq` (one learned activation scale for all steps), `rates=mean` (one rate
+for all layers, the mean of the scale-aware ones), `source=cached` (the recorded calibration trajectories) and
+with it `target=noise` (ordinary diffusion training on what they end in, in place of distillation).
+Round-to-nearest stands beside it.
+The paper's sizes: 16,000 steps, batch 2, trajectories of 100 steps with eta 1, whose tables are taken over to
+the sampler's 20 steps: hours on a CPU. `laptop` trains on the sampler's own timesteps, LAPTOP; `smoke`
+runs in seconds (`efficientdm.py:smoke`). Guided training: `--config.sampler.guidance_scale=3` and, as
+published, `--config.efficientdm.source.guidance_scale=1.5`.
+
+Expected of `efficientdm.py:w4a4,laptop` on two CPU cores: about 10 minutes, EXPECTED.
+"""
+
+from configs.methods._start import parse, start
+
+BITS = ("w4a4", "w8a8", "w4a8", "w2a8", "w2a4", "w6a6", "w8a4", "w4a32")
+
+
+def get_config(arg=None):
+    arg = parse(
+        arg,
+        bits=BITS,
+        policy=("common", "official"),
+        variant=("fixed", "faithful"),
+        base=("quantized", "full_precision"),
+        ranges=("", "minmax", "mse"),
+        untuned=False,
+        no_lora=False,
+        no_talsq=False,
+        rates=("scale_aware", "mean"),
+        source=("online", "cached"),
+        target=("teacher", "noise"),
+    )
+    config = start(arg, rtn="rtn", efficientdm="efficientdm")
+    if arg.policy == "official":
+        config.policy = "official:efficientdm"
+    config.activations.observer = "mse"
+    own = dict(
+        steps=16_000,
+        lora=not arg.no_lora,
+        lora_divisor=2500.0,
+        scale_lr=1e-6,
+        activation_lr=5e-4,
+        weight_method="minmax",
+        variant=arg.variant,
+    )
+    source = dict(
+        kind=arg.source,
+        batch_size=2,
+        sampling_steps=100,
+        eta=1.0,
+        guidance_scale=-1.0,
+        target=arg.target,
+    )
+    student = dict(rank=32, base=arg.base, talsq=not arg.no_talsq, rates=arg.rates)
+    if arg.laptop:
+        # So few steps need faster rates and better ranges to start from.
+        own.update(steps=600, lora_divisor=50.0, weight_method="mse")
+        source.update(batch_size=8, sampling_steps=0)
+    if arg.smoke:
+        own.update(steps=8)
+        source.update(batch_size=2, sampling_steps=0)
+        student.update(rank=2)
+    if arg.ranges:
+        own.update(weight_method=arg.ranges)
+    if arg.untuned:
+        own.update(steps=0)
+    config.efficientdm = {**own, "source": source, "student": student}
+    return config

@@ -1,0 +1,268 @@
+"""Fine-tuning of a quantized network by the full-precision one: phases, losses and rates as data.
+
+What is trained and how it enters the network is a `Student`, where batches come from a `Source`, and a
+`Phase` says for how long, which labels at which rates and by which losses. One compiled step serves all
+phases: rates and loss weights are its arguments, and a label without a rate keeps its leaves and its moments
+to the last bit. The optimizer is AdamW as in torch (decay 1e-2, decoupled), its rate falling linearly to 0
+in each phase. Leaves that belong to sampling steps have moments of their own by row, so that rows of steps
+that a batch does not contain do not move.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qdiff_jax.diffusion.guidance import evaluate
+from qdiff_jax.models.registry import predictor
+from qdiff_jax.observe.sources import Source
+from qdiff_jax.quant.timed import StepContext, rowwise, select
+from qdiff_jax.runtime.remat import recomputed
+from qdiff_jax.stages.stage import Model, QuantState, Stage
+from qdiff_jax.stages.whole_network import Carry, train_whole
+
+# (prediction, target), both [B, ...] and guided -> scalar. EfficientDM sums; Adam hardly minds the scale.
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "eps_sum": lambda made, target: jnp.sum(jnp.square(made - target)),
+    "eps_mse": lambda made, target: jnp.mean(jnp.square(made - target)),
+}
+
+
+class Phase(NamedTuple):
+    """steps of training; labels: {label of a student: learning rate}, all other labels rest; losses:
+    {name in LOSSES: weight}."""
+
+    steps: int
+    labels: Mapping[str, float]
+    losses: Mapping[str, float]
+
+
+class Student(NamedTuple):
+    """A quantized network that can be trained.
+
+    labels: what it has to train. by_step: those of them whose leaves lead with the row of a sampling step.
+    begin(state) -> (trainable {label: tree}, fixed, factors {label: tree like it}): fixed are arrays that
+    `variables` reads, factors multiply the rate of each leaf (labels without factors: 1). variables(
+    trainable, fixed, params) -> {"params", "quant"}, and settle(before, after, fixed) -> trainable after an
+    update: pure, and one function object for equal students. rows(fixed, ctx) -> [n], the rows that a
+    batch visits. finish(state, trainable, fixed) -> (state, report).
+    """
+
+    labels: tuple[str, ...]
+    by_step: tuple[str, ...]
+    begin: Callable[[QuantState], tuple[dict, Any, dict]]
+    variables: Callable[[dict, Any, Mapping], dict]
+    settle: Callable[[dict, dict, Any], dict]
+    rows: Callable[[Any, StepContext], jax.Array]
+    finish: Callable[[QuantState, dict, Any], tuple[QuantState, dict]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """weight_decay: of AdamW, for every label. remat: recompute each block's inside in the backward pass and
+    keep block inputs alone, for networks whose activations do not fit. save_seconds: least time between two
+    saves."""
+
+    weight_decay: float = 1e-2
+    remat: bool = False
+    save_seconds: float = 60.0
+
+
+def finetune(
+    name: str,
+    model: Model,
+    student: Student,
+    source: Source,
+    phases: Sequence[Phase],
+    config: FinetuneConfig = FinetuneConfig(),
+    *,
+    on_progress=None,
+) -> Stage:
+    """The stage `name`: the student's guided prediction is drawn to the source's targets, phase by phase.
+
+    Memory: the model's parameters are the teacher and are shared, not copied; beside them the student's
+    own arrays, and moments for what is trained alone. `finish` reports the mean loss of the first and of the
+    last round over the source's steps. Raises ValueError for a label or a loss that does not exist,
+    FloatingPointError if a loss is not finite.
+    """
+    for phase in phases:
+        unknown = [*set(phase.labels) - set(student.labels), *set(phase.losses) - set(LOSSES)]
+        if unknown or phase.steps < 0:
+            raise ValueError(
+                f"{name}: a phase of {phase.steps} steps names {sorted(unknown)}; labels are "
+                f"{sorted(student.labels)}, losses {sorted(LOSSES)}."
+            )
+    steps = sum(phase.steps for phase in phases)
+    losses = tuple(sorted({loss for phase in phases for loss in phase.losses}))
+
+    def begin(state: QuantState):
+        trainable, fixed, factors = student.begin(state)
+        key = jax.random.fold_in(state.key, 1)
+        memory = source.init(key) if steps else {}
+        beside = {
+            "teacher": model.params,
+            "student": fixed,
+            "factors": factors,
+            "source": source.data if steps else {},
+            "guidance": source.guidance,
+        }
+        return trainable, {}, memory, beside
+
+    def inputs(state: QuantState, first: int, stop: int):
+        visit = source.inputs(jax.random.fold_in(state.key, 1), first, stop)
+        return (visit, *schedule(phases, student.labels, losses, first, stop))
+
+    def finish(carry: Carry) -> tuple[QuantState, dict]:
+        window = min(len(source.timesteps), max(1, len(carry.losses) // 2))
+        parts = {"first_loss": carry.losses[:window], "last_loss": carry.losses[-window:]}
+        means = {n: float(np.mean(part)) if part else None for n, part in parts.items()}
+        state, report = student.finish(carry.state, carry.work["trainable"], carry.fixed["student"])
+        return state, {"steps": steps, **means, **report}
+
+    return train_whole(
+        name,
+        steps,
+        begin,
+        inputs,
+        make_step(
+            model.module,
+            model.program if config.remat else None,
+            source.draw,
+            student.variables,
+            student.settle,
+            student.rows,
+            student.by_step,
+            losses,
+            config.weight_decay,
+        ),
+        finish,
+        save_seconds=config.save_seconds,
+        optimizer=functools.partial(
+            initial_moments, by_step=student.by_step, weight_decay=config.weight_decay
+        ),
+        kept=("trainable", "optimizer", "data"),
+        on_progress=on_progress,
+    )
+
+
+def schedule(
+    phases: Sequence[Phase], labels: Sequence[str], losses: Sequence[str], first: int, stop: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """({label: rate [n]}, {loss: weight [n]}) of steps first..stop-1: linear to 0 in each phase, 0 for what
+    rests."""
+    number, begun = np.arange(first, stop), 0
+    rates = {label: np.zeros(len(number), np.float32) for label in labels}
+    weights = {loss: np.zeros(len(number), np.float32) for loss in losses}
+    for phase in phases:
+        inside = (number >= begun) & (number < begun + phase.steps)
+        left = 1.0 - (number - begun) / max(phase.steps, 1)
+        for label, rate in phase.labels.items():
+            rates[label] = np.where(inside, np.float32(rate * left), rates[label])
+        for loss, weight in phase.losses.items():
+            weights[loss] = np.where(inside, np.float32(weight), weights[loss])
+        begun += phase.steps
+    return rates, weights
+
+
+def _adamw(weight_decay: float) -> optax.GradientTransformation:
+    """AdamW but for its rate, which is not part of the moments."""
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(weight_decay))
+
+
+def initial_moments(trainable: dict, *, by_step: Sequence[str], weight_decay: float) -> dict:
+    """{label: optimizer state}; labels by step have one for each row."""
+    adamw = _adamw(weight_decay)
+    return {
+        label: (rowwise(adamw) if label in by_step else adamw).init(tree)
+        for label, tree in trainable.items()
+    }
+
+
+@functools.cache
+def _block(module):
+    def apply(tied, params):
+        values, quant = tied
+        return module.apply({"params": params, "quant": quant}, *values)
+
+    return apply
+
+
+@functools.cache
+def rematerialised(module, program):
+    """`models.registry.predictor` of a network that keeps nothing but what its blocks read."""
+
+    def predict(variables, x, ctx: StepContext, y):
+        t = jnp.broadcast_to(ctx.t, x.shape[:1])
+        params, quant = variables["params"], select(variables["quant"], ctx)
+        env = {"x": x, "t": t, "y": y}
+        for node in program:
+            own = tuple(tree.get(node.name, {}) for tree in (params, quant))
+            values = tuple(env[name] for name in node.reads)
+            env[node.name] = recomputed(_block(node.module), (values, own[1]), own[0])
+        return env[program[-1].name][..., : x.shape[-1]]
+
+    return predict
+
+
+@functools.lru_cache(maxsize=16)
+def make_step(
+    module, program, draw, variables, settle, rows_of, by_step, losses, weight_decay: float
+):
+    """The step for `run_steps`: (work, (visit, rates, loss weights), fixed) -> (work, loss)."""
+    adamw = _adamw(weight_decay)
+    by_row = rowwise(adamw)
+    teach = predictor(module)
+    predict = teach if program is None else rematerialised(module, program)
+
+    def step(work, inputs, fixed):
+        visit, rates, weights = inputs
+        guidance, params = fixed["guidance"], fixed["teacher"]
+
+        def estimate(x, ctx, y):
+            return evaluate(teach, guidance, {"params": params, "quant": {}}, x, ctx, y)[0]
+
+        memory, batch = draw(work["data"], visit, fixed["source"], estimate)
+        target = jax.lax.stop_gradient(batch.target)
+
+        def objective(trainable):
+            made = variables(trainable, fixed["student"], params)
+            prediction, _ = evaluate(predict, guidance, made, batch.x, batch.ctx, batch.y)
+            return sum(weights[name] * LOSSES[name](prediction, target) for name in losses)
+
+        loss, gradients = jax.value_and_grad(objective)(work["trainable"])
+        rows = rows_of(fixed["student"], batch.ctx)
+        trainable, optimizer = {}, {}
+        for label, tree in work["trainable"].items():
+            before = work["optimizer"][label]
+            with jax.numpy_dtype_promotion("standard"):
+                if label in by_step:
+                    updates, after = by_row.update(gradients[label], before, tree, rows=rows)
+                else:
+                    updates, after = adamw.update(gradients[label], before, tree)
+            active = rates[label] > 0
+            rate = jnp.where(active, rates[label], 0.0)
+            moved = _moved(tree, updates, rate, fixed["factors"].get(label))
+            trainable[label] = _chosen(active, moved, tree)
+            optimizer[label] = _chosen(active, after, before)
+        trainable = settle(work["trainable"], trainable, fixed["student"])
+        return {**work, "trainable": trainable, "optimizer": optimizer, "data": memory}, loss
+
+    return step
+
+
+def _moved(tree: Any, updates: Any, rate: jax.Array, factors: Any) -> Any:
+    """p - rate * factor * update: the factor after Adam, which would divide it out of a gradient."""
+    if factors is None:
+        return jax.tree.map(lambda p, u: p - rate * u, tree, updates)
+    return jax.tree.map(lambda p, u, f: p - rate * f * u, tree, updates, factors)
+
+
+def _chosen(active: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)

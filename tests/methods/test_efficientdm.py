@@ -1,0 +1,153 @@
+"""EfficientDM as a method: its site policy, who is left alone, its words, what it refuses, one whole run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.quantize import quantize
+from experiments.quantize_config import method_settings, read_config
+from experiments.sample import sample_bundle
+from qdiff_jax.config import load_config
+from qdiff_jax.diffusion.schedule import make_schedule
+from qdiff_jax.eval.samples import Samples
+from qdiff_jax.export.bundle import load_bundle
+from qdiff_jax.methods.efficientdm import EfficientDMConfig, efficientdm, left_alone, phases_of
+from qdiff_jax.models.families import example_inputs
+from qdiff_jax.models.registry import miniature
+from qdiff_jax.observe.archive import load_arrays
+from qdiff_jax.observe.selectors import CalibrationSet
+from qdiff_jax.observe.sources import Sampling, SourceConfig
+from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.quant.timed import TimeIndexed
+from qdiff_jax.sites import flatten_sites, list_sites
+from qdiff_jax.stages.qalora import QALoRAConfig
+
+from ..main_job import ROOT
+
+CONFIG = ROOT / "configs" / "methods" / "efficientdm.py"
+TIMES = np.float32([100.0, 900.0])
+SAMPLING = Sampling(make_schedule("linear"), "linspace", None, (8, 8, 1), 10)
+ENDS = {
+    "random:miniature": {"temb/dense_0", "temb/dense_1", "conv_in/conv", "out/conv_out"},
+    "random:dit": {"t_embedder/mlp_0", "t_embedder/mlp_2", "x_embedder/proj", "final_layer/linear"},
+}
+
+
+def calibration():
+    zeros = np.zeros(2, np.int32)
+    x = np.zeros((2, 8, 8, 1), np.float32)
+    return CalibrationSet(x, TIMES, np.arange(2, dtype=np.int32), zeros, zeros, x)
+
+
+def planned(name, policy_name, w_bits=4, a_bits=4):
+    module = miniature(name).model.module
+    sites = list_sites(module, *example_inputs(module.config))
+    return make_plan(sites, policy(policy_name, sites, w_bits, a_bits))
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_official_policy_is_the_table_of_the_code(name):
+    plan = planned(name, "official:efficientdm")
+    bits = {(e.site, e.operand): e.bits for e in plan.entries}
+    assert {site for (site, _), b in bits.items() if b == 8} == ENDS[name]
+    for (site, operand), b in bits.items():
+        kept = operand in ("q", "k", "v", "softmax")
+        kept |= site.endswith("nin_shortcut") or "_downsample/" in site
+        assert (b is None) == kept, site
+    if name == "random:miniature":
+        assert bits["down_0_downsample/conv", "weight"] is None
+        assert bits["up_1_upsample/conv", "weight"] == 4
+        assert bits["up_0_block_0/nin_shortcut", "input"] is None
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_embedding_and_ends_are_left_alone_where_they_are_at_8_bits(name):
+    model = miniature(name).model
+    assert left_alone(model, planned(name, "official:efficientdm")) == ENDS[name]
+    assert left_alone(model, planned(name, "common", 8, 8)) == ENDS[name]
+    ends = {site for site in ENDS[name] if not site.startswith(("temb", "t_embedder"))}
+    assert left_alone(model, planned(name, "common")) == ends
+    assert left_alone(model, planned(name, "official:qdiffusion")) == set()
+
+
+def test_its_stages_and_what_it_refuses():
+    model = miniature().model
+    made = efficientdm(model, calibration(), TIMES, sampling=SAMPLING)
+    names = [stage.name for stage in made.stages]
+    assert names == ["calibrate_weights", "calibrate_activations", "efficientdm"]
+    assert made.notes == "fixed, source=online, steps=16000"
+    with pytest.raises(ValueError, match="give `sampling`"):
+        efficientdm(model, calibration(), TIMES)
+    cached = EfficientDMConfig(source=SourceConfig(kind="cached"))
+    with pytest.raises(ValueError, match="give `paired`"):
+        efficientdm(model, calibration(), TIMES, sampling=SAMPLING, config=cached)
+    for wrong in (dict(variant="paper"), dict(weight_method="max"), dict(steps=-1)):
+        with pytest.raises(ValueError, match="EfficientDMConfig"):
+            EfficientDMConfig(**wrong)
+    with pytest.raises(ValueError, match="QALoRAConfig.rates"):
+        QALoRAConfig(rates="layer")
+
+
+def test_the_one_phase_of_the_paper():
+    (phase,) = phases_of(EfficientDMConfig())
+    assert phase.steps == 16_000
+    assert phase.labels == {"lora": 1 / 2500, "scales": 1e-6, "tables": 5e-4}
+    assert phase.losses == {"eps_sum": 1.0}
+    shared = QALoRAConfig(base_delta_shared=True, rates="constant")
+    (phase,) = phases_of(EfficientDMConfig(student=shared, lora_lr=0.1))
+    assert phase.labels == {"lora": 0.1, "scales": 1e-6, "base_scales": 1e-6, "tables": 5e-4}
+    (phase,) = phases_of(EfficientDMConfig(lora=False))
+    assert set(phase.labels) == {"scales", "tables"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "w4a4",
+        "w8a8,laptop",
+        "w2a4,official,faithful,smoke",
+        "w2a8,model=dit,no_talsq,rates=mean,laptop",
+        "w4a8,base=full_precision,ranges=mse",
+        "w4a4,source=cached,target=noise,untuned",
+    ],
+)
+def test_every_word_of_the_config_is_read(words):
+    config = read_config(load_config(f"{CONFIG}:{words}"))
+    assert {v.method for v in config.variants.values()} == {"rtn", "efficientdm"}
+    made = method_settings(config).efficientdm
+    given = words.split(",")
+    assert (config.policy == "official:efficientdm") == ("official" in given)
+    assert made.variant == ("faithful" if "faithful" in given else "fixed")
+    assert made.student.talsq == ("no_talsq" not in given)
+    assert made.source.kind == ("cached" if "source=cached" in given else "online")
+    assert (made.steps == 0) == ("untuned" in given)
+    if words == "w4a4":  # the paper's figures
+        assert made == EfficientDMConfig()
+        assert method_settings(config).activations.observer == "mse"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "guided"),
+    [("w4a4", True), ("w2a8,official,faithful", False), ("w4a4,model=dit,no_talsq", False)],
+)
+def test_the_whole_method_runs_to_a_bundle_and_a_report(words, guided, tmp_path):
+    scales = {"sampler.guidance_scale": 3.0, "efficientdm.source.guidance_scale": 1.5}
+    config = load_config(f"{CONFIG}:{words},smoke", scales if guided else {})
+    name = f"efficientdm_{words[:4]}"
+    with config.unlocked():
+        del config.variants[f"rtn_{words[:4]}"]
+    quantize(config, tmp_path)
+    (_, variant) = json.loads((tmp_path / "report.json").read_text())["variants"]
+    assert variant["name"] == name
+    assert np.isfinite(variant["eps_rel_mse"])
+    folder = tmp_path / "variants" / name
+    bundle = load_bundle(folder / "bundle")
+    tables = {n for n, s in flatten_sites(bundle.quant).items() if isinstance(s.lhs, TimeIndexed)}
+    assert bool(tables) == ("no_talsq" not in words)
+    assert not tables & {"conv_in/conv", "out/conv_out", "x_embedder/proj", "final_layer/linear"}
+    drawn = load_arrays(folder / "samples.npz", Samples).x
+    np.testing.assert_array_equal(sample_bundle(folder / "bundle", tmp_path / "again"), drawn)
+    executed = sample_bundle(folder / "bundle", tmp_path / "executed", execute=True)
+    assert np.square(executed - drawn).mean() < 0.05 * np.square(drawn).mean()
