@@ -80,8 +80,9 @@ def trajectory(first: int, count: int = 16):
 
 
 @functools.cache
-def calibration():
-    return every_step(jax.random.key(2), trajectory(0))
+def calibration(seed: int = 0):
+    """Of other noise, classes and order for every seed."""
+    return every_step(jax.random.key(2 + seed), trajectory(16 * seed))
 
 
 @functools.cache
@@ -90,9 +91,9 @@ def sites():
     return list_sites(shipped().model.module, *example)
 
 
-def begin(w_bits, a_bits):
+def begin(w_bits, a_bits, seed=0):
     plan = make_plan(sites(), policy("common", sites(), w_bits, a_bits))
-    state = initial_state(plan, jax.random.key(3))
+    state = initial_state(plan, jax.random.key(3 + seed))
     return run_stage(calibrate_weights(shipped().model), state)[0]
 
 
@@ -102,27 +103,27 @@ def nearest(w_bits, a_bits=None):
 
 
 @functools.cache
-def brecq(w_bits):
+def brecq(w_bits, seed=0):
     units = units_with_projections(shipped().model.program)
-    stage = reconstruct(shipped().model, units, calibration(), STEPS)
-    return run_stage(stage, begin(w_bits, None))[0]
+    stage = reconstruct(shipped().model, units, calibration(seed), STEPS)
+    return run_stage(stage, begin(w_bits, None, seed))[0]
 
 
 @functools.cache
-def temporal_only(w_bits):
+def temporal_only(w_bits, seed=0):
     """TIAR alone: the temporal block reconstructed, everything else at the nearest codes."""
     units = units_with_time_block(shipped().model.program)
-    stage = reconstruct(shipped().model, units, calibration(), STEPS)
-    carry = stage.init(begin(w_bits, None), None)
+    stage = reconstruct(shipped().model, units, calibration(seed), STEPS)
+    carry = stage.init(begin(w_bits, None, seed), None)
     while carry.position < 1:
         carry = stage.run(carry, 500)
     return carry.state.replace(quant=decide_codes(carry.state.quant, shipped().model.params))
 
 
-def calibrated(state, **options):
+def calibrated(state, seed=0, **options):
     config = ActivationConfig(observer="minmax", **options)
     model = shipped().model
-    stage = calibrate_activations(model, calibration(), sampler().timesteps, config)
+    stage = calibrate_activations(model, calibration(seed), sampler().timesteps, config)
     return run_stage(stage, state)[0]
 
 
@@ -131,8 +132,9 @@ def variables(state):
     return {"params": params, "quant": quant}
 
 
-def eps_error(state):
-    return variant.teacher_forced(predict(), variables(state), trajectory(100))
+def eps_error(state, seed=0):
+    """On held-out trajectories, others for every seed."""
+    return variant.teacher_forced(predict(), variables(state), trajectory(100 + 16 * seed))
 
 
 @functools.lru_cache(maxsize=1)
