@@ -109,40 +109,42 @@ def random_rotation(key: jax.Array, channels: int, block: int | None = None) -> 
 
 def rotate(x: jax.Array, signs: jax.Array) -> jax.Array:
     """x R on the last axis, in x's dtype. signs [blocks, n] of `random_rotation`; blocks * n channels."""
-    blocks, order = _shape(x, signs, -1)
-    x = x * signs.reshape(-1).astype(x.dtype)
-    return _transform(x, blocks, order, transposed=False)
+    _check(x, signs, -1)
+    return _transform(x * _along_channels(signs, x), signs, transposed=False)
 
 
 def unrotate(x: jax.Array, signs: jax.Array) -> jax.Array:
     """x R', the inverse of `rotate`."""
-    blocks, order = _shape(x, signs, -1)
-    return _transform(x, blocks, order, transposed=True) * signs.reshape(-1).astype(x.dtype)
+    _check(x, signs, -1)
+    return _transform(x, signs, transposed=True) * _along_channels(signs, x)
 
 
 def rotate_rows(kernel: jax.Array, signs: jax.Array) -> jax.Array:
     """R'W: the kernel (HWIO, or [in, out]) that takes `rotate(x)` where W took x."""
-    _shape(kernel, signs, -2)
+    _check(kernel, signs, -2)
     return rotate(kernel.swapaxes(-1, -2), signs).swapaxes(-1, -2)
 
 
-def _shape(x, signs, axis):
+def _along_channels(signs, x):
+    return signs.reshape((1,) * (x.ndim - 1) + (signs.size,)).astype(x.dtype)
+
+
+def _check(x, signs, axis):
     if signs.ndim != 2 or x.shape[axis] != signs.size:
         raise ValueError(
             f"a rotation of signs {signs.shape} does not fit axis {axis} of a tensor {x.shape}: signs "
             "are [blocks, n] with blocks * n channels."
         )
-    return signs.shape
 
 
-def _transform(x, blocks, order, transposed):
+def _transform(x, signs, transposed):
     """x H / sqrt(n), or x H' / sqrt(n), on blocks of the last axis: one small product per factor."""
-    left, right = hadamard_factors(order)
+    left, right = (jnp.asarray(v, x.dtype) for v in hadamard_factors(signs.shape[1]))
     if transposed:
         left, right = left.T, right.T
-    y = x.reshape(*x.shape[:-1], blocks, len(left), len(right))
+    y = x.reshape(-1, len(left), len(right))
     if len(right) > 1:
-        y = jnp.matmul(y, jnp.asarray(right, x.dtype), precision=_EXACT)
+        y = jnp.einsum("nij,jl->nil", y, right, precision=_EXACT)
     if len(left) > 1:
-        y = jnp.matmul(jnp.asarray(left.T, x.dtype), y, precision=_EXACT)
-    return (y * (1.0 / math.sqrt(order))).reshape(x.shape)
+        y = jnp.einsum("nij,ik->nkj", y, left, precision=_EXACT)
+    return (y * (1.0 / math.sqrt(signs.shape[1]))).reshape(x.shape)

@@ -16,6 +16,7 @@ from qdiff_jax.quant.ranges import min_max
 from qdiff_jax.quant.spec import QuantSpec, code_range
 
 from ..quant.dit_layer import layer, relative
+from ..tiny_unet import QUICK
 
 TOKEN = QuantSpec(granularity="token")
 W_SPECS = {
@@ -25,30 +26,32 @@ W_SPECS = {
 }
 
 
-@functools.cache
-def weight(name):
-    kernel, spec = jnp.asarray(layer().kernel, jnp.float32), W_SPECS[name]
-    qparams = from_range(spec, *min_max(kernel, spec), *code_range(spec, 8))
-    return qtensor.from_codes(quantizer.codes(qparams, kernel), qparams, 8)
+@functools.partial(jax.jit, compiler_options=QUICK)
+def numbers(x, kernel, w_qparams):
+    """(accumulators and scales), (codes, scale, zero point) of the activation, the weight's codes."""
+    w_codes = quantizer.codes(w_qparams, kernel)
+    held = qtensor.from_codes(w_codes, w_qparams, 8)
+    qparams = dynamic_qparams(TOKEN, 0, 255)
+    frozen = freeze(qparams, x)
+    scale, zero, *_ = broadcast(frozen, x)
+    product = integer_accumulators(DENSE, x, qparams, held)
+    return product, (quantizer.codes(frozen, x), scale, zero), w_codes
 
 
 @pytest.mark.parametrize("name", W_SPECS)
 def test_zero_points_taken_out_of_the_sum_leave_the_simulated_product(name):
     """64 tokens of the fixture; floating point only multiplies the scales, in float64."""
-    x, held = jnp.asarray(layer().x[:64], jnp.float32), weight(name)
-    qparams = dynamic_qparams(TOKEN, 0, 255)
-    acc, left, right = (
-        np.asarray(v, np.float64) for v in integer_accumulators(DENSE, x, qparams, held)
+    spec = W_SPECS[name]
+    x, kernel = (jnp.asarray(v, jnp.float32) for v in (layer().x[:64], layer().kernel))
+    grid = from_range(spec, *min_max(kernel, spec), *code_range(spec, 8))
+    (acc, left, right), (seen, scale, zero), held = jax.tree.map(
+        lambda v: np.asarray(v, np.float64), numbers(x, kernel, grid)
     )
-    frozen = freeze(qparams, x)
-    scale, zero, *_ = (np.asarray(v, np.float64) for v in broadcast(frozen, x))
-    seen = (np.asarray(quantizer.codes(frozen, x), np.float64) - zero) * scale
-    w_scale, w_zero = (
-        np.asarray(v, np.float64) for v in (held.qparams.scale, held.qparams.zero_point)
-    )
+    seen = (seen - zero) * scale
+    w_scale, w_zero = (np.asarray(v, np.float64) for v in (grid.scale, grid.zero_point))
     if name == "groups":
         w_scale, w_zero = (np.repeat(v, 128, axis=0) for v in (w_scale, w_zero))
-    kernel = (np.asarray(qtensor.codes(held), np.float64) - w_zero) * w_scale
+    kernel = (held - w_zero) * w_scale
     assert relative((acc * left * right).sum(0), seen @ kernel) < 2e-15
     assert np.abs(acc).max() < 2**31
     if name == "symmetric":

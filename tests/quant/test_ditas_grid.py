@@ -1,5 +1,6 @@
 """The weight grid of DiTAS' code: why smoothing costs it nothing, what it costs instead."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,24 +14,27 @@ from qdiff_jax.quant.quantizer import codes, fake_quant
 from qdiff_jax.quant.ranges import min_max
 from qdiff_jax.quant.spec import QuantSpec
 
+from ..tiny_unet import QUICK
 from .dit_layer import layer, relative
+
+quantized = jax.jit(fake_quant, compiler_options=QUICK)
+numbered = jax.jit(codes, compiler_options=QUICK)
 
 
 def weight_error(qparams) -> float:
     kernel = layer().kernel
-    return relative(fake_quant(qparams, jnp.asarray(kernel, jnp.float32)), kernel)
+    return relative(quantized(qparams, jnp.asarray(kernel, jnp.float32)), kernel)
 
 
 def test_factors_of_input_channels_pass_through_the_grid():
     """With powers of two, which float32 multiplies exactly, to the last bit."""
     kernel = jnp.asarray(layer().kernel, jnp.float32)
     s = np.exp2(np.round(np.log2(layer().factors))).astype(np.float32)[:, None]
-    scaled = fake_quant(ditas_qparams(kernel * s), kernel * s)
-    np.testing.assert_array_equal(scaled, fake_quant(ditas_qparams(kernel), kernel) * s)
+    scaled = quantized(ditas_qparams(kernel * s), kernel * s)
+    np.testing.assert_array_equal(scaled, quantized(ditas_qparams(kernel), kernel) * s)
     channel = QuantSpec(granularity="channel")
     other = [
-        fake_quant(from_range(channel, *min_max(w, channel), 0, 15), w)
-        for w in (kernel * s, kernel)
+        quantized(from_range(channel, *min_max(w, channel), 0, 15), w) for w in (kernel * s, kernel)
     ]
     assert relative(other[0], other[1] * s) > 0.05  # which a range per output channel does not have
 
@@ -39,8 +43,8 @@ def test_any_factors_in_the_error():
     """Rounding of the factors themselves moves single codes."""
     kernel = jnp.asarray(layer().kernel, jnp.float32)
     s = layer().factors.astype(np.float32)[:, None]
-    scaled = codes(ditas_qparams(kernel * s), kernel * s)
-    same = np.asarray(scaled) == np.asarray(codes(ditas_qparams(kernel), kernel))
+    scaled = numbered(ditas_qparams(kernel * s), kernel * s)
+    same = np.asarray(scaled) == np.asarray(numbered(ditas_qparams(kernel), kernel))
     assert np.mean(same) > 0.9999
 
 
@@ -59,19 +63,20 @@ def test_the_code_leaves_out_the_topmost_level():
     faithful, fixed = (ditas_qparams(w, faithful=f) for f in (True, False))
     assert float(faithful.scale[0, 0]) == pytest.approx(2 / 16)
     assert float(fixed.scale[0, 0]) == pytest.approx(2 / 15)
-    error = [np.abs(np.asarray(fake_quant(q, w) - w)) for q in (faithful, fixed)]
+    error = [np.abs(np.asarray(quantized(q, w) - w)) for q in (faithful, fixed)]
     assert error[0][0, -1] == pytest.approx(2 / 16, rel=1e-5)
     assert error[1].max() <= 2 / 15 * (1 + 1e-5)
 
 
 def test_no_integer_product_takes_it():
-    kernel = jnp.asarray(layer().kernel[:64, :64], jnp.float32)
+    kernel = layer().kernel[:64, :64]
     held = ditas_qparams(kernel)
-    packed = qtensor.from_codes(codes(held, kernel), held, 4)
-    np.testing.assert_array_equal(qtensor.dequantize(packed), fake_quant(held, kernel))
+    kernel = jnp.asarray(kernel, jnp.float32)
+    packed = qtensor.from_codes(numbered(held, kernel), held, 4)
+    stored = jax.jit(qtensor.dequantize, compiler_options=QUICK)(packed)
+    np.testing.assert_array_equal(stored, quantized(held, kernel))
+    activation = dynamic_qparams(QuantSpec(dynamic=True), 0, 255)
     with pytest.raises(ValueError, match="'cell'"):
-        integer_op(
-            DENSE, jnp.ones((2, 64)), dynamic_qparams(QuantSpec(dynamic=True), 0, 255), packed
-        )
+        jax.eval_shape(lambda x: integer_op(DENSE, x, activation, packed), np.ones((2, 64)))
     with pytest.raises(ValueError, match="do not divide"):
         ditas_qparams(np.ones((4, 33)))

@@ -26,6 +26,9 @@ from .dit_layer import SIZE, layer, output_error, relative, smoothing
 
 TOKEN = QuantSpec(granularity="token", symmetric=True, signed=True)
 CHANNEL = QuantSpec(granularity="channel", symmetric=True, signed=True)
+turn, turn_back, turn_rows = (
+    jax.jit(f, compiler_options=QUICK) for f in (rotate, unrotate, rotate_rows)
+)
 FACTORS = {64: (64, 1), 72: (2, 36), 384: (32, 12), 768: (64, 12), 1024: (1024, 1), 1152: (32, 36)}
 FACTORS |= {1536: (128, 12), 3072: (256, 12), 4096: (4096, 1), 4608: (128, 36)}
 
@@ -35,6 +38,11 @@ def test_rows_are_orthogonal_at_every_order_of_the_transformers(order):
     left, right = hadamard_factors(order)
     assert (len(left), len(right)) == FACTORS[order]
     for factor in (left, right):
+        while len(factor) > 1024:  # [[a, a], [a, -a]] is orthogonal if a is
+            half = len(factor) // 2
+            a, b, c, d = (q for rows in np.split(factor, 2) for q in np.split(rows, 2, axis=1))
+            assert (a == b).all() & (a == c).all() & (a == -d).all()
+            factor = factor[:half, :half]
         size = len(factor)
         assert set(np.unique(factor)) <= {-1, 1}
         product = factor.astype(np.float32) @ factor.astype(np.float32).T  # whole numbers: exact
@@ -70,7 +78,7 @@ def test_signs_that_do_not_fit_are_refused():
         rotate_rows(jnp.ones((24, 48)), signs)
 
 
-@pytest.mark.parametrize(("channels", "block"), [(72, None), (48, 12), (16, 4), (64, None)])
+@pytest.mark.parametrize(("channels", "block"), [(72, None), (48, 12), (16, None)])
 def test_a_rotation_is_the_dense_matrix_and_its_inverse_undoes_it(channels, block):
     with jax.enable_x64(True):
         signs = random_rotation(jax.random.key(1), channels, block)
@@ -79,11 +87,11 @@ def test_a_rotation_is_the_dense_matrix_and_its_inverse_undoes_it(channels, bloc
         size = signs.shape[1]
         matrix = np.kron(np.eye(len(signs)), hadamard(size)) / np.sqrt(size)
         matrix = np.asarray(signs, np.float64).reshape(-1, 1) * matrix
-        turned = rotate(jnp.asarray(x), signs)
+        turned = turn(jnp.asarray(x), signs)
         assert turned.dtype == jnp.float64
         np.testing.assert_allclose(turned, x @ matrix, atol=1e-13)
-        np.testing.assert_allclose(unrotate(turned, signs), x, atol=1e-13)
-        rows = rotate_rows(jnp.asarray(w), signs)
+        np.testing.assert_allclose(turn_back(turned, signs), x, atol=1e-13)
+        rows = turn_rows(jnp.asarray(w), signs)
         np.testing.assert_allclose(rows, matrix.T @ w, atol=1e-13)
         assert relative(turned @ rows, x @ w) < 1e-12
     assert rotate(jnp.asarray(x, jnp.float32), signs.astype(jnp.float32)).dtype == jnp.float32
@@ -92,17 +100,17 @@ def test_a_rotation_is_the_dense_matrix_and_its_inverse_undoes_it(channels, bloc
 def test_kernels_of_convolutions_turn_with_their_input():
     signs = random_rotation(jax.random.key(2), 12)
     w = jnp.asarray(np.random.default_rng(3).standard_normal((3, 3, 12, 5)), jnp.float32)
-    turned = rotate_rows(w, signs)
-    np.testing.assert_allclose(turned[1, 2], rotate_rows(w[1, 2], signs), atol=1e-6)
+    turned = turn_rows(w, signs)
+    np.testing.assert_allclose(turned[1, 2], turn_rows(w[1, 2], signs), atol=1e-6)
 
 
 def test_a_wide_rotation_keeps_length_and_comes_back():
     signs = random_rotation(jax.random.key(3), 4608)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 4608)), jnp.float32)
-    turned = rotate(x, signs)
+    turned = turn(x, signs)
     norms = [np.linalg.norm(v, axis=1) for v in (turned, x)]
     np.testing.assert_allclose(*norms, rtol=1e-5)
-    np.testing.assert_allclose(unrotate(turned, signs), x, atol=1e-5)
+    np.testing.assert_allclose(turn_back(turned, signs), x, atol=1e-5)
     assert relative(turned, x) > 1  # and it is not where it was
 
 
@@ -130,7 +138,7 @@ class TestFixture:
             with jax.enable_x64(True):
                 signs = jnp.asarray(held.signs)[None]
                 pairs += [
-                    np.asarray(f(jnp.asarray(v), signs)) for f, v in ((rotate, x), (rotate_rows, w))
+                    np.asarray(f(jnp.asarray(v), signs)) for f, v in ((turn, x), (turn_rows, w))
                 ]
         return pairs
 
