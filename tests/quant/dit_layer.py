@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qdiff_jax.quant.hadamard import paley
+
 SIZE = 1152
 
 
@@ -50,6 +52,18 @@ def layer() -> Layer:
         "student": rng.standard_t(3, (64, n)),
     }
     return Layer(x, w.T, x @ w.T, offset, factors, signs, samples)
+
+
+@functools.cache
+def dense_rotation() -> np.ndarray:
+    """diag(+-1) H / sqrt(K), [K, K], H the dense Paley matrix that the reference rotates with."""
+    return layer().signs[:, None] * paley(SIZE) / np.sqrt(SIZE)
+
+
+@functools.cache
+def turned() -> tuple[np.ndarray, np.ndarray]:
+    """(x R, R'W) by `dense_rotation`."""
+    return layer().x @ dense_rotation(), dense_rotation().T @ layer().kernel
 
 
 def relative(found, wanted) -> float:

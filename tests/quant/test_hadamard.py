@@ -22,7 +22,7 @@ from qdiff_jax.quant.ranges import min_max
 from qdiff_jax.quant.spec import QuantSpec
 
 from ..tiny_unet import QUICK
-from .dit_layer import SIZE, layer, output_error, relative, smoothing
+from .dit_layer import SIZE, dense_rotation, layer, output_error, relative, smoothing, turned
 
 TOKEN = QuantSpec(granularity="token", symmetric=True, signed=True)
 CHANNEL = QuantSpec(granularity="channel", symmetric=True, signed=True)
@@ -126,15 +126,15 @@ class TestFixture:
 
     @staticmethod
     @functools.cache
-    def turned(which: str):
+    def both(which: str):
         """(x R, R'W, s-scaled x R, R's W) in float64, R by `which`: "dense" or "factors"."""
         held, s = layer(), smoothing()
+        scaled = (held.x / s, held.kernel * s[:, None])
+        if which == "dense":
+            matrix = dense_rotation()
+            return [*turned(), scaled[0] @ matrix, matrix.T @ scaled[1]]
         pairs = []
-        for x, w in ((held.x, held.kernel), (held.x / s, held.kernel * s[:, None])):
-            if which == "dense":
-                matrix = held.signs[:, None] * paley(SIZE) / np.sqrt(SIZE)
-                pairs += [x @ matrix, matrix.T @ w]
-                continue
+        for x, w in ((held.x, held.kernel), scaled):
             with jax.enable_x64(True):
                 signs = jnp.asarray(held.signs)[None]
                 pairs += [
@@ -145,7 +145,7 @@ class TestFixture:
     @pytest.mark.parametrize("which", ["dense", "factors"])
     def test_the_layer_is_the_same_and_its_outliers_are_gone(self, which):
         held = layer()
-        x, w, *_ = self.turned(which)
+        x, w, *_ = self.both(which)
         assert relative(x @ w, held.y) < 1e-12
         peaks = [np.abs(v).max() / np.sqrt(np.mean(v**2)) for v in (held.x, x)]
         assert peaks[0] == pytest.approx(67.4, abs=0.1)
@@ -153,7 +153,7 @@ class TestFixture:
 
     @pytest.mark.parametrize(("which", "share"), [("dense", 0.0), ("factors", 0.1)])
     def test_figures_at_8_and_4_bits(self, which, share):
-        x, w, scaled_x, scaled_w = self.turned(which)
+        x, w, scaled_x, scaled_w = self.both(which)
         found = {
             "w8a8": layer_error(x, w, 8, 8),
             "w4a8": layer_error(x, w, 4, 8),
@@ -173,9 +173,8 @@ class TestFixture:
     def test_rounding_before_and_after_the_rotation_is_three_times_worse(self):
         """ViDiT-Q's released code quantizes the weight, rotates it and quantizes it again."""
         held, s = layer(), smoothing()
-        _, _, x, w = self.turned("dense")
-        matrix = held.signs[:, None] * paley(SIZE) / np.sqrt(SIZE)
-        twice = matrix.T @ rounded_weight(held.kernel * s[:, None], 4).astype(np.float64)
+        _, _, x, w = self.both("dense")
+        twice = dense_rotation().T @ rounded_weight(held.kernel * s[:, None], 4).astype(np.float64)
         once = layer_error(x, w, 4, 8)
         assert once == pytest.approx(0.0466, abs=0.002)
         assert layer_error(x, twice, 4, 8) == pytest.approx(0.1498, abs=0.002)

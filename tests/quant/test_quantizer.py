@@ -33,9 +33,7 @@ SPECS = {
     "log2_zero": QuantSpec(grid="log2", zero_code=True),
     "log_sqrt2": QuantSpec(grid="log_sqrt2"),
     "log_sqrt2_zero_channel": QuantSpec(grid="log_sqrt2", zero_code=True, granularity="channel"),
-    "e2m1": QuantSpec(grid="e2m1"),
     "e1m2_group": QuantSpec(grid="e1m2", granularity="group", group=2, axis=-2),
-    "e3m0_token": QuantSpec(grid="e3m0", granularity="token"),
     "nvfp4": QuantSpec(
         grid="e2m1", granularity="group", group=4, dynamic=True, scale_format="e4m3"
     ),
