@@ -204,7 +204,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("bits", [4, 3])
     def test_temporal_reconstruction_keeps_temporal_features(self, bits):
-        """Measured over seeds 0 to 2: see the margin of the first; the set of timesteps is always whole."""
+        """A seed is another order of rounding's minibatches; the timesteps are always all of them."""
         theirs = cosine_distance(nearest(bits))
         for seed in SEEDS:
             ours = cosine_distance(temporal_only(bits, seed))
