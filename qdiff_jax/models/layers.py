@@ -6,6 +6,7 @@ import jax
 from flax import linen as nn
 
 from qdiff_jax.operators import DENSE, Operator, same_conv
+from qdiff_jax.quant.hadamard import rotate
 from qdiff_jax.sites import op
 
 FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -14,9 +15,10 @@ FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 class _Linear(nn.Module):
     """The parameters of one convolution or dense layer, created only when its kernel is asked for.
 
-    `divisor` [in] is none of the layer's own: a transform of the parameters may put it there after moving
-    a factor of each input channel into the kernel (stages.channel_factors). Nor is the `bias` of a layer
-    without one, which a stage may put there after fitting it to the codes."""
+    `divisor` [in] and `rotation` [blocks, n] are none of the layer's own: a transform of the parameters may
+    put them there after moving a factor of each input channel (stages.channel_factors), then a rotation of
+    the channels (stages.rotations), into the kernel. Nor is the `bias` of a layer without one, which a stage
+    may put there after fitting it to the codes."""
 
     shape: tuple[int, ...]
     use_kernel: bool = True
@@ -29,9 +31,11 @@ class _Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), self.shape[-1:])
         else:
-            bias = self.get_variable("params", "bias", None)
-        moved = self.has_variable("params", "divisor")
-        return kernel, bias, self.get_variable("params", "divisor") if moved else None
+            bias = self._moved("bias")
+        return kernel, bias, self._moved("divisor"), self._moved("rotation")
+
+    def _moved(self, name: str):
+        return self.get_variable("params", name) if self.has_variable("params", name) else None
 
 
 def linear(
@@ -51,9 +55,12 @@ def linear(
     site = module.get_variable("quant", name) if module.has_variable("quant", name) else None
     holds_codes = site is not None and hasattr(site.rhs, "qparams")
     own = _Linear(shape, use_kernel=not holds_codes, init=init, use_bias=use_bias, name=name)
-    kernel, bias, divisor = own()
+    kernel, bias, divisor, rotation = own()
     if divisor is not None:
         x = x / divisor.reshape((1,) * (x.ndim - 1) + divisor.shape).astype(x.dtype)
+    if rotation is not None:
+        # Training may not move it: it would be no rotation any more.
+        x = rotate(x, jax.lax.stop_gradient(rotation))
     return op(
         module,
         name,

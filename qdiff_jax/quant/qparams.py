@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qdiff_jax.quant.affine import reciprocal
-from qdiff_jax.quant.spec import QuantSpec
+from qdiff_jax.quant.spec import FLOATS, QuantSpec
 
 SCALE_FLOOR = 1e-8  # an all-zero tensor would otherwise divide by zero
 
@@ -44,26 +44,45 @@ def scale_and_zero_point(spec: QuantSpec, lo, hi, qmin, qmax) -> tuple[jax.Array
     The range is first widened to contain 0, so that 0 has a code of its own. Uniform affine maps of
     the quantized U-Net literature: symmetric signed scale = max|x| / qmax, zero point 0; symmetric
     unsigned scale = hi / qmax, zero point 0; otherwise scale = (hi - lo) / (qmax - qmin), zero
-    point = qmin - round(lo / scale), which always lies among the codes. Log grids: scale = hi. A
-    range that is not finite gives a scale that is not finite, so that everything downstream becomes
-    NaN.
+    point = qmin - round(lo / scale), which always lies among the codes. Log grids: scale = hi.
+    Floating-point grids: scale = max|x| / the grid's largest value, and in the place of a zero point the
+    number of exponent bits. A range that is not finite gives a scale that is not finite, so that
+    everything downstream becomes NaN.
     """
-    if spec.grid in ("shifted", "affine_or_log2"):
+    if spec.grid in ("shifted", "affine_or_log2", "fp4"):
         raise ValueError(
             f"the numbers of the grid {spec.grid!r} do not follow from a range; build its QParams "
-            "with quant.time_mlp or quant.softmax_grid."
+            "with quant.time_mlp, quant.softmax_grid or quant.floating."
         )
     lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
+    if spec.grid in FLOATS:
+        exponent_bits, largest = FLOATS[spec.grid]
+        scale = _symmetric_scale(spec, jnp.maximum(-lo, hi), jnp.float32(largest))
+        return scale, jnp.full_like(scale, exponent_bits)
     if spec.grid != "affine":
         scale = jnp.maximum(hi, SCALE_FLOOR)
         return scale, jnp.zeros_like(scale)
     if spec.symmetric:
-        top = jnp.maximum(-lo, hi) if spec.signed else hi
-        scale = jnp.maximum(top * reciprocal(qmax), SCALE_FLOOR)
+        scale = _symmetric_scale(spec, jnp.maximum(-lo, hi) if spec.signed else hi, qmax)
         return scale, jnp.zeros_like(scale)
     scale = jnp.maximum((hi - lo) * reciprocal(qmax - qmin), SCALE_FLOOR)
     # qmin outside the rounding: a fused multiply-add inside it would decide ties by the compiler.
     return scale, jnp.clip(qmin - jnp.round(lo * reciprocal(scale)), qmin, qmax)
+
+
+def _symmetric_scale(spec, top, largest):
+    """The scale at which `top` takes the grid's largest value, as `spec.scale_format` stores it."""
+    if spec.scale_format == "e8m0":
+        exponent = jnp.frexp(top)[1] - jnp.frexp(largest)[1]
+        # Powers that float8_e8m0fnu and a normal float32 both hold, and their reciprocals too.
+        power = jnp.ldexp(jnp.ones_like(top), jnp.clip(exponent, -126, 126))
+        return jnp.where(jnp.isfinite(top), power, top)
+    scale = jnp.maximum(top * reciprocal(largest), SCALE_FLOOR)
+    if spec.scale_format == "e4m3":
+        # Beyond 448 the type has no value, and below 2^-9 none but 0.
+        held = jnp.clip(scale, 2.0**-9, 448.0).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+        return jnp.where(jnp.isfinite(scale), held, scale)
+    return scale
 
 
 def from_range(spec: QuantSpec, lo, hi, qmin, qmax) -> QParams:

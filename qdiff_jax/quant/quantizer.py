@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qdiff_jax.quant import affine, either, log2, shifted
+from qdiff_jax.quant import affine, either, floating, log2, shifted
 from qdiff_jax.quant.qparams import QParams, broadcast, freeze, from_range, grouped
-from qdiff_jax.quant.spec import QuantSpec
+from qdiff_jax.quant.spec import FLOATS, QuantSpec
 
 
 class Quantizer(NamedTuple):
@@ -69,12 +69,20 @@ def _union_grid(spec: QuantSpec) -> _Grid:
     )
 
 
+def _float_grid(spec: QuantSpec) -> _Grid:
+    del spec
+    return _Grid(
+        floating.quantize, lambda q, scale, bits, qmin, qmax: floating.dequantize(q, scale, bits)
+    )
+
+
 _GRIDS = {
     "affine": _affine_grid,
     "log2": _log_grid,
     "log_sqrt2": _log_grid,
     "shifted": _shifted_grid,
     "affine_or_log2": _union_grid,
+    **dict.fromkeys((*FLOATS, "fp4"), _float_grid),
 }
 
 

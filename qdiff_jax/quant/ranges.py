@@ -63,7 +63,8 @@ def _split_cells(spec, x) -> np.ndarray:
     return columns.reshape(len(columns), 2 * width)
 
 
-def _scale_shape(spec, shape) -> tuple[int, ...]:
+def scale_shape(spec: QuantSpec, shape) -> tuple[int, ...]:
+    """The shape of `QParams.scale` for a static spec and a tensor of `shape`."""
     if spec.granularity == "tensor":
         return ()
     if spec.granularity == "split":
@@ -147,7 +148,7 @@ def _search(columns, lo, hi, qmin, qmax, power, spec) -> tuple[np.ndarray, np.nd
 def min_max(x, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
     """The smallest and largest value of every cell, each shaped like `QParams.scale`."""
     columns = cells(spec, x)
-    shape = _scale_shape(spec, np.shape(x))
+    shape = scale_shape(spec, np.shape(x))
     return columns.min(axis=0).reshape(shape), columns.max(axis=0).reshape(shape)
 
 
@@ -184,7 +185,7 @@ def shrink_search(
     lo = np.minimum(np.ravel(lo), 0.0)[None].astype(np.float32) * factors
     hi = np.maximum(np.ravel(hi), 0.0)[None].astype(np.float32) * factors
     lo, hi = _search(columns, lo, hi, np.ravel(qmin), np.ravel(qmax), power, spec)
-    shape = _scale_shape(spec, np.shape(x))
+    shape = scale_shape(spec, np.shape(x))
     return lo.reshape(shape), hi.reshape(shape)
 
 
@@ -226,7 +227,7 @@ def mse_search(
                 mask, ((levels - zero) * unit).reshape(count, -1), np.repeat(hi_all, levels + 1, 0)
             )
     lo, hi = _search(columns, lo_all, hi_all, qmin, qmax, power, spec)
-    shape = _scale_shape(spec, np.shape(x))
+    shape = scale_shape(spec, np.shape(x))
     return lo.reshape(shape), hi.reshape(shape)
 
 
@@ -242,7 +243,7 @@ def percentile(x, spec: QuantSpec, *, lower=0.0004, upper=0.9996) -> tuple[np.nd
     """The `lower` and `upper` quantile of every cell (TFMQ-DM's option), linear between samples."""
     _no_split(spec)
     low, high = np.quantile(cells(spec, x), [lower, upper], axis=0).astype(np.float32)
-    shape = _scale_shape(spec, np.shape(x))
+    shape = scale_shape(spec, np.shape(x))
     return low.reshape(shape), high.reshape(shape)
 
 
@@ -265,7 +266,7 @@ def least_error(
     lo, hi = (np.float32(v).reshape(len(v), -1) for v in (lo, hi))
     lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
     lo, hi = _search(columns, lo, hi, np.ravel(qmin), np.ravel(qmax), power, spec)
-    shape = _scale_shape(spec, np.shape(x))
+    shape = scale_shape(spec, np.shape(x))
     return lo.reshape(shape), hi.reshape(shape)
 
 

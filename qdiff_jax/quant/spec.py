@@ -2,7 +2,9 @@
 
 import dataclasses
 
-GRIDS = ("affine", "log2", "log_sqrt2", "shifted", "affine_or_log2")
+# Formats of 4 bits: exponent bits and the largest value, see quant.floating.
+FLOATS = {"e1m2": (1, 3.5), "e2m1": (2, 6.0), "e3m0": (3, 16.0)}
+GRIDS = ("affine", "log2", "log_sqrt2", "shifted", "affine_or_log2", *FLOATS, "fp4")
 GRANULARITIES = ("tensor", "channel", "token", "group", "split", "cell")
 
 
@@ -17,7 +19,8 @@ class QuantSpec:
       grid: "affine" (uniform integers), "log2" (s * 2**-q, for non-negative x) or "log_sqrt2"
         (s * 2**(-q/2)); "shifted" (uniform, the zero point any real number, see quant.shifted) and
         "affine_or_log2" (the leaf zero_point says which of the two, see quant.either), whose numbers
-        do not follow from a range alone.
+        do not follow from a range alone; "e1m2", "e2m1", "e3m0" (floating point of 4 bits, signed and
+        symmetric) and "fp4" (the leaf zero_point says which of the three, see quant.floating).
       symmetric: the zero point is fixed at 0. Unsigned and symmetric is the "always zero" quantizer
         of a softmax output or a ReLU.
       signed: the integer codes are signed.
@@ -37,6 +40,9 @@ class QuantSpec:
       zero_code: log grids only: the last code decodes to exactly 0 instead of the smallest power.
       boundary: for "split": index along `axis` at which the second part begins.
       narrow: signed codes are +-(2**(bits-1) - 1), so that the grid is symmetric about 0.
+      scale_format: how a scale is stored: None float32; "e4m3" a float8_e4m3fn (at most 448; NVFP4's
+        block scales); "e8m0" a power of two, 2^(floor(log2 max|x|) - floor(log2 of the grid's largest
+        value)) (MXFP4, OCP Microscaling 1.0). Symmetric signed grids only.
 
     Raises:
       ValueError: a field is outside its domain or two fields contradict each other.
@@ -52,6 +58,7 @@ class QuantSpec:
     zero_code: bool = False
     boundary: int | None = None
     narrow: bool = False
+    scale_format: str | None = None
 
     def __post_init__(self):
         if self.grid not in GRIDS:
@@ -72,7 +79,11 @@ class QuantSpec:
             raise ValueError(
                 "QuantSpec.zero_code belongs to the log grids; an affine grid has 0 anyway."
             )
-        if self.grid != "affine" and self.signed:
+        if self.grid in FLOATS or self.grid == "fp4":
+            # They are nothing else: normalised so that equal specs compare equal.
+            object.__setattr__(self, "signed", True)
+            object.__setattr__(self, "symmetric", True)
+        elif self.grid != "affine" and self.signed:
             raise ValueError(
                 f"QuantSpec.signed with grid {self.grid!r}: a log grid holds non-negative values "
                 "only; set signed=False."
@@ -88,6 +99,15 @@ class QuantSpec:
         if self.granularity == "cell" and self.dynamic:
             raise ValueError(
                 "QuantSpec granularity 'cell' holds measured ranges; set dynamic=False."
+            )
+        if self.scale_format not in (None, "e4m3", "e8m0"):
+            raise ValueError(
+                f"QuantSpec.scale_format is {self.scale_format!r}; use None, 'e4m3' or 'e8m0'."
+            )
+        if self.scale_format and not (self.symmetric and self.signed):
+            raise ValueError(
+                f"QuantSpec.scale_format {self.scale_format!r} rounds the scale, which would move a zero "
+                "point: use a signed symmetric grid."
             )
 
     def _check_group(self):
@@ -142,7 +162,13 @@ def code_range(spec: QuantSpec, bits: int, narrow: bool = False) -> tuple[int, i
 
     Raises:
       ValueError: bits is not a positive integer, or the combination has no usable code.
+
+    A floating-point grid of 4 bits has the codes -7..7, narrow or not: one per value, and one zero.
     """
+    if spec.grid in FLOATS or spec.grid == "fp4":
+        if bits != 4:
+            raise ValueError(f"the grid {spec.grid!r} has 4 bits, got {bits!r}.")
+        return -7, 7
     if isinstance(bits, bool) or int(bits) != bits or not 1 <= bits <= 24:
         raise ValueError(
             f"bits is {bits!r}; it must be an integer from 1 to 24, the codes float32 holds."
