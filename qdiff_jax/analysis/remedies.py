@@ -8,6 +8,7 @@ that methods leave, on full-precision trajectories that none was calibrated on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from qdiff_jax.analysis.observed import step_reports, step_values
 from qdiff_jax.analysis.skips import concatenating
 from qdiff_jax.analysis.subject import NotApplicable, Subject, is_temporal
 from qdiff_jax.analysis.temporal import temporal_information
-from qdiff_jax.observe.taps import Tap
+from qdiff_jax.observe.taps import Tap, sample_positions
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.timed import select, step_context
@@ -84,17 +85,61 @@ def _quantizer(sites: Mapping[str, Any], name: str) -> QParams | None:
     return found if isinstance(found, QParams) and not found.spec.dynamic else None
 
 
-def _relative(values: np.ndarray, quantizer: QParams) -> float:
-    error = np.asarray(_fake_quant(quantizer, values), np.float64) - values
-    return float(np.square(error).sum() / max(np.square(values, dtype=np.float64).sum(), 1e-30))
+def _divisors(params: Mapping) -> dict[str, np.ndarray]:
+    """{"site:input": [C]}: by what a method has the inputs of a layer divided before they are quantized."""
+    leaves = jax.tree_util.tree_flatten_with_path(dict(params))[0]
+    found = {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
+    return {
+        f"{'/'.join(path[:-1])}:input": np.asarray(leaf)
+        for path, leaf in found.items()
+        if path[-1] == "divisor"
+    }
+
+
+def _renormed(params: Mapping, full: Mapping) -> set[str]:
+    """Blocks of which a method changed a normalization: their activations are not those of full precision."""
+
+    def scales(tree):
+        leaves = jax.tree_util.tree_flatten_with_path(dict(tree))[0]
+        return {path: leaf for path, leaf in leaves if path[-1].key == "scale"}
+
+    theirs = scales(params)
+    return {
+        path[0].key
+        for path, leaf in scales(full).items()
+        if path in theirs and not np.array_equal(leaf, theirs[path])
+    }
+
+
+def _error(values: np.ndarray, quantizer: QParams, divisor: np.ndarray | None) -> np.ndarray:
+    """What quantizing does to values [..., N], float64; divisor: [N] around the quantizer, or None."""
+    inner = values if divisor is None else values / divisor
+    outer = np.asarray(_fake_quant(quantizer, inner), np.float64)
+    return (outer if divisor is None else outer * divisor) - values
+
+
+def _relative(values: np.ndarray, quantizer: QParams, divisor: np.ndarray | None) -> float:
+    error = np.square(_error(values, quantizer, divisor)).sum()
+    return float(error / max(np.square(values, dtype=np.float64).sum(), 1e-30))
 
 
 def activation_error(
     subject: Subject, variants: Mapping[str, dict], on_step: Callable | None = None
 ) -> dict[str, np.ndarray]:
     """{variant: [S]}: at each step the median over activations that depend on the image of |x_q - x|^2 / |x|^2
-    on full-precision values. Of activations with one range per tensor in every variant."""
+    on full-precision values. Of activations with one range per tensor in every variant, outside blocks of which
+    one changed a normalization."""
     times = subject.trajectory.t
+    full = subject.model.params
+    counts = {f"{site.name}:input": math.prod(site.lhs_shape[1:]) for site in subject.sites}
+    divisors = {
+        name: {
+            key: divisor[np.asarray(sample_positions(counts[key])) % len(divisor)]
+            for key, divisor in _divisors(v["params"]).items()
+        }
+        for name, v in variants.items()
+    }
+    moved = set().union(*(_renormed(v["params"], full) for v in variants.values()))
     rows: dict[str, list] = {name: [] for name in variants}
     reports = step_reports(subject, subject.sites, Tap("sample"), on_step)
     for position, (t, report) in enumerate(zip(times, reports, strict=True)):
@@ -107,12 +152,16 @@ def activation_error(
             key
             for key in report
             if not is_temporal(subject.model, key)
+            and key.split("/")[0] not in moved
             and all(
                 q[key] is not None and q[key].spec.granularity == "tensor" for q in held.values()
             )
         ]
         for name, quantizers in held.items():
-            found = [_relative(report[key]["sample"], quantizers[key]) for key in shared]
+            found = [
+                _relative(report[key]["sample"], quantizers[key], divisors[name].get(key))
+                for key in shared
+            ]
             rows[name].append(np.median(found))
     return {name: np.array(values) for name, values in rows.items()}
 
@@ -128,6 +177,7 @@ def skip_error(
     pairs = concatenating(subject.model.program)
     names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
     layers = tuple(f"{block}/nin_shortcut" for block in pairs)
+    divisors = {name: _divisors(v["params"]) for name, v in variants.items()}
     wrong = {name: np.zeros((len(layers), 2)) for name in variants}
     whole = np.zeros((len(layers), 2))
     for position, values in enumerate(step_values(subject, names, on_step)):
@@ -141,7 +191,7 @@ def skip_error(
                 quantizer = _quantizer(sites, f"{layer}:input")
                 if quantizer is None:
                     continue
-                error = np.asarray(_fake_quant(quantizer, both), np.float64) - both
+                error = _error(both, quantizer, divisors[name].get(f"{layer}:input"))
                 parts = np.split(np.square(error), [boundary], axis=-1)
                 wrong[name][k] += [part.sum() for part in parts]
     smaller = whole.argmin(axis=1)[:, None]

@@ -40,10 +40,16 @@ def measure(tap: Tap, x: jax.Array) -> dict[str, jax.Array]:
     report = {"lo": jnp.min(x, axes), "hi": jnp.max(x, axes)}
     if tap.statistic == "sample":
         flat = x.reshape(x.shape[0], -1)
-        count = flat.shape[1]
-        if count > tap.size:
-            # The same positions for every sample and call: a permutation fixed by the tensor's size.
-            chosen = jax.random.choice(jax.random.key(count), count, (tap.size,), replace=False)
-            flat = jnp.take(flat, chosen, axis=1)
+        if flat.shape[1] > tap.size:
+            flat = jnp.take(flat, sample_positions(flat.shape[1], tap.size), axis=1)
         report["sample"] = flat
     return report
+
+
+def sample_positions(count: int, size: int = 256) -> jax.Array:
+    """[min(count, size)] int: which of the `count` elements of a sample, channels last, "sample" reports.
+
+    The same for every sample and call: a permutation fixed by the tensor's size."""
+    if count <= size:
+        return jnp.arange(count)
+    return jax.random.choice(jax.random.key(count), count, (size,), replace=False)

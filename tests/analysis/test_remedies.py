@@ -52,6 +52,31 @@ def test_finer_grids_err_less_and_tables_are_read_at_their_step(subject):
     np.testing.assert_allclose(found["t"], [found["c"][0], found["f"][1]], rtol=1e-5)
 
 
+def test_factors_moved_into_the_weights_stand_around_the_quantizer(subject):
+    grid = from_range(ACTIVATION, -8.0, 8.0, 0, 255)
+    wide = from_range(ACTIVATION, -32.0, 32.0, 0, 255)
+    plain, coarse = (variables(subject, lambda _, q=q: q) for q in (grid, wide))
+    layers = [site for site in subject.sites if site.has_weight]
+    params = dict(subject.model.params)
+    for site in layers:
+        block, _, layer = site.name.partition("/")
+        own = {**params[block][layer], "divisor": np.full(site.rhs_shape[-2], 0.25, np.float32)}
+        params[block] = {**params[block], layer: own}
+    moved = {"params": params, "quant": coarse["quant"]}
+    found = activation_error(subject, {"plain": plain, "moved": moved, "coarse": coarse})
+    # Four times the input on four times the range: the same errors.
+    np.testing.assert_allclose(found["moved"], found["plain"], rtol=1e-4)
+    assert (found["coarse"] > 4 * found["plain"]).all()
+    # A normalization that a variant changed takes its block out for all.
+    norm = {
+        **params["mid_block_1"],
+        "norm1": {"scale": np.float32([2.0]), "bias": np.float32([0.0])},
+    }
+    assert module._renormed({**params, "mid_block_1": norm}, subject.model.params) == {
+        "mid_block_1"
+    }
+
+
 def test_a_range_for_each_map_serves_the_smaller_one(subject):
     width = subject.model.params["up_0_block_0"]["nin_shortcut"]["kernel"].shape[-2] // 2
     split = QuantSpec(granularity="split", axis=-1, boundary=width)
