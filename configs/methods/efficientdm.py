@@ -13,11 +13,13 @@ for all layers, the mean of the scale-aware ones), `source=cached` (the recorded
 with it `target=noise` (ordinary diffusion training on what they end in, in place of distillation).
 Round-to-nearest stands beside it.
 The paper's sizes: 16,000 steps, batch 2, trajectories of 100 steps with eta 1, whose tables are taken over to
-the sampler's 20 steps: hours on a CPU. `laptop` trains on the sampler's own timesteps, LAPTOP; `smoke`
-runs in seconds (`efficientdm.py:smoke`). Guided training: `--config.sampler.guidance_scale=3` and, as
+the sampler's 20 steps: hours on a CPU. `laptop` trains on the sampler's own timesteps, 600 steps of batch 8 at
+rates that are 125 times (updates) and 10 times (tables) the paper's; `smoke` runs in seconds
+(`efficientdm.py:smoke`). Guided training: `--config.sampler.guidance_scale=3` and, as
 published, `--config.efficientdm.source.guidance_scale=1.5`.
 
-Expected of `efficientdm.py:w4a4,laptop` on two CPU cores: about 10 minutes, EXPECTED.
+Expected of `efficientdm.py:w4a4,laptop` on two CPU cores: about 10 minutes (on one of them a step took half a
+second and compiling 75), and an eps error below that of round-to-nearest, which was 0.106 from 8 trajectories.
 """
 
 from configs.methods._start import parse, start
@@ -64,7 +66,13 @@ def get_config(arg=None):
     student = dict(rank=32, base=arg.base, talsq=not arg.no_talsq, rates=arg.rates)
     if arg.laptop:
         # So few steps need faster rates and better ranges to start from.
-        own.update(steps=600, lora_divisor=50.0, weight_method="mse")
+        own.update(
+            steps=600,
+            lora_divisor=20.0,
+            scale_lr=1e-5,
+            activation_lr=5e-3,
+            weight_method="mse",
+        )
         source.update(batch_size=8, sampling_steps=0)
     if arg.smoke:
         own.update(steps=8)

@@ -52,7 +52,10 @@ def run(source, first, stop, memory=None):
     return batches, memory, estimates
 
 
-@pytest.mark.parametrize("scale", [None, 3.0])
+SLOW = pytest.mark.slow  # a compile each
+
+
+@pytest.mark.parametrize("scale", [pytest.param(None, marks=SLOW), 3.0])
 def test_an_online_trajectory_is_what_the_sampler_records(scale):
     """State by state and estimate by estimate, fresh noise of eta 1 included: the teacher alone advances."""
     guidance = classifier_free(scale, NULL)
@@ -80,7 +83,8 @@ def test_an_online_trajectory_is_what_the_sampler_records(scale):
 
 
 def test_going_on_from_a_saved_memory_gives_the_same_batches():
-    source = online(PLAN, shape=SHAPE, batch_size=3, classes=NULL)
+    guidance = classifier_free(3.0, NULL)
+    source = online(PLAN, shape=SHAPE, batch_size=3, guidance=guidance, classes=NULL)
     whole, end, _ = run(source, 0, 7)
     _, memory, _ = run(source, 0, 3)
     rest, again, _ = run(source, 3, 7, memory=memory)
@@ -97,7 +101,10 @@ def recorded(scale=None):
     return paired(made, guidance, PLAN, SCHEDULE)
 
 
-@pytest.mark.parametrize(("order", "scale"), [("trajectory", 3.0), ("mixed", None), ("mixed", 3.0)])
+@pytest.mark.parametrize(
+    ("order", "scale"),
+    [("trajectory", 3.0), pytest.param("mixed", None, marks=SLOW), ("mixed", 3.0)],
+)
 def test_cached_states_carry_their_guided_estimates(order, scale):
     source = cached(recorded(scale), batch_size=4, order=order)
     batches, _, estimates = run(source, 0, 8)

@@ -264,10 +264,11 @@ def test_one_learned_range_for_all_steps_instead_of_tables():
 
 @pytest.mark.slow
 def test_weights_alone():
-    phases = (Phase(400, RATES, SUM),)
-    state, report = run_stage(stage(phases=phases), start(2, None))
+    phases = (Phase(800, {"lora": 0.05, "scales": 3e-3}, SUM),)
+    work = stage(QALoRAConfig(rank=16), phases, cached(recorded().paired, batch_size=6))
+    state, report = run_stage(work, start(2, None), chunk=100)
     assert all(site.lhs is None for site in flatten_sites(state.quant).values())
-    assert report["last_loss"] < 0.7 * report["first_loss"]
+    assert report["last_loss"] < 0.7 * report["first_loss"]  # of the same six samples
 
 
 @pytest.mark.slow
