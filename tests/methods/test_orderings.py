@@ -45,9 +45,10 @@ FSC_EPS = {
     6: 0.2,
     4: 0.2,
 }  # of shared ranges' eps error, temporal block alone quantized, every seed
-BANK_EPS = 0.8  # all sites by step, margin 1.1, of shared ranges' eps error at W8A8
-BANK_ROLLOUT = 1.2  # and of their rollout error
-BANK_CLIPPED = 1.0  # rollout error of margin 1.0 over margin 1.1: at least
+# All sites by step at W8A8, every seed; measured 0.18 to 0.21, 0.14 to 0.70, 1.4 to 16.
+BANK_EPS = 0.5  # margin 1.1, of shared ranges' eps error
+BANK_ROLLOUT = 1.0  # and of their rollout error
+BANK_CLIPPED = 1.2  # rollout error of margin 1.0 over margin 1.1: at least
 
 pytestmark = [
     pytest.mark.slow,
@@ -279,13 +280,15 @@ class TestStepTables:
 
     def test_tables_at_every_site_need_a_margin(self):
         """Ranges taken as they are clip what calibration has not seen, and the sampler amplifies it."""
-        state = nearest(8, 8)
-        exact = temporal_patterns()
-        bare, wide = (
-            calibrated(state, per_step=("*",), exact=exact, margin=margin) for margin in (1.0, 1.1)
-        )
-        shared = calibrated(state)
-        assert eps_error(wide).rel_mse <= BANK_EPS * eps_error(shared).rel_mse
-        widened = rollout_error(wide)
-        assert widened <= BANK_ROLLOUT * rollout_error(shared)
-        assert rollout_error(bare) >= BANK_CLIPPED * widened
+        state, exact = nearest(8, 8), temporal_patterns()
+        for seed in SEEDS:
+            bare, wide = (
+                calibrated(state, seed, per_step=("*",), exact=exact, margin=margin)
+                for margin in (1.0, 1.1)
+            )
+            shared = calibrated(state, seed)
+            ours, theirs = (eps_error(s, seed).rel_mse for s in (wide, shared))
+            assert ours <= BANK_EPS * theirs
+            widened = rollout_error(wide)
+            assert widened <= BANK_ROLLOUT * rollout_error(shared)
+            assert rollout_error(bare) >= BANK_CLIPPED * widened
