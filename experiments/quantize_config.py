@@ -17,7 +17,7 @@ from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
 from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.methods.ptqd import PTQDConfig
-from qdiff_jax.methods.registry import METHODS, MethodSettings
+from qdiff_jax.methods.registry import BINARY, METHODS, MethodSettings
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.methods.tfmq import VARIANTS
@@ -27,6 +27,7 @@ from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.row_weights import RULES
 from qdiff_jax.stages.skip_split import SPLITS
+from qdiff_jax.stages.train_binary import BinaryTrainConfig
 
 # Selectors that draw one step for each item.
 DRAWING = ("ndtc", "random_steps", "one_step")
@@ -81,7 +82,8 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VariantConfig:
-    """w_bits and a_bits: target bits, 2 to 8; 0 or 32 keeps that side in full precision."""
+    """w_bits and a_bits: target bits, 2 to 8; 0 or 32 keeps that side in full precision. w_bits 1: binary, for
+    the methods that can."""
 
     method: str
     w_bits: int
@@ -164,10 +166,11 @@ class QuantizeConfig:
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
+    binarydm: BinaryTrainConfig = BinaryTrainConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
-FREE_TO_CHANGE = ("reconstruct.save_seconds", "reconstruct.memory_mib")
+FREE_TO_CHANGE = ("reconstruct.save_seconds", "reconstruct.memory_mib", "binarydm.save_seconds")
 
 
 def read_config(config: Any) -> QuantizeConfig:
@@ -192,6 +195,13 @@ def read_config(config: Any) -> QuantizeConfig:
             )
         for side in ("w_bits", "a_bits"):
             bits = getattr(variant, side)
+            if bits == 1 and side == "w_bits":
+                if variant.method in BINARY:
+                    continue
+                raise ValueError(
+                    f"{where}.w_bits is 1, and {variant.method} rounds on uniform grids; binary weights "
+                    f"are for {BINARY}, or choose 2 to 8."
+                )
             if bits not in (0, 32, *range(2, 9)):
                 raise ValueError(
                     f"{where}.{side} is {bits}; choose 2 to 8, or 32 for full precision."
@@ -252,6 +262,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         ptqd=config.ptqd,
         tdq=config.tdq,
         tcaq=config.tcaq,
+        binarydm=config.binarydm,
     )
 
 

@@ -12,15 +12,14 @@ MINIATURES = {"unet": "random:miniature", "dit": "random:dit"}
 
 
 def parse(arg, **own):
-    """The words behind the colon, with a method's own."""
-    return parse_arg(
-        arg,
+    """The words behind the colon, with a method's own, which may be other bits or fewer models."""
+    words = dict(
         bits=("w4a8", "w8a8", "w4a4", "w4a32", "w6a6", "w8a4"),
         model=tuple(MODELS),
         laptop=False,
         smoke=False,
-        **own,
     )
+    return parse_arg(arg, **{**words, **own})
 
 
 def start(arg, **variants):

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from qdiff_jax.methods.binarydm import binarydm
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
 from qdiff_jax.methods.ptq4dm import ptq4dm
@@ -21,6 +22,7 @@ from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.train_binary import BinaryTrainConfig
 from qdiff_jax.stages.tune import TuneConfig
 
 
@@ -66,6 +68,7 @@ class MethodSettings:
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
+    binarydm: BinaryTrainConfig = BinaryTrainConfig()
 
 
 def _two_sets(sets):
@@ -202,6 +205,17 @@ def _tcaq(model, sets, settings, **own):
     )
 
 
+def _binarydm(model, sets, settings, **own):
+    return binarydm(
+        model,
+        *_two_sets(sets),
+        weight_method=settings.weight_method,
+        activations=settings.activations,
+        config=settings.binarydm,
+        **own,
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "ptq4dm": _ptq4dm,
@@ -212,7 +226,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ptqd": _ptqd,
     "tdq": _tdq,
     "tcaq": _tcaq,
+    "binarydm": _binarydm,
 }
+# Methods that can make weights of one bit; all others round on uniform grids.
+BINARY = ("rtn", "binarydm")
 
 
 def build(

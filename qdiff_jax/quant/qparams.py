@@ -48,10 +48,10 @@ def scale_and_zero_point(spec: QuantSpec, lo, hi, qmin, qmax) -> tuple[jax.Array
     range that is not finite gives a scale that is not finite, so that everything downstream becomes
     NaN.
     """
-    if spec.grid in ("shifted", "affine_or_log2"):
+    if spec.grid in ("shifted", "affine_or_log2", "binary"):
         raise ValueError(
             f"the numbers of the grid {spec.grid!r} do not follow from a range; build its QParams "
-            "with quant.time_mlp or quant.softmax_grid."
+            "with quant.time_mlp, quant.softmax_grid or quant.binary."
         )
     lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
     if spec.grid != "affine":

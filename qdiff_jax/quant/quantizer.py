@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qdiff_jax.quant import affine, either, log2, shifted
+from qdiff_jax.quant import affine, binary, either, log2, shifted
 from qdiff_jax.quant.qparams import QParams, broadcast, freeze, from_range, grouped
 from qdiff_jax.quant.spec import QuantSpec
 
@@ -69,12 +69,21 @@ def _union_grid(spec: QuantSpec) -> _Grid:
     )
 
 
+def _binary_grid(spec: QuantSpec) -> _Grid:
+    del spec
+    return _Grid(
+        lambda x, scale, zero, qmin, qmax: binary.quantize(x),
+        lambda q, scale, zero, qmin, qmax: binary.dequantize(q, scale),
+    )
+
+
 _GRIDS = {
     "affine": _affine_grid,
     "log2": _log_grid,
     "log_sqrt2": _log_grid,
     "shifted": _shifted_grid,
     "affine_or_log2": _union_grid,
+    "binary": _binary_grid,
 }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-GRIDS = ("affine", "log2", "log_sqrt2", "shifted", "affine_or_log2")
+GRIDS = ("affine", "log2", "log_sqrt2", "shifted", "affine_or_log2", "binary")
 GRANULARITIES = ("tensor", "channel", "token", "group", "split", "cell")
 
 
@@ -16,8 +16,9 @@ class QuantSpec:
     Fields:
       grid: "affine" (uniform integers), "log2" (s * 2**-q, for non-negative x) or "log_sqrt2"
         (s * 2**(-q/2)); "shifted" (uniform, the zero point any real number, see quant.shifted) and
-        "affine_or_log2" (the leaf zero_point says which of the two, see quant.either), whose numbers
-        do not follow from a range alone.
+        "affine_or_log2" (the leaf zero_point says which of the two, see quant.either) and "binary"
+        (+-scale in one bit, for weights, see quant.binary), whose numbers do not follow from a range
+        alone.
       symmetric: the zero point is fixed at 0. Unsigned and symmetric is the "always zero" quantizer
         of a softmax output or a ReLU.
       signed: the integer codes are signed.
@@ -70,6 +71,8 @@ class QuantSpec:
             raise ValueError(
                 "QuantSpec.zero_code belongs to the log grids; an affine grid has 0 anyway."
             )
+        if self.grid == "binary":
+            self._check_binary()
         if self.grid != "affine" and self.signed:
             raise ValueError(
                 f"QuantSpec.signed with grid {self.grid!r}: a log grid holds non-negative values "
@@ -82,6 +85,14 @@ class QuantSpec:
         if self.granularity == "cell" and self.dynamic:
             raise ValueError(
                 "QuantSpec granularity 'cell' holds measured ranges; set dynamic=False."
+            )
+
+    def _check_binary(self):
+        if self.granularity not in ("tensor", "channel") or self.dynamic or self.signed:
+            raise ValueError(
+                "QuantSpec grid 'binary' holds the codes 0 and 1 with one static scale per tensor or "
+                f"channel; got signed={self.signed}, granularity {self.granularity!r}, "
+                f"dynamic={self.dynamic}. Quantize this weight with 2 bits or more, or leave these out."
             )
 
     def _check_group(self):
@@ -142,6 +153,8 @@ def code_range(spec: QuantSpec, bits: int, narrow: bool = False) -> tuple[int, i
             f"bits is {bits!r}; it must be an integer from 1 to 24, the codes float32 holds."
         )
     bits = int(bits)
+    if spec.grid == "binary" and bits != 1:
+        raise ValueError(f"the grid 'binary' has 1 bit, not {bits}; use 'affine' for more.")
     if not spec.signed:
         if narrow:
             raise ValueError("narrow=True is for signed codes; an unsigned grid has no spare code.")

@@ -37,20 +37,21 @@ def train_whole(
     finish: Callable[[Carry], tuple[QuantState, dict]],
     *,
     save_seconds: float,
+    optimizer: Callable[[Any], Any] = optax.scale_by_adam().init,
     on_progress=None,
 ) -> Stage:
     """A stage of `steps` steps.
 
     begin(state) -> (trainable, frozen, data). inputs(state, first, stop): what steps first..stop-1 read,
     functions of the state's key and the step's number alone, so that a resumed run sees the same.
-    step(work, input) -> (work, loss). The optimizer's state is Adam's. Raises FloatingPointError if a
-    loss is not finite.
+    step(work, input) -> (work, loss). optimizer(trainable): the state it begins with, Adam's by default;
+    averages of the weights belong there too. Raises FloatingPointError if a loss is not finite.
     """
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
         trainable, frozen, data = begin(state)
-        optimizer = optax.scale_by_adam().init(trainable)
-        work = {"trainable": trainable, "optimizer": optimizer, "frozen": frozen, "data": data}
+        begun = optimizer(trainable)
+        work = {"trainable": trainable, "optimizer": begun, "frozen": frozen, "data": data}
         # Copies: the working set is given up to the step, and must share no buffer with the model.
         work = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), work)
         at, losses, work = resume_partial(_partial(store), steps, work)
