@@ -37,6 +37,7 @@ from qdiff_jax.stages.stage import (
     tuned_params,
 )
 from qdiff_jax.stages.time_scales import TimeScaleConfig
+from qdiff_jax.stages.train_binary import BinaryTrainConfig
 
 from .. import tiny_unet
 
@@ -58,13 +59,14 @@ STEPS = 8
 class Case(NamedTuple):
     """entry: of the registry. policy: the one it runs under when nothing else is asked. options: of
     `MethodSettings`. slow: whether all its tests are. reports: progress reports until the run is
-    killed where a part of the calibration is done."""
+    killed where a part of the calibration is done. w_bits: of its weights."""
 
     entry: str
     policy: str = "common"
     options: Mapping[str, Any] = {}
     slow: bool = False
     reports: int = 2
+    w_bits: int = 4
 
 
 CASES = {
@@ -84,6 +86,7 @@ CASES = {
     # tests on a chain. Their four batches are reported before those of the activation ranges.
     "tcaq": Case("tcaq", options={"tcaq": TcaqConfig(tcr=False)}),
     "tcaq whole": Case("tcaq", slow=True, reports=6),
+    "binarydm": Case("binarydm", "official:binarydm", w_bits=1),
 }
 LEARNING = tuple(n for n, case in CASES.items() if case.entry not in ("rtn", "ptq4dm", "ptqd"))
 
@@ -139,6 +142,11 @@ def plan(name: str = "common", w_bits: int = 4, a_bits: int | None = 8) -> SiteP
     return make_plan(sites, (*kept, *policy(name, sites, w_bits, a_bits)))
 
 
+def case_plan(name: str, policy_name: str | None = None, a_bits: int | None = 8) -> SitePlan:
+    """What a case runs under. policy_name: in place of its own."""
+    return plan(policy_name or CASES[name].policy, CASES[name].w_bits, a_bits)
+
+
 def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0) -> MethodSettings:
     case = CASES[name]
     made = MethodSettings(
@@ -157,6 +165,15 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
         tune_steps=steps,
         batch_ranges=BatchRangeConfig(values=32, candidates=10),
         tdq=TdqConfig(scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8)),
+        binarydm=BinaryTrainConfig(
+            steps=3 * steps,
+            batch_size=8,
+            lr=5e-3,
+            lrm_samples=8,
+            gate_samples=8,
+            checks=4,
+            save_seconds=save_seconds,
+        ),
         **case.options,
     )
     # Rounds sample the network, which compiles it once more.
@@ -186,8 +203,7 @@ def finish(made: Method, state: QuantState, store=None, chunk=3, entered=lambda 
 @functools.cache
 def outcome(name: str, steps: int = 0, policy_name: str | None = None, a_bits: int | None = 8):
     """Of a case, run once. policy_name: in place of the case's own."""
-    planned = plan(policy_name or CASES[name].policy, 4, a_bits)
-    return finish(method(name, steps), begin(planned))
+    return finish(method(name, steps), begin(case_plan(name, policy_name, a_bits)))
 
 
 def kill(name: str, steps: int, store, reports: int, stage: str | None = None) -> None:
@@ -203,12 +219,12 @@ def kill(name: str, steps: int, store, reports: int, stage: str | None = None) -
     # Without steps a chunk is a batch of the calibration, and one after the other is saved.
     chunk = 3 if steps else 1
     with pytest.raises(KeyboardInterrupt):
-        finish(made, begin(plan(CASES[name].policy)), store, chunk, running.append)
+        finish(made, begin(case_plan(name)), store, chunk, running.append)
 
 
 def resume(name: str, steps: int, store) -> Outcome:
     """The case from the start of the method, on what a killed run has left in the store."""
-    return finish(method(name, steps), begin(plan(CASES[name].policy)), store)
+    return finish(method(name, steps), begin(case_plan(name)), store)
 
 
 def parameters(state: QuantState) -> dict:

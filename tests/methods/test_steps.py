@@ -10,7 +10,19 @@ from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.stage import run_stage
 
 from ..stages.chain import leaves_equal
-from .cases import CASES, LEARNING, STEPS, begin, finish, kill, method, model, outcome, plan, resume
+from .cases import (
+    LEARNING,
+    STEPS,
+    begin,
+    case_plan,
+    finish,
+    kill,
+    method,
+    model,
+    outcome,
+    plan,
+    resume,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +46,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(name, reports, tmp_pat
         ("qdiffusion", "brecq_activation_steps", 2),
         ("ptqd", "calibrate_correction", 1),
         ("closed_form", "tune", 1),
+        ("binarydm", "train_binary", 6),
     ],
 )
 def test_killed_in_a_late_stage_and_resumed_equals_uninterrupted(name, stage, reports, tmp_path):
@@ -44,9 +57,9 @@ def test_killed_in_a_late_stage_and_resumed_equals_uninterrupted(name, stage, re
     assert leaves_equal(resumed.aux, whole.aux)
 
 
-@pytest.mark.parametrize("name", ["brecq", "tfmq", "tdq"])
+@pytest.mark.parametrize("name", ["brecq", "tfmq", "tdq", "binarydm"])
 def test_key_decides_the_minibatches(name):
-    other = finish(method(name, STEPS), begin(plan(CASES[name].policy), seed=6)).state.quant
+    other = finish(method(name, STEPS), begin(case_plan(name), seed=6)).state.quant
     assert not leaves_equal(other, outcome(name, STEPS).state.quant)
 
 
@@ -58,7 +71,7 @@ def test_eight_devices_give_the_codes_of_one(name):
     another order than on one, so that soft roundings differ in their last bits; a code can differ only
     where its rounding ends that close to its threshold, and then activations after it see other values.
     """
-    devices = finish(method(name, STEPS, devices=8), begin(plan(CASES[name].policy))).state
+    devices = finish(method(name, STEPS, devices=8), begin(case_plan(name))).state
     made, alone = (weights(state.quant) for state in (devices, outcome(name, STEPS).state))
     assert made.keys() == alone.keys()
     equal = np.concatenate([(made[site] == alone[site]).ravel() for site in made])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.diffusion.schedule import make_schedule
-from qdiff_jax.stages.noising import Noising, noised, noised_set
+from qdiff_jax.stages.noising import noised_set
 
 
 def test_noised_images_carry_their_noise_and_some_null_labels():
@@ -19,14 +19,3 @@ def test_noised_images_carry_their_noise_and_some_null_labels():
     assert made.t.min() < 100
     assert made.t.max() > 900
     assert jnp.all(made.index == -1)
-
-
-def test_a_set_is_one_batch_of_the_same_key():
-    schedule = make_schedule("linear", 1000)
-    images, key = np.random.default_rng(0).standard_normal((6, 4, 4, 3)), jax.random.key(3)
-    batch = jax.jit(lambda k, x: noised(k, Noising(schedule), x, None))(key, np.float32(images))
-    fixed = noised_set(key, schedule, np.float32(images))
-    assert batch["y"] is None is fixed.y
-    np.testing.assert_array_equal(batch["t"], fixed.t)
-    np.testing.assert_array_equal(batch["eps_fp"], fixed.eps_fp)
-    np.testing.assert_allclose(batch["x"], fixed.x, rtol=1e-5, atol=1e-6)
