@@ -82,7 +82,7 @@ def split_student(
         "grids": grids,
         "activations": activations,
         "factors": factors,
-        "starts": {name: np.int32(step) for name, step in begins.items()},
+        "starts": {name: np.int32(step) for name, step in begins.items() if step > 0},
     }
     return trainable, frozen
 
@@ -116,21 +116,22 @@ def student(trainable: Mapping, frozen: Mapping, step, gate) -> tuple[dict, dict
     form. step: () int32; gate: () float32, whether second bases take part."""
     sites: dict[str, dict] = {}
     for name, grid in frozen["grids"].items():
-        begun = step >= frozen["starts"][f"{name}:weight"]
-        scale = trainable["steps"][name]
+        scale, start = trainable["steps"][name], frozen["starts"].get(f"{name}:weight")
         if grid.spec.grid == "binary":
             second = trainable["second"].get(name)
+            begun = step >= (0 if start is None else start)
             rhs = BinaryWeight(positive(scale), second, gate, begun)
         else:
             factor = frozen["factors"][f"{name}:weight"]
             rhs = learned(grid.replace(scale=scale), gradient_factor=factor)
-            rhs = quantized_from(rhs, begun)
+            rhs = rhs if start is None else quantized_from(rhs, step >= start)
         sites.setdefault(name, {})["rhs"] = rhs
     for name, grid in frozen["activations"].items():
         site, _, operand = name.rpartition(":")
         scale, factor = trainable["activations"][name], frozen["factors"][name]
         made = learned(grid.replace(scale=scale), gradient_factor=factor)
-        made = quantized_from(made, step >= frozen["starts"][name])
+        if name in frozen["starts"]:
+            made = quantized_from(made, step >= frozen["starts"][name])
         fields = sites.setdefault(site, {"product": operand in PRODUCTS})
         fields["lhs" if operand in _LEFT else "rhs"] = made
     quant = nest_sites({name: SiteQuant(**fields) for name, fields in sites.items()})

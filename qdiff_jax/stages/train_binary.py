@@ -165,6 +165,8 @@ def train_binary(
         return carry._replace(work={**carry.work, "optimizer": held})
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
+        if config.steps:  # `latest` 1 keeps two bases to the end, but one is exported
+            carry = transition(carry)
         window = max(1, config.steps // 20)
         ends = {"first_loss": carry.losses[:window], "last_loss": carry.losses[-window:]}
         report = {k: float(np.mean(v)) if len(v) else None for k, v in ends.items()}

@@ -1,5 +1,7 @@
 """LRM: what it follows, what it does not see, and where its directions come from."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,9 +72,8 @@ def test_directions_of_a_network_are_those_of_its_features_over_all_batches():
     inputs = {"x": data.x, "t": data.t, "y": None}
     held = projections(unit, chain.model().params, inputs, 2, 16)
     assert [e.shape for e in held] == [(chain.WIDTH, chain.WIDTH // 2)] * 3
-    _, state = chain.model().module.apply(
-        {"params": chain.model().params}, data.x, data.t, capture_intermediates=True
-    )
+    forward = jax.jit(functools.partial(chain.model().module.apply, capture_intermediates=True))
+    _, state = forward({"params": chain.model().params}, data.x, data.t)
     for name, directions in zip(("mix", "a", "b"), held):
         rows = np.asarray(state["intermediates"][name]["__call__"][0]).reshape(-1, chain.WIDTH)
         expected = leading_directions(rows.T.astype(np.float64) @ rows, 2)
