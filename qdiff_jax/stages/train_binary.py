@@ -40,7 +40,9 @@ class BinaryTrainConfig:
 
     lr: constant, or with `schedule` "cosine" falling to 0. weight_decay: of AdamW, on everything, as in
     torch. ema: decay of the averages that are kept in the end. two_bases: blocks at no less than this share
-    of the input's side begin with two bases; 0 for all, above 1 for none. tau: weight of L_EBB. lrm: weight
+    of the input's side begin with two bases; 0 for all, above 1 for none. tau: weight of L_EBB, which
+    pulls each scale with tau / (layers * channels), so that few steps need far more than the paper's: in
+    1,000 steps of a toy 9e-2 moves them by a tenth and 10 to nothing. lrm: weight
     lambda of L_LRM, 0 to leave it out; divisor: K, of C channels C / K directions are followed; lrm_samples:
     from how many samples those are computed. interval: steps between two groups of progressive
     binarization, 0 to begin with all. transition, latest: shares of the steps from where on the second
