@@ -19,7 +19,7 @@ from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.methods.efficientdm import EfficientDMConfig
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
-from qdiff_jax.methods.registry import METHODS, MethodSettings
+from qdiff_jax.methods.registry import BINARY, METHODS, MethodSettings
 from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
@@ -30,6 +30,7 @@ from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.row_weights import RULES
 from qdiff_jax.stages.skip_split import SPLITS
+from qdiff_jax.stages.train_binary import BinaryTrainConfig
 
 # Selectors that draw one step for each item.
 DRAWING = ("ndtc", "random_steps", "one_step")
@@ -98,7 +99,8 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VariantConfig:
-    """w_bits and a_bits: target bits, 2 to 8; 0 or 32 keeps that side in full precision."""
+    """w_bits and a_bits: target bits, 2 to 8; 0 or 32 keeps that side in full precision. w_bits 1: binary, for
+    the methods that can."""
 
     method: str
     w_bits: int
@@ -184,6 +186,7 @@ class QuantizeConfig:
     ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
     svdquant: SvdQuantConfig = SvdQuantConfig()
     efficientdm: EfficientDMConfig = EfficientDMConfig()
+    binarydm: BinaryTrainConfig = BinaryTrainConfig()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
@@ -191,6 +194,7 @@ FREE_TO_CHANGE = (
     "reconstruct.save_seconds",
     "reconstruct.memory_mib",
     "efficientdm.training.save_seconds",
+    "binarydm.save_seconds",
 )
 
 
@@ -216,6 +220,13 @@ def read_config(config: Any) -> QuantizeConfig:
             )
         for side in ("w_bits", "a_bits"):
             bits = getattr(variant, side)
+            if bits == 1 and side == "w_bits":
+                if variant.method in BINARY:
+                    continue
+                raise ValueError(
+                    f"{where}.w_bits is 1, and {variant.method} rounds on uniform grids; binary weights "
+                    f"are for {BINARY}, or choose 2 to 8."
+                )
             if bits not in (0, 32, *range(2, 9)):
                 raise ValueError(
                     f"{where}.{side} is {bits}; choose 2 to 8, or 32 for full precision."
@@ -282,6 +293,7 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         ptq4dit=config.ptq4dit,
         svdquant=config.svdquant,
         efficientdm=config.efficientdm,
+        binarydm=config.binarydm,
     )
 
 

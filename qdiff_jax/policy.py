@@ -18,6 +18,7 @@ from qdiff_jax.quant.spec import QuantSpec, code_range
 from qdiff_jax.sites import Site
 
 WEIGHT = QuantSpec(granularity="channel", axis=-1)
+BINARY_WEIGHT = QuantSpec(grid="binary", granularity="channel", axis=-1)  # of 1 bit
 ACTIVATION = QuantSpec()
 ALWAYS_ZERO = QuantSpec(symmetric=True)
 FULL_PRECISION = None
@@ -149,8 +150,9 @@ def _present(sites: Sequence[Site], rules: Sequence[Rule]) -> tuple[Rule, ...]:
 
 def _targets(w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
     activation = ACTIVATION if a_bits else None
+    weight = None if not w_bits else BINARY_WEIGHT if w_bits == 1 else WEIGHT
     return (
-        Rule("weights at target bits", "*", ("weight",), w_bits, WEIGHT if w_bits else None),
+        Rule("weights at target bits", "*", ("weight",), w_bits, weight),
         Rule("activations at target bits", "*", _ACTIVATIONS[:-1], a_bits, activation),
     )
 
@@ -200,7 +202,7 @@ _NO_PRODUCTS = Rule(
 def common(sites: Sequence[Site], w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
     """Our default: everything quantized, first and last layer at 8 bits, softmax 8 bits always-zero.
 
-    w_bits or a_bits None leaves weights or activations in full precision.
+    w_bits or a_bits None leaves weights or activations in full precision; w_bits 1 is binary, +-scale.
     """
     ends = _ends(sites, w_bits, a_bits)
     return _present(sites, (*ends, _softmax(a_bits), *_targets(w_bits, a_bits)))
@@ -308,6 +310,22 @@ def official_svdquant(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     return _present(sites, rules)
 
 
+def official_binarydm(sites, w_bits, a_bits) -> tuple[Rule, ...]:
+    """BinaryDM's code: the time embedding's own layers, the first and the last convolution in full precision
+    (8 bits in the paper: `common`), all else at target bits, attention products and softmax included."""
+    fp = ("input", "weight")
+    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    softmax = (_softmax(a_bits, a_bits),) if a_bits else (_softmax(None),)
+    rules = (
+        Rule("time embedding in full precision", "temb/*", fp, None, None),
+        Rule("first layer in full precision", first.name, fp, None, None),
+        Rule("last layer in full precision", last_weight_site(sites).name, fp, None, None),
+        *softmax,
+        *_targets(w_bits, a_bits),
+    )
+    return _present(sites, rules)
+
+
 def embedding_and_ends(sites: Sequence[Site]) -> tuple[str, ...]:
     """Names of the layers of the time embedding, of the first layer and of the last."""
     first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
@@ -343,6 +361,7 @@ POLICIES: dict[str, Callable[..., tuple[Rule, ...]]] = {
     "official:ptq4dit": official_ptq4dit,
     "official:svdquant": official_svdquant,
     "official:efficientdm": official_efficientdm,
+    "official:binarydm": official_binarydm,
 }
 
 

@@ -20,6 +20,7 @@ from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.export.qtensor import dequantize as dequantize_tensor
 from qdiff_jax.observe.taps import Tap, measure
 from qdiff_jax.operators import Operator, plain
+from qdiff_jax.quant.binary import BinaryWeight, binary_weight
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.rounding import SoftRounding, soft_weight
@@ -52,7 +53,8 @@ class SiteQuant:
 
     lhs: quantizer of the input, of q, or of the softmax output (`QParams`, or `TimeIndexed` before
         `select`). rhs: for a weight, `QParams` (nearest rounding in the forward pass), `QTensor`
-        (decided codes) or `SoftRounding` (AdaRound's relaxation); for k and v, like lhs.
+        (decided codes), `SoftRounding` (AdaRound's relaxation) or `BinaryWeight` (binarization being
+        learned); for k and v, like lhs.
     tap: what to report of the operands into the `observed` collection.
     substitute: an operator in place of the plain one.
     bias: the bias [N] of a weight that was refitted to its codes, in place of the parameters' own.
@@ -62,7 +64,7 @@ class SiteQuant:
     """
 
     lhs: QParams | TimeIndexed | None = None
-    rhs: QParams | TimeIndexed | QTensor | SoftRounding | None = None
+    rhs: QParams | TimeIndexed | QTensor | SoftRounding | BinaryWeight | None = None
     tap: Tap | None = None
     substitute: Replacement | None = None
     bias: jax.Array | None = None
@@ -108,6 +110,8 @@ def kernel_of(rhs: Any, kernel: Callable[[], jax.Array]) -> jax.Array:
         return dequantize_tensor(rhs)
     if isinstance(rhs, SoftRounding):
         return soft_weight(rhs)
+    if isinstance(rhs, BinaryWeight):
+        return binary_weight(rhs, kernel())
     return operand(rhs, kernel())
 
 

@@ -8,6 +8,7 @@ from qdiff_jax.operators import DENSE, PV, QK, same_conv
 from qdiff_jax.policy import (
     ACTIVATION,
     ALWAYS_ZERO,
+    BINARY_WEIGHT,
     POLICIES,
     WEIGHT,
     Rule,
@@ -103,6 +104,12 @@ SNAPSHOT = {
         ],
         **PRODUCTS_KEPT,
     },
+    "official:binarydm": {
+        "input 6, weight 4c": "*",
+        "input fp, weight fp": ["temb/dense_0", "temb/dense_1", "conv_in/conv", "out/conv_out"],
+        "q 6, k 6": ["mid_attn_1/qk"],
+        "softmax 6z, v 6": ["mid_attn_1/pv"],
+    },
     "official:ptqd": {
         "input 6, weight 4c": "*",
         "input 8, weight 8c": ["temb/dense_0", "conv_in/conv", "out/conv_out"],
@@ -117,7 +124,7 @@ SNAPSHOT = {
         **ATTENTION,
     },
 }
-KINDS = {ACTIVATION: "", WEIGHT: "c", ALWAYS_ZERO: "z"}
+KINDS = {ACTIVATION: "", WEIGHT: "c", ALWAYS_ZERO: "z", BINARY_WEIGHT: "b"}
 ALL = Rule("all", "*", ("weight", "input", "q", "k", "v", "softmax"), 8, ACTIVATION)
 
 
@@ -154,6 +161,15 @@ def test_weights_or_activations_alone(name, w_bits, a_bits):
     assert bool(weights) == (w_bits is not None)
     assert bool(quantized - weights) == (a_bits is not None)
     assert len(plan.entries) == 2 * len(network(TINY).sites)
+
+
+@pytest.mark.parametrize("name", SNAPSHOT)
+def test_one_bit_is_binary_and_what_has_eight_keeps_them(name):
+    """The same sites as with four bits, on the grid of +-scale."""
+    four, one = (by_treatment(plan_of(TINY, name, bits, 6)) for bits in (4, 1))
+    assert one == {got.replace("4c", "1b"): sites for got, sites in four.items()}
+    entry = plan_of(TINY, name, 1, 6).of("mid_block_1/conv1")["weight"]
+    assert (entry.bits, entry.codes) == (1, (0, 1))
 
 
 def test_entries_say_their_rule_and_their_codes():

@@ -9,8 +9,6 @@ MODELS = {"unet": "unet_fashion", "dit": "dit_fashion"}
 # For the configs of methods that reconstruct weights: the papers' way, or solved without steps.
 ROUNDING = {"rounding": ("adaround", "closed_form")}
 MINIATURES = {"unet": "random:miniature", "dit": "random:dit"}
-
-
 BITS = ("w4a8", "w8a8", "w4a4", "w4a32", "w6a6", "w8a4")
 
 

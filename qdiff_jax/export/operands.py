@@ -221,8 +221,14 @@ def _activation(qparams, x, name, contracted=-1):
 
 
 def _weight(qtensor):
-    """(operand with codes [K, N], zero and scale [G or 1, N or 1]; the number of groups)."""
+    """(operand with codes [K, N], zero and scale [G or 1, N or 1]; the number of groups).
+
+    Of a binary weight the codes are its signs, -1 and +1, so that its accumulator is a sum of activations
+    added and subtracted."""
     spec, shape = qtensor.qparams.spec, qtensor.shape
+    if spec.grid == "binary" and spec.axis == -1:
+        signs = 2 * signed_codes(qtensor) + jnp.int8(1)  # stored as -1 and 0
+        return Operand(signs, None, lift(qtensor.qparams.scale, 2)), 1
     require_affine(qtensor.qparams, "the weight")
     fits = {
         "tensor": True,

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from qdiff_jax.methods.binarydm import binarydm
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
 from qdiff_jax.methods.efficientdm import EfficientDMConfig, efficientdm
@@ -24,6 +25,7 @@ from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.train_binary import BinaryTrainConfig
 from qdiff_jax.stages.tune import TuneConfig
 
 
@@ -74,6 +76,7 @@ class MethodSettings:
     ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
     svdquant: SvdQuantConfig = SvdQuantConfig()
     efficientdm: EfficientDMConfig = EfficientDMConfig()
+    binarydm: BinaryTrainConfig = BinaryTrainConfig()
 
 
 def _two_sets(sets):
@@ -248,6 +251,17 @@ def _efficientdm(model, sets, settings, **own):
     )
 
 
+def _binarydm(model, sets, settings, **own):
+    return binarydm(
+        model,
+        *_two_sets(sets),
+        weight_method=settings.weight_method,
+        activations=settings.activations,
+        config=settings.binarydm,
+        **own,
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "rtn": _rtn,
     "ptq4dm": _ptq4dm,
@@ -261,7 +275,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ptq4dit": _ptq4dit,
     "svdquant": _svdquant,
     "efficientdm": _efficientdm,
+    "binarydm": _binarydm,
 }
+# Methods that can make weights of one bit; all others round on uniform grids.
+BINARY = ("rtn", "binarydm")
 # Methods that not every network has layers for: what raises ValueError for one that has none.
 _NEEDS: dict[str, Callable[[Model], None]] = {"ptq4dit": check_transformer}
 

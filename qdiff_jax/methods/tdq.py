@@ -11,7 +11,7 @@ diffusion loss. Departures:
   GELU of a transformer is covered; one that is never negative starts from its range.
 - Sites follow the plan, softmax outputs included, where the paper keeps softmax in full precision.
 - In the job the quantization-aware form has no images: its target is the full-precision prediction on
-  sampling states. By hand, `stages.train_time_scales.noised_set` gives the paper's loss.
+  sampling states. By hand, `stages.noising.noised_set` gives the paper's loss.
 - Lengths and rate of the post-training form are not published; the rate is that of the other.
 """
 

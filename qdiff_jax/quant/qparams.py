@@ -49,10 +49,10 @@ def scale_and_zero_point(spec: QuantSpec, lo, hi, qmin, qmax) -> tuple[jax.Array
     number of exponent bits. A range that is not finite gives a scale that is not finite, so that
     everything downstream becomes NaN.
     """
-    if spec.grid in ("shifted", "affine_or_log2", "fp4"):
+    if spec.grid in ("shifted", "affine_or_log2", "fp4", "binary"):
         raise ValueError(
             f"the numbers of the grid {spec.grid!r} do not follow from a range; build its QParams "
-            "with quant.time_mlp, quant.softmax_grid or quant.floating."
+            "with quant.time_mlp, quant.softmax_grid, quant.floating or quant.binary."
         )
     lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
     if spec.grid in FLOATS:

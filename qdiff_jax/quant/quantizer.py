@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qdiff_jax.quant import affine, either, floating, log2, shifted
+from qdiff_jax.quant import affine, binary, either, floating, log2, shifted
 from qdiff_jax.quant.qparams import QParams, broadcast, freeze, from_range, grouped
 from qdiff_jax.quant.spec import FLOATS, QuantSpec
 
@@ -76,6 +76,14 @@ def _float_grid(spec: QuantSpec) -> _Grid:
     )
 
 
+def _binary_grid(spec: QuantSpec) -> _Grid:
+    del spec
+    return _Grid(
+        lambda x, scale, zero, qmin, qmax: binary.quantize(x),
+        lambda q, scale, zero, qmin, qmax: binary.dequantize(q, scale),
+    )
+
+
 _GRIDS = {
     "affine": _affine_grid,
     "log2": _log_grid,
@@ -83,6 +91,7 @@ _GRIDS = {
     "shifted": _shifted_grid,
     "affine_or_log2": _union_grid,
     **dict.fromkeys((*FLOATS, "fp4"), _float_grid),
+    "binary": _binary_grid,
 }
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.quant.affine import reciprocal
+from qdiff_jax.quant.binary import single_basis
 from qdiff_jax.quant.qparams import QParams, from_range, scale_and_zero_point, split_sizes
 from qdiff_jax.quant.spec import QuantSpec, code_range
 
@@ -295,11 +296,17 @@ def estimate_qparams(
       margin: factor on both ends of the result.
       narrow: signed codes +-(2**(bits-1) - 1).
 
+    A binary grid has no range: its scale is mean|x|, the one of least squared error, by any method.
+
     Raises:
       ValueError: unknown method, neither bits nor codes, a dynamic spec, or values that are not
         finite.
     """
     qmin, qmax = _codes(spec, bits, qmin, qmax, narrow)
+    if method not in METHODS:
+        raise ValueError(f"range method {method!r} is unknown; use one of {METHODS}.")
+    if spec.grid == "binary":
+        return single_basis(x, spec)
     if method == "minmax":
         lo, hi = min_max(x, spec)
     elif method == "mse":
@@ -308,10 +315,8 @@ def estimate_qparams(
         lo, hi = mse_search(x, spec, qmin, qmax, range_gain=range_gain)
     elif method == "percentile":
         lo, hi = percentile(x, spec)
-    elif method == "percentile_search":
-        lo, hi = percentile_search(x, spec, qmin, qmax)
     else:
-        raise ValueError(f"range method {method!r} is unknown; use one of {METHODS}.")
+        lo, hi = percentile_search(x, spec, qmin, qmax)
     stretch = np.float32(margin if method in ("mse", "mse2d") else margin * range_gain)
     lo, hi = np.minimum(lo, 0.0) * stretch, np.maximum(hi, 0.0) * stretch
     return from_range(spec, lo, hi, qmin, qmax)

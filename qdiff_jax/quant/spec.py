@@ -4,7 +4,7 @@ import dataclasses
 
 # Formats of 4 bits: exponent bits and the largest value, see quant.floating.
 FLOATS = {"e1m2": (1, 3.5), "e2m1": (2, 6.0), "e3m0": (3, 16.0)}
-GRIDS = ("affine", "log2", "log_sqrt2", "shifted", "affine_or_log2", *FLOATS, "fp4")
+GRIDS = ("affine", "log2", "log_sqrt2", "shifted", "affine_or_log2", *FLOATS, "fp4", "binary")
 GRANULARITIES = ("tensor", "channel", "token", "group", "split", "cell")
 
 
@@ -18,9 +18,10 @@ class QuantSpec:
     Fields:
       grid: "affine" (uniform integers), "log2" (s * 2**-q, for non-negative x) or "log_sqrt2"
         (s * 2**(-q/2)); "shifted" (uniform, the zero point any real number, see quant.shifted) and
-        "affine_or_log2" (the leaf zero_point says which of the two, see quant.either), whose numbers
-        do not follow from a range alone; "e1m2", "e2m1", "e3m0" (floating point of 4 bits, signed and
-        symmetric) and "fp4" (the leaf zero_point says which of the three, see quant.floating).
+        "affine_or_log2" (the leaf zero_point says which of the two, see quant.either), "binary"
+        (+-scale in one bit, for weights, see quant.binary), whose numbers do not follow from a range
+        alone; "e1m2", "e2m1", "e3m0" (floating point of 4 bits, signed and symmetric) and "fp4" (the leaf
+        zero_point says which of the three, see quant.floating).
       symmetric: the zero point is fixed at 0. Unsigned and symmetric is the "always zero" quantizer
         of a softmax output or a ReLU.
       signed: the integer codes are signed.
@@ -79,6 +80,8 @@ class QuantSpec:
             raise ValueError(
                 "QuantSpec.zero_code belongs to the log grids; an affine grid has 0 anyway."
             )
+        if self.grid == "binary":
+            self._check_binary()
         if self.grid in FLOATS or self.grid == "fp4":
             # They are nothing else: normalised so that equal specs compare equal.
             object.__setattr__(self, "signed", True)
@@ -108,6 +111,14 @@ class QuantSpec:
             raise ValueError(
                 f"QuantSpec.scale_format {self.scale_format!r} rounds the scale, which would move a zero "
                 "point: use a signed symmetric grid."
+            )
+
+    def _check_binary(self):
+        if self.granularity not in ("tensor", "channel") or self.dynamic or self.signed:
+            raise ValueError(
+                "QuantSpec grid 'binary' holds the codes 0 and 1 with one static scale per tensor or "
+                f"channel; got signed={self.signed}, granularity {self.granularity!r}, "
+                f"dynamic={self.dynamic}. Quantize this weight with 2 bits or more, or leave these out."
             )
 
     def _check_group(self):
@@ -174,6 +185,8 @@ def code_range(spec: QuantSpec, bits: int, narrow: bool = False) -> tuple[int, i
             f"bits is {bits!r}; it must be an integer from 1 to 24, the codes float32 holds."
         )
     bits, narrow = int(bits), narrow or spec.narrow
+    if spec.grid == "binary" and bits != 1:
+        raise ValueError(f"the grid 'binary' has 1 bit, not {bits}; use 'affine' for more.")
     if not spec.signed:
         if narrow:
             raise ValueError("narrow=True is for signed codes; an unsigned grid has no spare code.")

@@ -18,13 +18,13 @@ import numpy as np
 from flax import struct
 
 from qdiff_jax.export.qtensor import QTensor, from_codes
-from qdiff_jax.export.qtensor import dequantize as dequantize_tensor
 from qdiff_jax.models.program import Node
 from qdiff_jax.policy import SitePlan
+from qdiff_jax.quant.binary import BinaryWeight
 from qdiff_jax.quant.qparams import QParams
-from qdiff_jax.quant.quantizer import codes, fake_quant
+from qdiff_jax.quant.quantizer import codes
 from qdiff_jax.runtime.cache import compile_account
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, kernel_of, nest_sites
 
 
 @struct.dataclass
@@ -129,7 +129,7 @@ def fold_weights(params: Mapping, quant: Mapping) -> tuple[dict, dict]:
         name: site.rhs
         for name, site in flat.items()
         if isinstance(site.rhs, QTensor)
-        or (isinstance(site.rhs, QParams) and has_kernel(params, name))
+        or (isinstance(site.rhs, QParams | BinaryWeight) and has_kernel(params, name))
     }
     kernels = [None if isinstance(r, QTensor) else kernel_at(params, n) for n, r in held.items()]
     folded = replace_kernels(params, dict(zip(held, _folded(list(held.values()), kernels))))
@@ -152,10 +152,7 @@ def _nearest_tensors(ranges, kernels, bits):
 
 @jax.jit
 def _folded(held, kernels):
-    return [
-        dequantize_tensor(h) if isinstance(h, QTensor) else fake_quant(h, k)
-        for h, k in zip(held, kernels)
-    ]
+    return [kernel_of(h, lambda k=k: k) for h, k in zip(held, kernels)]
 
 
 def replace_kernels(params: Mapping, kernels: Mapping[str, jax.Array]) -> dict:
@@ -169,6 +166,14 @@ def replace_leaves(params: Mapping, leaves: Mapping[str, jax.Array]) -> dict:
     for path, leaf in leaves.items():
         tree = _with_leaf(tree, tuple(path.split("/")), leaf)
     return tree
+
+
+def leaves_by_path(params: Mapping) -> dict[str, jax.Array]:
+    """{"block/.../leaf": array}, as `replace_leaves` takes them."""
+    return {
+        "/".join(entry.key for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
 
 
 def tuned_params(params: Mapping, aux: Mapping) -> dict:

@@ -18,16 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qdiff_jax.diffusion.schedule import NoiseSchedule, q_sample
-from qdiff_jax.export.qtensor import from_codes
-from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.quant.lsq import gradient_factor, learned
+from qdiff_jax.quant.lsq import gradient_factor, learned, positive
 from qdiff_jax.quant.qparams import QParams, from_range
-from qdiff_jax.quant.quantizer import codes, fake_quant
+from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.spec import QuantSpec, code_range
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 from qdiff_jax.stages.reconstruct_time_scales import insert_rows, step_inputs
-from qdiff_jax.stages.stage import Model, QuantState, Stage, kernel_at, replace_leaves
+from qdiff_jax.stages.stage import (
+    Model,
+    QuantState,
+    Stage,
+    decide_codes,
+    kernel_at,
+    leaves_by_path,
+    replace_leaves,
+)
 from qdiff_jax.stages.time_scales import LEFT, with_time_scales
 from qdiff_jax.stages.whole_network import Carry, train_whole
 
@@ -50,37 +55,12 @@ class TrainConfig:
     save_seconds: float = 60.0
 
 
-def noised_set(
-    key: jax.Array,
-    schedule: NoiseSchedule,
-    images: np.ndarray,
-    labels: np.ndarray | None = None,
-    null_class: int | None = None,
-    label_dropout: float = 0.1,
-) -> CalibrationSet:
-    """Training data of the diffusion loss: images [N, H, W, C] in [-1, 1], each noised to a uniform t,
-    the noise as the target (`eps_fp`). A label becomes the null class with probability label_dropout."""
-    count = len(images)
-    t_key, noise_key, label_key = jax.random.split(key, 3)
-    t = np.asarray(jax.random.randint(t_key, (count,), 0, schedule.num_timesteps))
-    noise = jax.random.normal(noise_key, np.shape(images))
-    if labels is not None and null_class is not None:
-        drop = np.asarray(jax.random.bernoulli(label_key, label_dropout, (count,)))
-        labels = np.where(drop, null_class, labels).astype(np.int32)
-    x = q_sample(schedule, jnp.asarray(images, jnp.float32), jnp.asarray(t), noise)
-    unknown = np.full(count, -1, np.int32)
-    zeros = np.zeros(count, np.int32)
-    return CalibrationSet(
-        np.asarray(x), t.astype(np.float32), unknown, zeros, labels, np.asarray(noise)
-    )
-
-
 def train_time_scales(
     model: Model, data: Any, timesteps: np.ndarray, config: TrainConfig, *, on_progress=None
 ) -> Stage:
     """The stage that trains everything, from the state that `calibrate_time_scales` left.
 
-    data: x, t, y and the target eps_fp: `noised_set` gives the paper's, a calibration set the
+    data: x, t, y and the target eps_fp: `noising.noised_set` gives the paper's, a calibration set the
     full-precision prediction on sampling states, which needs no images. timesteps: [S], what tables are
     baked for. `finish` decides the codes of the trained weights; biases and every other parameter go to
     `aux["params"]`. Raises FloatingPointError if the loss is not finite.
@@ -104,7 +84,8 @@ def train_time_scales(
             for name, part in parts.items()
         }
         trained = jax.tree.map(jnp.asarray, jax.device_get(carry.work["trainable"]))
-        return _decided(carry.state, trained, carry.work["frozen"]["grids"], timesteps), report
+        state = decide_trained(carry.state, trained, carry.work["frozen"]["grids"])
+        return _with_layers(state, trained, timesteps), report
 
     return train_whole(
         "train_time_scales",
@@ -120,10 +101,7 @@ def train_time_scales(
 
 def _split(model: Model, state: QuantState, config: TrainConfig) -> tuple[dict, dict]:
     """(trainable, frozen). Trainable: "kernels", "others" by path, "steps" by site, "layers" by name."""
-    leaves = {
-        "/".join(entry.key for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(model.params)[0]
-    }
+    leaves = leaves_by_path(model.params)
     grids: dict[str, QParams] = {}
     flat = flatten_sites(state.quant)
     for entry in state.plan.quantized("weight"):
@@ -207,16 +185,22 @@ def _make_step(module, dropout: float, weight_decay: float):
     return step
 
 
-def _decided(state: QuantState, trained: Mapping, grids: Mapping[str, QParams], timesteps):
-    """The state of the trained network: packed codes, baked tables, every other parameter in aux."""
-    bits = {entry.site: entry.bits for entry in state.plan.quantized("weight")}
+def decide_trained(state: QuantState, trained: Mapping, grids: Mapping[str, QParams]) -> QuantState:
+    """The state of trained weights: packed codes, and every other parameter in aux["params"].
+
+    trained: "kernels" by path, "steps" (their scales) by site, "others" by path. grids: by site.
+    """
     flat = flatten_sites(state.quant)
     for name, grid in grids.items():
-        grid = learned(jax.tree.map(jnp.asarray, grid).replace(scale=trained["steps"][name]))
-        held = codes(grid, trained["kernels"][f"{name}/kernel"])
-        flat[name] = flat.get(name, SiteQuant()).replace(rhs=from_codes(held, grid, bits[name]))
+        grid = jax.tree.map(jnp.asarray, grid).replace(scale=positive(trained["steps"][name]))
+        flat[name] = flat.get(name, SiteQuant()).replace(rhs=grid)
+    quant = decide_codes(nest_sites(flat), replace_leaves({}, trained["kernels"]))
     params = {**state.aux.get("params", {}), **trained["others"]}
-    state = state.replace(quant=nest_sites(flat), aux={**state.aux, "params": params})
+    return state.replace(quant=quant, aux={**state.aux, "params": params})
+
+
+def _with_layers(state: QuantState, trained: Mapping, timesteps) -> QuantState:
+    """The state with the tables of the trained networks baked, if it has any."""
     scales = {
         name: dataclasses.replace(scale, layers=trained["layers"][name])
         for name, scale in state.aux.get("time_scales", {}).items()

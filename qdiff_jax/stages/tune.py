@@ -30,6 +30,7 @@ from qdiff_jax.stages.stage import (
     QuantState,
     Stage,
     fold_weights,
+    leaves_by_path,
     replace_leaves,
     tuned_params,
 )
@@ -106,10 +107,7 @@ def _split(model: Model, state: QuantState, config: TuneConfig) -> tuple[dict, d
     flat = flatten_sites(state.quant)
     held = {n: s for n, s in flat.items() if isinstance(s.rhs, QTensor)}
     params, activations = fold_weights(tuned_params(model.params, state.aux), state.quant)
-    leaves = {
-        "/".join(entry.key for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+    leaves = leaves_by_path(params)
     layers = {path.rpartition("/")[0] for path in leaves if path.endswith("/kernel")}
     trainable: dict[str, dict] = {}
     if config.scales:

@@ -42,6 +42,7 @@ from qdiff_jax.stages.stage import (
     tuned_params,
 )
 from qdiff_jax.stages.time_scales import TimeScaleConfig
+from qdiff_jax.stages.train_binary import BinaryTrainConfig
 
 from .. import tiny_dit, tiny_unet
 
@@ -106,7 +107,7 @@ class Case(NamedTuple):
     """entry: of the registry. policy: the one it runs under when nothing else is asked. options: of
     `MethodSettings`. slow: whether all its tests are. reports: progress reports until the run is
     killed where a part of the calibration is done; late: until it is killed where it learns. network: which of
-    `NETWORKS`."""
+    `NETWORKS`. w_bits: of its weights."""
 
     entry: str
     policy: str = "common"
@@ -115,6 +116,7 @@ class Case(NamedTuple):
     reports: int = 2
     network: str = "unet"
     late: int = 11
+    w_bits: int = 4
 
 
 CASES = {
@@ -140,6 +142,7 @@ CASES = {
     "svdquant": Case("svdquant", "official:svdquant", options={"svdquant": SVDQUANT}, reports=6),
     # Four batches of the calibration, then three chunks of training.
     "efficientdm": Case("efficientdm", late=5),
+    "binarydm": Case("binarydm", "official:binarydm", w_bits=1),
 }
 UNLEARNED = ("rtn", "ptq4dm", "ptqd", "svdquant")
 LEARNING = tuple(n for n, case in CASES.items() if case.entry not in UNLEARNED)
@@ -209,6 +212,14 @@ def plan(
     return make_plan(sites, (*kept, *policy(name, sites, w_bits, a_bits)))
 
 
+def case_plan(
+    name: str, policy_name: str | None = None, a_bits: int | None = 8, w_bits: int | None = None
+) -> SitePlan:
+    """What a case runs under. policy_name, w_bits: in place of its own."""
+    case = CASES[name]
+    return plan(policy_name or case.policy, w_bits or case.w_bits, a_bits, case.network)
+
+
 def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0) -> MethodSettings:
     case = CASES[name]
     made = MethodSettings(
@@ -236,15 +247,19 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
             student=QALoRAConfig(rank=2),
             training=FinetuneConfig(save_seconds=save_seconds),
         ),
+        binarydm=BinaryTrainConfig(
+            steps=3 * steps,
+            batch_size=8,
+            lr=5e-3,
+            lrm_samples=8,
+            gate_samples=8,
+            checks=4,
+            save_seconds=save_seconds,
+        ),
         **case.options,
     )
     # Rounds sample the network, which compiles it once more.
     return dataclasses.replace(made, tcaq=dataclasses.replace(made.tcaq, rounds=min(steps, 1)))
-
-
-def plan_for(name: str, w_bits: int = 4, a_bits: int | None = 8) -> SitePlan:
-    """The plan of a case, under its own policy."""
-    return plan(CASES[name].policy, w_bits, a_bits, CASES[name].network)
 
 
 def method(name: str, steps: int, on_progress: Callable | None = None, **own) -> Method:
@@ -274,8 +289,7 @@ def finish(made: Method, state: QuantState, store=None, chunk=3, entered=lambda 
 @functools.cache
 def outcome(name: str, steps: int = 0, policy_name: str | None = None, a_bits: int | None = 8):
     """Of a case, run once. policy_name: in place of the case's own."""
-    planned = plan(policy_name or CASES[name].policy, 4, a_bits, CASES[name].network)
-    return finish(method(name, steps), begin(planned))
+    return finish(method(name, steps), begin(case_plan(name, policy_name, a_bits)))
 
 
 def kill(name: str, steps: int, store, reports: int, stage: str | None = None) -> None:
@@ -291,12 +305,12 @@ def kill(name: str, steps: int, store, reports: int, stage: str | None = None) -
     # Without steps a chunk is a batch of the calibration, and one after the other is saved.
     chunk = 3 if steps else 1
     with pytest.raises(KeyboardInterrupt):
-        finish(made, begin(plan_for(name)), store, chunk, running.append)
+        finish(made, begin(case_plan(name)), store, chunk, running.append)
 
 
 def resume(name: str, steps: int, store) -> Outcome:
     """The case from the start of the method, on what a killed run has left in the store."""
-    return finish(method(name, steps), begin(plan_for(name)), store)
+    return finish(method(name, steps), begin(case_plan(name)), store)
 
 
 def parameters(state: QuantState) -> dict:

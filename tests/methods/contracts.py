@@ -102,8 +102,9 @@ def untouched_leaves_are_untouched(name: str, state: QuantState) -> None:
     tuned = set(state.aux.get("params", {}))
     assert bool(biases) == (CASES[name].entry == "closed_form")
     # Channel factors: kernels, the divisors of their inputs, affines of the norms of attention. Balancing:
-    # kernels, and what takes the divisions. Tuning after closed-form rounding: affines of every norm.
-    assert not tuned or name in ("tcaq whole", "closed_form", "ptq4dit")
+    # kernels, and what takes the divisions. Tuning after closed-form rounding: affines of every norm. Binary
+    # training: everything but planned kernels.
+    assert not tuned or name in ("tcaq whole", "closed_form", "ptq4dit", "binarydm")
     added = {path for path in tuned if path.endswith("/divisor")}
     assert set(after) == set(before) | added
     kernels = {f"{entry.site}/kernel" for entry in state.plan.quantized("weight")}
@@ -136,6 +137,8 @@ def folding_writes_what_the_codes_say(state: QuantState) -> None:
 def values_of(tensor: QTensor, spec) -> np.ndarray:
     """What the codes of a weight stand for, in NumPy; of a split weight part by part."""
     held, grid = codes(tensor).astype(np.float32), tensor.qparams
+    if spec.grid == "binary":
+        return (2 * held - 1) * np.asarray(grid.scale)
     scale, zero = np.asarray(grid.scale), np.asarray(grid.zero_point)
     if spec.granularity == "group":
         return (held - np.repeat(zero, spec.group, axis=0)) * np.repeat(scale, spec.group, axis=0)

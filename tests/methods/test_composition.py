@@ -31,6 +31,7 @@ def test_stages_of_each_method_in_order():
     assert names("rtn") == ["calibrate_weights", "round_to_nearest", "calibrate_activations"]
     assert names("ptq4dm") == ["symmetric_weights", *names("rtn")]
     assert names("ptqd") == [*names("rtn"), "calibrate_correction"]
+    assert names("binarydm") == ["calibrate_activations", "calibrate_weights", "train_binary"]
     assert names("closed_form") == [
         "calibrate_activations",
         "calibrate_weights",

@@ -39,13 +39,13 @@ from .cases import (
     TIMESTEPS,
     begin,
     calibration,
+    case_plan,
     finish,
     forward,
     method,
     model,
     outcome,
     parameters,
-    plan_for,
     settings,
 )
 
@@ -172,7 +172,7 @@ def test_reconstruction_lowers_the_error_of_every_unit():
     learning = ptq4dit(
         model("dit"), calibration(), TIMESTEPS, weights=weights, activations=activations
     )
-    learned = errors_by_unit(finish(learning, begin(plan_for("ptq4dit"))).state)
+    learned = errors_by_unit(finish(learning, begin(case_plan("ptq4dit"))).state)
     nearest = errors_by_unit(outcome("ptq4dit").state)
     assert set(nearest) == {"t_embedder", "x_embedder", "blocks_0", "blocks_1", "final_layer"}
     for unit, error in nearest.items():
@@ -184,7 +184,7 @@ def at_bits(bits: int):
     """(state, {site: executed}) at 4 or 8 weight bits."""
     state = outcome("ptq4dit").state
     if bits == 8:
-        state = finish(method("ptq4dit", 0), begin(plan_for("ptq4dit", 8, 8))).state
+        state = finish(method("ptq4dit", 0), begin(case_plan("ptq4dit", 8, 8))).state
     ready = {
         name: site.replace(execute=site.lhs is not None and site.rhs is not None)
         for name, site in flatten_sites(state.quant).items()

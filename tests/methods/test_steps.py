@@ -15,13 +15,13 @@ from .cases import (
     LEARNING,
     STEPS,
     begin,
+    case_plan,
     finish,
     kill,
     method,
     model,
     outcome,
     plan,
-    plan_for,
     resume,
 )
 
@@ -47,6 +47,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(name, late, tmp_path):
         ("qdiffusion", "brecq_activation_steps", 2),
         ("ptqd", "calibrate_correction", 1),
         ("closed_form", "tune", 1),
+        ("binarydm", "train_binary", 6),
     ],
 )
 def test_killed_in_a_late_stage_and_resumed_equals_uninterrupted(name, stage, reports, tmp_path):
@@ -57,9 +58,9 @@ def test_killed_in_a_late_stage_and_resumed_equals_uninterrupted(name, stage, re
     assert leaves_equal(resumed.aux, whole.aux)
 
 
-@pytest.mark.parametrize("name", ["brecq", "tfmq", "tdq", "ptq4dit", "efficientdm"])
+@pytest.mark.parametrize("name", ["brecq", "tfmq", "tdq", "ptq4dit", "efficientdm", "binarydm"])
 def test_key_decides_the_minibatches(name):
-    other = finish(method(name, STEPS), begin(plan_for(name), seed=6)).state.quant
+    other = finish(method(name, STEPS), begin(case_plan(name), seed=6)).state.quant
     assert not leaves_equal(other, outcome(name, STEPS).state.quant)
 
 
@@ -73,7 +74,7 @@ def test_eight_devices_give_the_codes_of_one(name):
     another order than on one, so that soft roundings differ in their last bits; a code can differ only
     where its rounding ends that close to its threshold, and then activations after it see other values.
     """
-    devices = finish(method(name, STEPS, devices=8), begin(plan_for(name))).state
+    devices = finish(method(name, STEPS, devices=8), begin(case_plan(name))).state
     made, alone = (weights(state.quant) for state in (devices, outcome(name, STEPS).state))
     assert made.keys() == alone.keys()
     equal = np.concatenate([(made[site] == alone[site]).ravel() for site in made])

@@ -3,11 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.time_mlp import bake, predict_step
@@ -16,7 +14,7 @@ from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.reconstruct_time_scales import reconstruct_time_scales
 from qdiff_jax.stages.stage import run_stage
 from qdiff_jax.stages.time_scales import TimeScaleConfig, calibrate_time_scales
-from qdiff_jax.stages.train_time_scales import TrainConfig, noised_set, train_time_scales
+from qdiff_jax.stages.train_time_scales import TrainConfig, train_time_scales
 from qdiff_jax.stages.weights import round_to_nearest
 
 from . import chain
@@ -161,15 +159,3 @@ class TestTraining:
         assert carry.step == 5
         resumed, _ = run_stage(stage, self.state(), tmp_path, chunk=5)
         assert chain.leaves_equal((resumed.quant, resumed.aux), (state.quant, state.aux))
-
-    def test_noised_images_carry_their_noise_and_some_null_labels(self):
-        schedule = make_schedule("linear", 1000)
-        images = np.full((200, 2, 2, 1), 0.5, np.float32)
-        made = noised_set(jax.random.key(0), schedule, images, np.zeros(200, np.int32), 9, 0.5)
-        signal = np.sqrt(schedule.alpha_bar[made.t.astype(int)])[:, None, None, None]
-        rebuilt = signal * 0.5 + np.sqrt(1 - signal**2) * made.eps_fp
-        np.testing.assert_allclose(made.x, rebuilt, rtol=1e-4, atol=1e-5)
-        assert 50 < (made.y == 9).sum() < 150
-        assert made.t.min() < 100
-        assert made.t.max() > 900
-        assert jnp.all(made.index == -1)

@@ -1,0 +1,289 @@
+"""Training a network with binary weights: BinaryDM's stage, from full precision to one bit a weight.
+
+All weights and scales learn on the diffusion loss beside L_EBB = tau mean(sigma_II), which takes the second
+basis of head and tail blocks away again, and lambda L_LRM (`feature_mimicking`). Phases are data: operands
+begin to be quantized at their step (`quantize_phases`), and the second basis is dropped once the
+prediction without it is nearly as good (`BinaryTrainConfig.tolerance`), at the latest at a given step.
+Weights of more bits in the plan are trained as LSQ beside them.
+
+Source: Zheng et al. 2025 (arXiv:2404.05662, version 5); progressive binarization from versions 1 to 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from qdiff_jax.models.program import Unit, apply_unit, subtrees
+from qdiff_jax.observe.capture import run_unit
+from qdiff_jax.stages.binary_student import decide_student, split_student, student
+from qdiff_jax.stages.block_groups import image_blocks, tapped_program
+from qdiff_jax.stages.feature_mimicking import mimicking_loss, projections
+from qdiff_jax.stages.noising import Images, Noising, noised
+from qdiff_jax.stages.quantize_phases import Phase
+from qdiff_jax.stages.reconstruct_time_scales import step_inputs
+from qdiff_jax.stages.stage import Model, QuantState, Stage
+from qdiff_jax.stages.whole_network import Carry, train_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryTrainConfig:
+    """The paper's figures for the DDIM of CIFAR-10, at a tenth of the rate of full-precision training.
+
+    lr: constant, or with `schedule` "cosine" falling to 0. weight_decay: of AdamW, on everything, as in
+    torch. ema: decay of the averages that are kept in the end. two_bases: blocks at no less than this share
+    of the input's side begin with two bases; 0 for all, above 1 for none. tau: weight of L_EBB, which
+    pulls each scale with tau / (layers * channels), so that few steps need far more than the paper's: in
+    1,000 steps of a toy 9e-2 moves them by a tenth and 10 to nothing. lrm: weight
+    lambda of L_LRM, 0 to leave it out; divisor: K, of C channels C / K directions are followed; lrm_samples:
+    from how many samples those are computed. interval: steps between two groups of progressive
+    binarization, 0 to begin with all. transition, latest: shares of the steps from where on the second
+    basis may go and where it must; it goes when the error of the prediction without it is within
+    `tolerance` of the error with it, asked `checks` times on gate_samples. save_seconds: least time
+    between two saves.
+    """
+
+    steps: int = 200_000
+    batch_size: int = 64
+    lr: float = 2e-5
+    schedule: str = "constant"
+    weight_decay: float = 0.01
+    ema: float = 0.9999
+    two_bases: float = 0.5
+    tau: float = 9e-2
+    lrm: float = 1e-4
+    divisor: int = 4
+    lrm_samples: int = 64
+    interval: int = 1
+    transition: float = 0.5
+    latest: float = 0.9
+    tolerance: float = 0.05
+    checks: int = 8
+    gate_samples: int = 64
+    save_seconds: float = 60.0
+
+    def __post_init__(self):
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"binarydm.schedule {self.schedule!r} is not 'constant' or 'cosine'.")
+        if not 0.0 <= self.transition <= self.latest <= 1.0:
+            raise ValueError(
+                f"binarydm.transition {self.transition} and binarydm.latest {self.latest} must be shares "
+                "of the steps, in this order."
+            )
+        if self.checks < 1 or self.divisor < 1 or self.interval < 0 or not 0 <= self.ema < 1:
+            raise ValueError(
+                f"binarydm: checks {self.checks} and divisor {self.divisor} must be at least 1, interval "
+                f"{self.interval} at least 0 and ema {self.ema} in [0, 1)."
+            )
+
+
+def train_binary(
+    model: Model,
+    data: Any,
+    config: BinaryTrainConfig = BinaryTrainConfig(),
+    *,
+    phases: tuple[Phase, ...] | None = None,
+    on_progress=None,
+) -> Stage:
+    """The stage that trains a state whose weights and activations have ranges.
+
+    data: `noising.Images`, the paper's, noised anew at every step; or a calibration set (x, t, y, eps_fp),
+    whose target is the full-precision prediction on sampling states and needs no images. phases: who is
+    quantized from when; by default `progressive` over the depths of the network. `finish` decides the codes
+    of the averaged weights with one basis and puts every other parameter into `aux["params"]`; its report
+    has the first and last loss and what the transition found. Raises FloatingPointError if the loss is not
+    finite, ValueError for an activation with a step table or a weight without a range.
+    """
+    arrays, noising = _arrays(data)
+    size = len(jax.tree.leaves(arrays)[0])
+    taps = image_blocks(model.program)[:-1] if config.lrm and config.steps else ()
+    unit = tapped_program(model.program, taps)
+    points = _gate_points(config)
+
+    def begin(state: QuantState):
+        trainable, frozen = split_student(
+            model, state, config.two_bases, config.interval, phases, _example(arrays)
+        )
+        weights = {"tau": np.float32(config.tau), "lrm": np.float32(config.lrm)}
+        frozen |= {"weights": weights, "directions": []}
+        if taps:
+            first = _batch(arrays, np.arange(min(config.lrm_samples, size)), state.key, noising)
+            first = {name: np.asarray(first[name]) for name in unit.inputs}
+            frozen["directions"] = projections(
+                unit, model.params, first, config.divisor, config.batch_size
+            )
+        return trainable, frozen, arrays
+
+    def optimizer(trainable):
+        gate = {"open": np.float32(bool(trainable["second"])), "at": np.float32(-1)}
+        ratio = {"as_trained": np.float32(np.nan), "without": np.float32(np.nan)}
+        adam = optax.scale_by_adam().init(trainable)
+        return {"adam": adam, "ema": trainable, "gate": {**gate, **ratio}}
+
+    def inputs(state: QuantState, first: int, stop: int):
+        rows, rates, keys = step_inputs(config, state.key, size, 0, first, stop)
+        if config.schedule == "constant":
+            rates = np.full_like(rates, config.lr)
+        return np.arange(first, stop, dtype=np.int32), rows, rates, keys
+
+    def run(carry: Carry, n: int) -> Carry:
+        if carry.step in points:
+            carry = transition(carry)
+        later = [p for p in points if p > carry.step]
+        return whole.run(carry, min(n, later[0] - carry.step) if later else n)
+
+    def transition(carry: Carry) -> Carry:
+        """Drop the second basis if it is no longer missed. Nothing but the carry decides, so that a run
+        resumed here decides the same."""
+        gate = carry.work["optimizer"]["gate"]
+        if not float(gate["open"]):
+            return carry
+        rows = np.arange(min(config.gate_samples, size))
+        batch = _batch(arrays, rows, carry.state.key, noising)
+        kept, dropped = (_error(unit, model, carry.work, carry.step, g, batch) for g in (1.0, 0.0))
+        passed = dropped <= (1.0 + config.tolerance) * kept
+        if not passed and carry.step < points[-1]:
+            return carry
+        if not passed:
+            logging.warning(
+                "train_binary: step %d is the latest for the second basis to go, and without it the error "
+                "of the prediction is %.3g against %.3g; train longer, or raise tau (%g).",
+                carry.step,
+                dropped,
+                kept,
+                config.tau,
+            )
+        found = {"open": 0.0, "at": carry.step, "as_trained": kept, "without": dropped}
+        found = {name: jnp.float32(value) for name, value in found.items()}
+        held = {**carry.work["optimizer"], "gate": found}
+        return carry._replace(work={**carry.work, "optimizer": held})
+
+    def finish(carry: Carry) -> tuple[QuantState, dict]:
+        if config.steps:  # `latest` 1 keeps two bases to the end, but one is exported
+            carry = transition(carry)
+        window = max(1, config.steps // 20)
+        ends = {"first_loss": carry.losses[:window], "last_loss": carry.losses[-window:]}
+        report = {k: float(np.mean(v)) if len(v) else None for k, v in ends.items()}
+        gate = {k: float(v) for k, v in carry.work["optimizer"]["gate"].items()}
+        if gate["at"] >= 0:
+            report["transition"] = {
+                "step": int(gate["at"]),
+                "as_trained": gate["as_trained"],
+                "without": gate["without"],
+                "passed": gate["without"] <= (1.0 + config.tolerance) * gate["as_trained"],
+            }
+        made = jax.tree.map(jnp.asarray, jax.device_get(carry.work["optimizer"]["ema"]))
+        return decide_student(carry.state, made, carry.work["frozen"]["grids"]), report
+
+    whole = train_whole(
+        "train_binary",
+        config.steps,
+        begin,
+        inputs,
+        _make_step(unit, noising, config.weight_decay, config.ema),
+        finish,
+        save_seconds=config.save_seconds,
+        optimizer=optimizer,
+        on_progress=on_progress,
+    )
+    return whole._replace(run=run)
+
+
+def _gate_points(config: BinaryTrainConfig) -> tuple[int, ...]:
+    """Steps before which the transition is asked for; the last one is where it happens in any case."""
+    ends = (round(share * config.steps) for share in (config.transition, config.latest))
+    return tuple(int(p) for p in np.unique(np.linspace(*ends, config.checks).round()))
+
+
+def _arrays(data: Any) -> tuple[dict, Noising | None]:
+    if isinstance(data, Images):
+        return {"images": data.images, "labels": data.labels}, data.noising
+    return {name: getattr(data, name) for name in ("x", "t", "y", "eps_fp")}, None
+
+
+def _example(arrays: Mapping) -> dict:
+    """{"x", "t", "y"} of one sample, for shapes alone."""
+    x, y = (arrays.get(own, arrays.get(other)) for own, other in (("x", "images"), ("y", "labels")))
+    return {"x": x[:1], "t": np.zeros(1, np.float32), "y": None if y is None else y[:1]}
+
+
+def _batch(arrays: Mapping, rows, key: jax.Array, noising: Noising | None) -> dict:
+    """{"x", "t", "y", "eps_fp"} of some rows."""
+    taken = jax.tree.map(lambda leaf: jnp.take(jnp.asarray(leaf), rows, axis=0), dict(arrays))
+    if noising is None:
+        return taken
+    return noised(key, noising, taken["images"], taken["labels"])
+
+
+def _forward(unit: Unit, params: Mapping, quant: Mapping, batch: Mapping):
+    given = tuple(batch[name] for name in unit.inputs)
+    return apply_unit(unit.signature, subtrees(params, unit), subtrees(quant, unit), given)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_step(unit: Unit, noising: Noising | None, weight_decay: float, ema: float):
+    adam = optax.scale_by_adam()
+
+    def objective(trainable, frozen, batch, step, gate):
+        *made, prediction = _forward(unit, *student(trainable, frozen, step, gate), batch)
+        prediction = prediction[..., : batch["eps_fp"].shape[-1]].astype(jnp.float32)
+        loss = jnp.mean((prediction - batch["eps_fp"]) ** 2)
+        if trainable["second"]:
+            loss = loss + frozen["weights"]["tau"] * gate * _mean_second(trainable["second"])
+        if frozen["directions"]:
+            empty: dict = {name: {} for name in unit.nodes}
+            full = _forward(unit, frozen["params"], empty, batch)[:-1]
+            followed = mimicking_loss(made, full, frozen["directions"])
+            loss = loss + frozen["weights"]["lrm"] * followed
+        return loss
+
+    def step(carry, inputs):
+        number, rows, lr, key_data = inputs
+        batch = _batch(carry["data"], rows, jax.random.wrap_key_data(key_data), noising)
+        held = carry["optimizer"]
+        loss, gradients = jax.value_and_grad(objective)(
+            carry["trainable"], carry["frozen"], batch, number, held["gate"]["open"]
+        )
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = adam.update(gradients, held["adam"])
+        trainable = jax.tree.map(
+            lambda w, u: w - lr * (u + weight_decay * w), carry["trainable"], updates
+        )
+        n = number.astype(jnp.float32)
+        decay = jnp.minimum(ema, (1.0 + n) / (10.0 + n))
+        average = jax.tree.map(lambda old, new: new + decay * (old - new), held["ema"], trainable)
+        held = {"adam": moments, "ema": average, "gate": held["gate"]}
+        return {**carry, "trainable": trainable, "optimizer": held}, loss
+
+    return step
+
+
+def _mean_second(second: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean over layers of the mean |sigma_II|; its gradient at 0 is 0, where `jnp.abs` has 1."""
+    terms = [jnp.mean(s * jax.lax.stop_gradient(jnp.sign(s))) for s in second.values()]
+    return sum(terms) / len(terms)
+
+
+def _error(unit: Unit, model: Model, work: Mapping, step: int, gate: float, batch) -> float:
+    """Mean squared difference of the prediction from the teacher's, as a share of the teacher's square."""
+    given = tuple(batch[name] for name in unit.inputs)
+    empty = tuple({} for _ in unit.nodes)
+    full = run_unit(unit.signature, subtrees(model.params, unit), empty, given, None)[-1]
+    made = _predict(
+        unit, work["trainable"], work["frozen"], np.int32(step), np.float32(gate), batch
+    )
+    made, full = (np.asarray(v, np.float64) for v in (made, full))
+    return float(np.sum((made - full) ** 2) / np.sum(full**2))
+
+
+@functools.partial(jax.jit, static_argnames="unit")
+def _predict(unit, trainable, frozen, step, gate, batch):
+    return _forward(unit, *student(trainable, frozen, step, gate), batch)[-1]

@@ -1,0 +1,86 @@
+"""BinaryDM as a method: its config, who may have weights of one bit, and one run from plan to integers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.quantize import prepare, quantize
+from experiments.quantize_config import method_settings, read_config
+from qdiff_jax.config import load_config
+from qdiff_jax.export.qtensor import QTensor
+from qdiff_jax.methods.registry import BINARY, METHODS
+from qdiff_jax.methods.run import load_for_sampling
+from qdiff_jax.models.registry import predictor
+from qdiff_jax.quant.timed import step_context
+from qdiff_jax.sites import flatten_sites
+from qdiff_jax.stages.train_binary import BinaryTrainConfig
+
+from ..main_job import ROOT
+
+CONFIG = f"{ROOT}/configs/methods/binarydm.py"
+
+
+def settings_of(words):
+    return method_settings(read_config(load_config(f"{CONFIG}:{words}"))).binarydm
+
+
+def test_every_word_of_the_config_is_read():
+    assert settings_of("w1a4") == BinaryTrainConfig()  # the paper's sizes
+    assert settings_of("laptop,no_ebb").two_bases > 1
+    assert settings_of("laptop,no_lrm").lrm == 0
+    assert settings_of("w1a8,laptop,no_progressive").interval == 0
+    assert settings_of("w1a32,smoke,tau=0").tau == 0
+    with pytest.raises(ValueError, match="model=dit must be one of unet"):
+        load_config(f"{CONFIG}:model=dit")
+
+
+@pytest.mark.parametrize(("bits", "a_bits"), [("w1a4", 4), ("w1a8", 8), ("w1a32", None)])
+def test_plans_of_one_bit_weights(bits, a_bits):
+    job = prepare(load_config(f"{CONFIG}:{bits},smoke"))
+    assert list(job.plans) == [f"rtn_{bits}", f"binarydm_{bits}"]
+    for plan in job.plans.values():
+        weights = plan.quantized("weight")
+        assert {(e.bits, e.spec.grid) for e in weights} == {(1, "binary")}
+        assert {e.bits for e in plan.quantized()} == {1, a_bits} - {None}
+        kept = {e.site for e in plan.entries} - {e.site for e in plan.quantized()}
+        assert {"temb/dense_0", "temb/dense_1", "conv_in/conv", "out/conv_out"} <= kept
+
+
+def test_other_methods_refuse_one_bit():
+    config = load_config(f"{CONFIG}:smoke")
+    for name in METHODS:
+        with config.unlocked():
+            config.variants = {"one": dict(method=name, w_bits=1, a_bits=8)}
+        if name in BINARY:
+            assert read_config(config).variants["one"].w_bits == 1
+            continue
+        with pytest.raises(ValueError, match=rf"one.w_bits is 1, and {name} rounds on uniform"):
+            read_config(config)
+    with config.unlocked():
+        config.variants = {"one": dict(method="binarydm", w_bits=1, a_bits=1)}
+    with pytest.raises(ValueError, match="one.a_bits is 1; choose 2 to 8"):
+        read_config(config)
+
+
+@pytest.mark.slow
+def test_the_smoke_run_ends_in_bits_that_integers_execute(tmp_path):
+    """Packed codes multiplied as integers give the simulation, at sites of four-bit activations too."""
+    quantize(load_config(f"{CONFIG}:w1a4,smoke"), tmp_path)
+    shown = json.loads((tmp_path / "report.json").read_text())["variants"]
+    errors = {v["name"]: v["eps_rel_mse"] for v in shown}
+    assert np.isfinite(list(errors.values())[1:]).all()
+    folder = tmp_path / "variants" / "binarydm_w1a4"
+    record = json.loads((folder / "quantize.json").read_text())["stages"]["2_train_binary"]
+    assert record["transition"]["step"] in (3, 5)
+    simulated, executed = (load_for_sampling(folder / "bundle", execute=e) for e in (False, True))
+    flat = flatten_sites(executed.variables["quant"])
+    packed = [site.rhs for site in flat.values() if isinstance(site.rhs, QTensor)]
+    assert packed and {t.bits for t in packed} == {1}  # noqa: PT018
+    assert all(site.execute for site in flat.values())
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 1)).astype(np.float32)
+    ctx, y = step_context(500.0, 1), np.zeros(2, np.int32)
+    predict = jax.jit(predictor(simulated.module))
+    made = [np.asarray(predict(loaded.variables, x, ctx, y)) for loaded in (simulated, executed)]
+    np.testing.assert_allclose(made[1], made[0], rtol=1e-3, atol=1e-3)

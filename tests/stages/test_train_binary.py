@@ -1,0 +1,257 @@
+"""Training with binary weights on the miniature chain: phases, the transition, what comes out, resuming.
+
+All tests but the slow ones run one compiled step: phases, penalties and gates are data.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from qdiff_jax.diffusion.schedule import make_schedule
+from qdiff_jax.export.qtensor import QTensor, codes
+from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.timed import from_rows
+from qdiff_jax.sites import flatten_sites
+from qdiff_jax.stages.binary_student import decide_student, split_student, student
+from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
+from qdiff_jax.stages.noising import Images, Noising
+from qdiff_jax.stages.stage import fold_weights, run_stage, set_site, tuned_params
+from qdiff_jax.stages.train_binary import BinaryTrainConfig, train_binary
+
+from . import chain
+
+CONFIG = BinaryTrainConfig(
+    steps=12, batch_size=8, lr=5e-3, tau=1.0, lrm=0.1, checks=3, save_seconds=0.0
+)
+EXAMPLE = {"x": chain.example()[0], "t": chain.example()[1], "y": None}
+
+
+@functools.cache
+def data():
+    bare = chain.calibration()
+    full = jax.jit(chain.model().module.apply)({"params": chain.model().params}, bare.x, bare.t)
+    return bare.replace(eps_fp=np.asarray(full)[..., :3])
+
+
+@functools.cache
+def start(w_bits=1):
+    ranges = calibrate_activations(
+        chain.model(), data(), chain.TIMESTEPS, ActivationConfig(batch_size=16)
+    )
+    return run_stage(ranges, chain.state(w_bits, 4))[0]
+
+
+def stage(config=CONFIG, on_progress=None, **options):
+    return train_binary(chain.model(), data(), config, on_progress=on_progress, **options)
+
+
+@functools.cache
+def whole():
+    return run_stage(stage(), start(), chunk=5)
+
+
+def changed(**fields):
+    return BinaryTrainConfig(**{**CONFIG.__dict__, **fields})
+
+
+def test_every_planned_weight_ends_with_one_bit_and_the_rest_has_learned():
+    state, report = whole()
+    assert np.isfinite([report["first_loss"], report["last_loss"]]).all()
+    before, after = flatten_sites(start().quant), flatten_sites(state.quant)
+    for entry in chain.plan(1, 4).quantized():
+        site = after[entry.site]
+        held = site.lhs if entry.operand in ("input", "q") else site.rhs
+        old = before[entry.site]
+        old = old.lhs if entry.operand in ("input", "q") else old.rhs
+        if entry.operand == "weight":
+            assert isinstance(held, QTensor)
+            assert held.bits == 1
+            assert set(np.unique(codes(held))) == {0, 1}
+            held = held.qparams
+        assert isinstance(held, QParams)
+        assert (np.asarray(held.scale) > 0).all()
+        assert not np.array_equal(held.scale, old.scale)
+        np.testing.assert_array_equal(held.zero_point, old.zero_point)
+    tuned = state.aux["params"]
+    assert "a/conv/bias" in tuned and not any(p.endswith("kernel") for p in tuned)  # noqa: PT018
+    assert not np.array_equal(tuned["a/conv/bias"], chain.model().params["a"]["conv"]["bias"])
+
+
+def test_what_is_exported_is_one_basis_of_the_averaged_weights():
+    carry = stage().init(start(), None)
+    while not stage().done(carry):
+        carry = stage().run(carry, 6)
+    average = jax.device_get(carry.work["optimizer"]["ema"])
+    state = stage().finish(carry)[0]
+    folded, _ = fold_weights(tuned_params(chain.model().params, state.aux), state.quant)
+    kernel = average["kernels"]["b/conv/kernel"]
+    signs = np.where(kernel >= 0, np.float32(1), np.float32(-1))
+    np.testing.assert_array_equal(folded["b"]["conv"]["kernel"], signs * average["steps"]["b/conv"])
+    live = jax.device_get(carry.work["trainable"])
+    assert not np.array_equal(live["kernels"]["b/conv/kernel"], kernel)
+    assert float(carry.work["optimizer"]["gate"]["open"]) == 0.0
+
+
+@pytest.mark.parametrize("reports", [1, 2, 3])
+def test_killed_and_resumed_equals_uninterrupted(reports, tmp_path):
+    """Also where the transition is asked for (steps 6, 8, 11) and saved just before it."""
+    left = iter(range(reports))
+
+    def kill(done, total, **shown):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage(on_progress=kill), start(), tmp_path, chunk=3)
+    seen = []
+    resumed, report = run_stage(
+        stage(on_progress=lambda done, total, **shown: seen.append(done)),
+        start(),
+        tmp_path,
+        chunk=5,
+    )
+    assert seen[0] > 3 * reports
+    assert chain.leaves_equal((resumed.quant, resumed.aux), (whole()[0].quant, whole()[0].aux))
+    assert report["transition"] == whole()[1]["transition"]
+
+
+def student_at(step, gate=1.0, config=CONFIG, phases=None):
+    trainable, frozen = split_student(
+        chain.model(), start(), config.two_bases, config.interval, phases, EXAMPLE
+    )
+    quant = student(trainable, frozen, jnp.int32(step), jnp.float32(gate))[1]
+    return flatten_sites(quant), trainable
+
+
+def test_phases_switch_blocks_then_products():
+    """The chain has one depth, the shared time embedding with it, and then its products."""
+    config = changed(interval=4)
+    early, late = student_at(3, config=config)[0], student_at(4, config=config)[0]
+    for name in ("a/conv", "proj/dense", "temb/dense_1"):
+        assert bool(early[name].rhs.on)
+        assert float(early[name].lhs.qmax) == 15
+    assert float(early["a/qk"].lhs.qmax) > 2**20 < float(early["a/qk"].rhs.qmax)
+    assert early["a/qk"].product and not early["a/conv"].product  # noqa: PT018
+    assert float(late["a/qk"].lhs.qmax) == 15 == float(late["a/qk"].rhs.qmax)
+
+
+def test_the_second_basis_belongs_to_blocks_of_enough_resolution():
+    sites, trainable = student_at(0)
+    assert set(trainable["second"]) == {"a/conv", "b/conv", "c/conv", "mix/conv", "proj/dense"}
+    assert sites["temb/dense_0"].rhs.second is None
+    assert float(student_at(0, gate=0.0)[0]["a/conv"].rhs.gate) == 0.0
+    assert student_at(0, config=changed(two_bases=2.0))[1]["second"] == {}
+
+
+class TestTransition:
+    def test_the_second_basis_goes_when_it_is_not_missed(self):
+        _, report = run_stage(stage(changed(tolerance=1e9)), start())
+        found = report["transition"]
+        assert found["step"] == 6
+        assert found["passed"]
+        assert found["as_trained"] > 0 < found["without"]
+
+    def test_it_goes_at_the_latest_step_and_the_log_says_what_was_lost(self, caplog):
+        logging.use_absl_handler()
+        with caplog.at_level("WARNING"):
+            _, report = run_stage(stage(changed(tolerance=-1.0)), start())
+        assert report["transition"]["step"] == 11
+        assert not report["transition"]["passed"]
+        assert "step 11 is the latest for the second basis to go" in caplog.text
+
+    def test_a_large_penalty_takes_the_second_basis_away(self):
+        """After as many steps, with 1,000 and with 0."""
+
+        def remaining(tau):
+            made = stage(changed(tau=tau, transition=1.0, latest=1.0))
+            carry = made.run(made.init(start(), None), 12)
+            second = jax.device_get(carry.work["trainable"]["second"])
+            return np.mean([np.abs(leaf).mean() for leaf in second.values()])
+
+        assert remaining(1e3) < 0.95 * remaining(0.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    broken = data().replace(eps_fp=np.full_like(data().eps_fp, np.nan))
+    with pytest.raises(FloatingPointError, match="train_binary: the loss became nan"):
+        run_stage(train_binary(chain.model(), broken, CONFIG), start())
+
+
+def test_zero_steps_keep_ranges_and_signs():
+    """Without a step nothing is compiled: the state decided as it stands."""
+    state, report = run_stage(stage(changed(steps=0)), start())
+    trainable, frozen = split_student(chain.model(), start(), 0.5, 1, None, EXAMPLE)
+    expected = decide_student(start(), trainable, frozen["grids"])
+    assert chain.leaves_equal(state.quant, expected.quant)
+    assert report["first_loss"] is None is report["last_loss"]
+    assert "transition" not in report
+    lhs = flatten_sites(start().quant)["a/conv"].lhs
+    np.testing.assert_array_equal(flatten_sites(state.quant)["a/conv"].lhs.scale, lhs.scale)
+
+
+def test_what_cannot_be_trained_is_refused():
+    lhs = flatten_sites(start().quant)["a/conv"].lhs
+    table = from_rows([lhs] * 4, chain.TIMESTEPS, "exact")
+    timed = start().replace(quant=set_site(start().quant, "a/conv", lhs=table))
+    with pytest.raises(ValueError, match="a/conv:input holds a TimeIndexed"):
+        stage().init(timed, None)
+    bare = start().replace(quant=set_site(start().quant, "a/conv", rhs=None))
+    with pytest.raises(ValueError, match="a/conv has no range to train from"):
+        stage().init(bare, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule": "linear"}, "schedule 'linear' is not"),
+        ({"transition": 0.9, "latest": 0.5}, "must be shares of the steps"),
+        ({"divisor": 0}, "divisor 0 must be at least 1"),
+    ],
+)
+def test_options_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BinaryTrainConfig(**fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"two_bases": 2.0}, {"lrm": 0.0}])
+def test_parts_can_be_left_out(fields):
+    state, report = run_stage(stage(changed(**fields)), start())
+    assert ("transition" in report) == ("lrm" in fields)
+    assert flatten_sites(state.quant)["a/conv"].rhs.bits == 1
+
+
+@pytest.mark.slow
+def test_the_loss_falls():
+    """One basis from the start, so that no transition lies between."""
+    config = changed(two_bases=2.0, steps=200, interval=0, schedule="cosine")
+    _, report = run_stage(stage(config), start())
+    assert report["last_loss"] < 0.7 * report["first_loss"]
+
+
+@pytest.mark.slow
+def test_weights_of_more_bits_are_trained_as_lsq():
+    state, report = run_stage(stage(), start(4))
+    assert "transition" not in report
+    assert {entry.bits for entry in state.plan.quantized("weight")} == {4}
+    before = flatten_sites(start(4).quant)["a/conv"].rhs
+    after = flatten_sites(state.quant)["a/conv"].rhs
+    assert after.bits == 4
+    assert not np.array_equal(after.qparams.scale, before.scale)
+
+
+@pytest.mark.slow
+def test_images_are_noised_anew_and_resume_too(tmp_path):
+    """On channels of its own: the chain predicts six, of which the first three are the noise."""
+    noising = Noising(make_schedule("linear", 1000))
+    images = Images(data().x[:16] / 8, noising)
+    made = train_binary(chain.model(), images, CONFIG)
+    state, _ = run_stage(made, start(), chunk=4)
+    carry = made.run(made.init(start(), tmp_path), 6)
+    assert carry.step == 6
+    again, _ = run_stage(made, start(), tmp_path, chunk=4)
+    assert chain.leaves_equal((state.quant, state.aux), (again.quant, again.aux))
