@@ -19,6 +19,7 @@ from qdiff_jax.stages.group_grids import activation_spec, weight_spec
 from qdiff_jax.stages.layer_branch import Codes, Grids, candidate_errors, solve
 
 KEY = jax.random.key(0)
+ROUND = jax.jit(quantizer.fake_quant)
 SIZE, TOLERANCE = 1152, 0.002
 # bits of weight and activation, group: the columns of the table.
 COLUMNS = ((8, 8, 0), (4, 8, 0), (4, 4, 0), (4, 4, 64))
@@ -83,6 +84,7 @@ def test_nearest_rounding_and_smoothquant(column):
     np.testing.assert_allclose(found, [nearest, smoothed], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_without_a_branch_stronger_smoothing_costs_and_one_decomposition_turns_that_round():
     before, after = (errors(list(BRANCH), rank=rank) for rank in (0, 32))
     np.testing.assert_allclose(before, [v[0] for v in BRANCH.values()], atol=TOLERANCE)
@@ -127,7 +129,7 @@ def rounding_error(x, unsigned):
     """Of activations alone, 4 bits, groups of 64."""
     spec, shift = activation_spec(64, unsigned), GELU_SHIFT if unsigned else 0.0
     grid = dynamic_qparams(spec, *((0, 15) if unsigned else (-7, 7)))
-    found = np.asarray(quantizer.fake_quant(grid, np.float32(x + shift)), np.float64) - shift
+    found = np.asarray(ROUND(grid, np.float32(x + shift)), np.float64) - shift
     return np.linalg.norm(found - x) / np.linalg.norm(x)
 
 
@@ -138,7 +140,7 @@ def test_unsigned_codes_behind_gelu_halve_the_error_but_not_under_extreme_channe
         return 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
 
     for sigma in (0.5, 1.0, 2.0, 4.0):
-        x = gelu(sigma * rng.standard_normal((1024, 256)))
+        x = gelu(sigma * rng.standard_normal((2048, 256)))
         assert rounding_error(x, True) < 0.75 * rounding_error(x, False), sigma
     # Small values beside a channel forty times as large: the shift takes up codes they needed.
     extreme = gelu(0.1 * layer()[0][:, :256])

@@ -17,6 +17,7 @@ from qdiff_jax.stages.layer_inputs import layer_rows
 
 KEY = jax.random.key(0)
 K, N, G = 16, 12, 4
+ROUND = jax.jit(quantizer.fake_quant)
 PLAIN = np.zeros(2, np.float32)
 HALF = np.full(2, 0.5, np.float32)
 
@@ -58,7 +59,7 @@ def stored_error(made, unsigned=False, shift=0.0):
     rows = rows[:, 0]
     inverse = np.ones(K) if made.smoothing is None else made.smoothing.astype(np.float64)
     grid = dynamic_qparams(activation_spec(G, unsigned), *codes(unsigned).activation)
-    read = quantizer.fake_quant(grid, np.float32((rows + shift) * inverse))
+    read = ROUND(grid, np.float32((rows + shift) * inverse))
     rest = made.codes * np.repeat(made.scale.astype(np.float64), G, axis=0)
     found = np.asarray(read, np.float64) @ rest
     if made.down is not None:
@@ -72,8 +73,8 @@ def stored_error(made, unsigned=False, shift=0.0):
 def test_without_branch_and_smoothing_it_is_nearest_rounding_in_groups():
     made = solved(0, PLAIN)
     _, kernel = layer()
-    grid = from_tensor(weight_spec(G), jnp.asarray(kernel), -7, 7)
-    np.testing.assert_array_equal(made.codes, quantizer.codes(grid, kernel))
+    grid = jax.jit(lambda w: from_tensor(weight_spec(G), w, -7, 7))(kernel)
+    np.testing.assert_array_equal(made.codes, jax.jit(quantizer.codes)(grid, kernel))
     np.testing.assert_array_equal(made.scale, grid.scale)
     assert made.down is made.up is made.smoothing is made.sums is None
     assert np.isnan(made.errors[1])
