@@ -60,10 +60,11 @@ def runs_of(claim: Claim, config: ConfigDict) -> list[tuple[Run, Run]]:
 
 
 def _alone(run: Run, name: str) -> Run:
-    """A config's method without the round-to-nearest beside it, which comes first and which no claim reads."""
+    """A config's method without the round-to-nearest beside it, which no claim reads."""
     own = run.config.copy_and_resolve_references()
     with own.unlocked():
-        method = list(own.variants)[-1]
+        # In the order of the report, where a config's method comes last; a ConfigDict sorts by name.
+        method = list(run.parsed.variants)[-1]
         own.variants = ConfigDict({method: own.variants[method]})
     return Run(name, run.given, own, read_config(own))
 

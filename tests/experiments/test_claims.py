@@ -1,6 +1,8 @@
 """The ledger of claims: every claim names two configs that are valid, and its smoke run resumes."""
 
 import json
+import pathlib
+import re
 
 import pytest
 
@@ -32,8 +34,12 @@ def test_the_two_sides_of_a_claim_differ_and_measure_alike(model):
             assert with_it.parsed.evaluation == without.parsed.evaluation
             assert with_it.parsed.evaluation.samples == 256
             assert with_it.parsed.seed == without.parsed.seed
-            ours, theirs = (list(run.parsed.variants.values())[-1] for run in (with_it, without))
+            (ours,), (theirs,) = (run.parsed.variants.values() for run in (with_it, without))
             assert ours.targets == theirs.targets
+            for run, variant in ((with_it, ours), (without, theirs)):
+                named = re.search(r"method=(\w+)", run.given)
+                own = pathlib.Path(run.given.partition(":")[0]).stem
+                assert variant.method == (named[1] if named else own)
         assert pairs[0][0].name != pairs[1][0].name
 
 

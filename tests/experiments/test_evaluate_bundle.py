@@ -90,7 +90,7 @@ def test_step_tables_of_other_steps_are_refused_before_drawing(tmp_path, monkeyp
 
     monkeypatch.setattr(evaluation, "load_subject", with_tables)
     with pytest.raises(ValueError, match="calibrated"):
-        evaluate(config(sampler__steps=3), tmp_path / "w")
+        evaluate(config(sampler__steps=4), tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 

@@ -184,7 +184,7 @@ def at_bits(bits: int):
     """(state, {site: executed}) at 4 or 8 weight bits."""
     state = outcome("ptq4dit").state
     if bits == 8:
-        state = finish(method("ptq4dit", 0), begin(case_plan("ptq4dit", 8, 8))).state
+        state = finish(method("ptq4dit", 0), begin(case_plan("ptq4dit", None, 8, 8))).state
     ready = {
         name: site.replace(execute=site.lhs is not None and site.rhs is not None)
         for name, site in flatten_sites(state.quant).items()

@@ -27,7 +27,7 @@ from .. import tiny_unet
 from ..main_job import ROOT
 from .cases import (
     CONFIG,
-    KEPT_INPUT,
+    NETWORKS,
     SVDQUANT,
     TIMESTEPS,
     begin,
@@ -66,7 +66,7 @@ def test_layers_of_the_blocks_have_branches_and_time_projections_codes_alone():
         branched = site.split("/")[0] not in temporal
         assert (site in figures) == branched
         assert (held.substitute is not None) == branched
-        assert (held.lhs is None) == (not branched or site == KEPT_INPUT)
+        assert (held.lhs is None) == (not branched or site == NETWORKS["unet"].kept_input)
         if branched:
             arrays = held.substitute.arrays
             assert held.substitute.apply is low_rank
