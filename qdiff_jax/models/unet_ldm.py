@@ -79,6 +79,11 @@ class UNetLDMConfig:
     dtype: str = "float32"
 
     @property
+    def learn_sigma(self) -> bool:
+        """Whether the output is [eps, v], twice in_channels, as guided diffusion's models have it."""
+        return self.out_channels == 2 * self.in_channels
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels per resolution, highest first."""
         return tuple(int(self.channels * multiplier) for multiplier in self.multipliers)

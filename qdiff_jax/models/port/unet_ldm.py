@@ -113,4 +113,5 @@ def unet_tensors(
     unet = dict(parts["unet"])
     if config.num_classes is not None and config.context_dim is not None:
         unet |= {f"{PARTS['condition']}{key}": value for key, value in parts["condition"].items()}
-    return unet, float(parts[""].get("scale_factor", 1.0))
+    # Of `load_state_dict` it is a tensor still in the file, which `float` does not take.
+    return unet, float(np.asarray(parts[""].get("scale_factor", 1.0)))
