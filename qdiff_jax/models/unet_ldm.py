@@ -84,6 +84,11 @@ class UNetLDMConfig:
         return self.out_channels == 2 * self.in_channels
 
     @property
+    def null_class(self) -> int | None:
+        """The label of the unconditional branch; None where there is no such label."""
+        return None if self.context_dim is None else self.num_classes
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels per resolution, highest first."""
         return tuple(int(self.channels * multiplier) for multiplier in self.multipliers)
