@@ -85,7 +85,7 @@ def _measured(run: Finished, name: str) -> Row:
             for which in (name, "fp32")
         )
         asked = labels(
-            registry.load(run.config.model).null_class,
+            registry.load(run.config.model).classes,
             range(FIRST_INDEX, FIRST_INDEX + len(mine)),
         )
         found["accuracy"] = None if asked is None else float((mine == asked).mean())

@@ -109,10 +109,11 @@ def prepare(config: Any) -> Job:
         registry.classifier(config.classifier)
     sampler = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
     check_sizes(config, sampler.steps)
+    guidance_of(config.sampler.guidance_scale, diffusion.null_class)  # refused here, if at all
     example = (
         np.zeros((2, *diffusion.image_shape), np.float32),
         np.zeros((2,), np.float32),
-        labels(diffusion.null_class, range(2)),
+        labels(diffusion.classes, range(2)),
     )
     sites = list_sites(diffusion.model.module, *example)
     plans = {
@@ -150,7 +151,7 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
                     noise_key(config.seed),
                     list(indices),
                     shape=diffusion.image_shape,
-                    y=labels(diffusion.null_class, indices),
+                    y=labels(diffusion.classes, indices),
                     guidance=guidance_of(config.sampler.guidance_scale, diffusion.null_class),
                     batch_size=config.evaluation.batch,
                     on_batch=tell,
@@ -192,7 +193,7 @@ def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
             noise_key(config.seed),
             indices,
             shape=diffusion.image_shape,
-            y=labels(diffusion.null_class, indices),
+            y=labels(diffusion.classes, indices),
             guidance=guidance_of(config.sampler.guidance_scale, diffusion.null_class),
             batch_size=min(config.evaluation.batch, len(indices)),
         )
@@ -211,7 +212,12 @@ def sampling_of(job: Job) -> Sampling:
     config, diffusion = job.config.sampler, job.diffusion
     guidance = guidance_of(config.guidance_scale, diffusion.null_class)
     return Sampling(
-        diffusion.schedule, config.spacing, guidance, diffusion.image_shape, diffusion.null_class
+        diffusion.schedule,
+        config.spacing,
+        guidance,
+        diffusion.image_shape,
+        diffusion.classes,
+        diffusion.null_class,
     )
 
 

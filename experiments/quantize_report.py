@@ -48,7 +48,7 @@ def rollout(
             count=config.evaluation.samples,
             batch_size=config.evaluation.batch,
             shape=diffusion.image_shape,
-            classes=diffusion.null_class,
+            classes=diffusion.classes,
             guidance_scale=config.sampler.guidance_scale,
             hooks=hooks,
             on_batch=tell,
@@ -138,7 +138,7 @@ def _temporal(loaded: Loaded, diffusion, timesteps: np.ndarray) -> dict:
         loaded.variables["params"],
         loaded.variables["quant"],
         timesteps,
-        diffusion.null_class,
+        diffusion.feature_class,
     )
     return {
         "temporal_cosine": found.cosine,

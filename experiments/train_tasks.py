@@ -103,16 +103,25 @@ def _diffusion(config: TrainConfig, data: Images, workdir: pathlib.Path) -> Task
         )
     if getattr(model_config, "learn_sigma", False):
         raise ValueError(
-            "config.model.learn_sigma: training fits the noise estimate alone; set it to False."
+            "config.model learns its variance (learn_sigma), and training fits the noise estimate alone; "
+            "set learn_sigma to False, or out_channels to in_channels."
         )
     model = make_module(model_config)
     schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps)
-    shape = data.images.shape[1:]
-    example = example_inputs(model_config)
-    params = jax.jit(model.init)(jax.random.key(config.seed), *example)["params"]
 
     def apply(params, x, t, y, key):
         return model.apply({"params": params}, x, t, y, train=True, rngs={"dropout": key})
+
+    loss_fn = diffusion_loss(
+        apply,
+        schedule,
+        num_classes=classes,
+        null_class=model_config.null_class,
+        label_dropout=config.diffusion.label_dropout,
+    )
+    shape = data.images.shape[1:]
+    example = example_inputs(model_config)
+    params = jax.jit(model.init)(jax.random.key(config.seed), *example)["params"]
 
     def predict(variables, x, ctx, y):
         return model.apply(variables, x, jnp.full(len(x), ctx.t), y)
@@ -134,9 +143,6 @@ def _diffusion(config: TrainConfig, data: Images, workdir: pathlib.Path) -> Task
         "model": model_json(model_config),
         "schedule": dataclasses.asdict(config.diffusion),
     }
-    loss_fn = diffusion_loss(
-        apply, schedule, num_classes=classes, label_dropout=config.diffusion.label_dropout
-    )
     return Task(params, loss_fn, visit, metadata)
 
 

@@ -97,15 +97,25 @@ def test_a_perfect_noise_predictor_has_no_loss():
         return (x + jnp.sqrt(a)) / jnp.sqrt(1 - a) * params
 
     batch = {"image": jnp.zeros((256, 16, 16, 1), jnp.uint8), "label": jnp.full(256, 3)}
-    loss_fn = stage.diffusion_loss(apply, schedule, num_classes=10, label_dropout=0.25)
+    loss_fn = stage.diffusion_loss(
+        apply, schedule, num_classes=10, null_class=10, label_dropout=0.25
+    )
     loss, _ = loss_fn(1.0, batch, jax.random.key(0))
     assert float(loss) < 1e-6
     assert float(loss_fn(0.0, batch, jax.random.key(0))[0]) == pytest.approx(1.0, abs=0.02)
     assert set(np.asarray(labels[0]).tolist()) == {3, 10}
     assert 0.15 < float(jnp.mean((labels[0] == 10).astype(jnp.float32))) < 0.35
-    unconditional = stage.diffusion_loss(apply, schedule, num_classes=None)
+    unconditional = stage.diffusion_loss(apply, schedule, num_classes=None, null_class=None)
     unconditional(1.0, batch, jax.random.key(0))
     assert labels[-1] is None
+    # Classes without a null class: labels stay, or are refused to be dropped.
+    kept = stage.diffusion_loss(apply, schedule, num_classes=10, null_class=None, label_dropout=0.0)
+    kept(1.0, batch, jax.random.key(0))
+    np.testing.assert_array_equal(labels[-1], batch["label"])
+    with pytest.raises(
+        ValueError, match=r"label_dropout=0\.1 .* null class, which this model does not"
+    ):
+        stage.diffusion_loss(apply, schedule, num_classes=10, null_class=None)
 
 
 def test_augmentation_moves_whole_images():
@@ -223,6 +233,24 @@ def test_a_workdir_of_another_experiment_is_refused(tmp_path):
 def test_wrong_configs_are_refused(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         train(_classifier(**overrides), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (2, "set learn_sigma to False, or out_channels to in_channels"),
+        (1, "label_dropout=0.1 makes"),
+    ],
+)
+def test_guided_diffusions_models_are_not_trained_as_others_are(tmp_path, channels, message):
+    """Two channels of output for one of input are a variance; labels without a null class stay."""
+    config = load_config(UNET)
+    model = dict(family="unet_ldm", channels=8, multipliers=(1,), res_blocks=1, groups=4, heads=1)
+    model |= dict(head_channels=None, attention_downsampling=(), out_channels=channels)
+    shared = dict(resolution=32, in_channels=1, num_classes=10)
+    config.model = type(config.model)(model | shared)
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path)
 
 
 @pytest.mark.parametrize("path", [UNET, DIT], ids=["unet", "dit"])

@@ -137,7 +137,7 @@ def beneficial_noise(
                 f"a Frechet distance in {len(real.mean)} features needs more than that many pairs, and "
                 f"there are {len(used)}."
             )
-        y = labels(subject.null_class, used)
+        y = labels(subject.classes, used)
         drawn = {}
         for name, variables in {"full": subject.full, **variants[sampler]}.items():
             drawn[name] = _draw(subject, variables, used, y)

@@ -33,7 +33,8 @@ class Subject(NamedTuple):
 
     sites: in order of execution. calibration: full-precision trajectories that variants are
     calibrated on; trajectory: others, which everything is measured on. Both have one branch and S
-    recorded steps in ascending order of timestep. batch: samples at a time while sampling.
+    recorded steps in ascending order of timestep. classes, feature_class: as in
+    `models.registry.DiffusionModel`. batch: samples at a time while sampling.
     """
 
     model: Model
@@ -41,7 +42,8 @@ class Subject(NamedTuple):
     schedule: NoiseSchedule
     sampler: SamplerPlan
     shape: tuple[int, ...]
-    null_class: int | None
+    classes: int | None
+    feature_class: int | None
     seed: int
     batch: int
     calibration: Trajectory
@@ -79,7 +81,7 @@ def make_subject(
         noise_key(seed),
         list(range(calibration + samples)),
         shape=diffusion.image_shape,
-        y=labels(diffusion.null_class, range(calibration + samples)),
+        y=labels(diffusion.classes, range(calibration + samples)),
         batch_size=batch,
         on_batch=on_batch,
     )
@@ -89,7 +91,8 @@ def make_subject(
         diffusion.schedule,
         sampler,
         diffusion.image_shape,
-        diffusion.null_class,
+        diffusion.classes,
+        diffusion.feature_class,
         seed,
         batch,
         take_rows(recorded, slice(0, calibration)),

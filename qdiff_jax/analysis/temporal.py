@@ -58,10 +58,10 @@ def temporal_information(
 ) -> TemporalInformation:
     """Temporal features of the model and its variants ({name: variables}) at `timesteps` [R].
 
-    Variants with step tables need the sampler's timesteps (see `grid_for`). Taken for the null class.
+    Variants with step tables need the sampler's timesteps (see `grid_for`). Taken for `subject.feature_class`.
     """
     model = subject.model
-    full = temporal_features(model, model.params, {}, timesteps, subject.null_class)
+    full = temporal_features(model, model.params, {}, timesteps, subject.feature_class)
     units = {}
     for name, rows in full.items():
         rows = rows.astype(np.float64)
@@ -77,7 +77,7 @@ def temporal_information(
     stride = -(-len(timesteps) // 100)  # all that a picture shows, and the numbers stay small
     for name, variables in variants.items():
         quantized = temporal_features(
-            model, variables["params"], variables["quant"], timesteps, subject.null_class
+            model, variables["params"], variables["quant"], timesteps, subject.feature_class
         )
         agreement = temporal_agreement(full, quantized)
         error[name] = agreement.cosine_rows

@@ -69,7 +69,8 @@ def classifier_free(
     channels: combine the first `channels` channels only and take the others from the conditional
     branch; the published DiT sampler does this with 3. A network that also returns a variance
     needs it, so that only the noise estimate is guided.
-    ValueError for another form or order, or channels < 1.
+    ValueError for another form or order, channels < 1, or a scale that needs the unconditional branch
+    and null None, as a model without a null class has it.
     """
     if scale is None:
         return None
@@ -84,6 +85,11 @@ def classifier_free(
         form = "conditional"
     elif scale == 0.0 and channels is None:
         form = "unconditional"
+    if null is None and form != "conditional":
+        raise ValueError(
+            f"guidance with scale {scale} evaluates an unconditional branch, and this model has no null "
+            "class to give it; take scale 1 or no guidance (in a config, a negative scale)."
+        )
     null = jax.tree.map(np.asarray, null)
     return Guidance(np.float32(scale), null, form, channels, order)
 

@@ -69,10 +69,11 @@ def draw_samples(
 
     guided_channels: how many leading channels are guided, 0 for all of the noise estimate (DiT's code: 3).
     A learned variance is never guided.
-    classes: number of classes, which is also the null class; None for an unconditional model. hooks: of
-    `methods.run.load_for_sampling`. mesh: as in `diffusion.sample.sample`.
-    Raises ValueError as `diffusion.sample.sample` does, above all for a step of the plan that the
-    step tables of `variables["quant"]` were never calibrated for.
+    classes: number of classes, None for a model without labels; the null class is the module's own
+    (`config.null_class`). hooks: of `methods.run.load_for_sampling`. mesh: as in
+    `diffusion.sample.sample`.
+    Raises ValueError for guidance of a model without a null class, and as `diffusion.sample.sample` does,
+    above all for a step of the plan that the step tables of `variables["quant"]` were never calibrated for.
     """
     indices = range(first, first + count)
     predict = sampling_predictor(module, plan)
@@ -86,7 +87,7 @@ def draw_samples(
         list(indices),
         shape=shape,
         y=labels(classes, indices),
-        guidance=guidance_of(guidance_scale, classes, channels),
+        guidance=guidance_of(guidance_scale, module.config.null_class, channels),
         hooks=hooks,
         batch_size=batch_size,
         on_batch=on_batch,

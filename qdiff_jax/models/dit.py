@@ -75,6 +75,11 @@ class DiTConfig:
         return DiTConfig(resolution=resolution)
 
     @property
+    def null_class(self) -> int | None:
+        """The label of the unconditional branch, None for an unconditional model."""
+        return self.num_classes
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 

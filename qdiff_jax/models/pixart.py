@@ -73,6 +73,11 @@ class PixArtConfig:
     num_classes: None = None
 
     @property
+    def null_class(self) -> None:
+        """There is none: the unconditional branch reads a caption (`port.pixart.null_caption`)."""
+        return None
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 

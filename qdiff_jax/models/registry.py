@@ -42,13 +42,24 @@ _CLASSIFIERS = {"classifier_fashion": "classifier_fashion.safetensors"}
 
 class DiffusionModel(NamedTuple):
     """module, params and the block program (`model`), the schedule it was trained with, its config as
-    JSON (`config`, with "family"), the null class (None if unconditional), and where it came from."""
+    JSON (`config`, with "family"), the null class (None if it has none: unconditional, or never trained
+    without its condition), and where it came from."""
 
     model: Model
     schedule: NoiseSchedule
     config: dict
     null_class: int | None
     source: dict
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes there are to sample; None for a model without labels."""
+        return self.config["num_classes"]
+
+    @property
+    def feature_class(self) -> int | None:
+        """The class that temporal features are taken for: the null class, or 0 where there is none."""
+        return 0 if self.null_class is None and self.classes is not None else self.null_class
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -142,7 +153,7 @@ def _assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
         Model(make_module(config), program_of(config), params),
         schedule_of(schedule),
         model_json(config),
-        config.num_classes,
+        config.null_class,
         source,
     )
 
@@ -195,7 +206,7 @@ def sampling_predictor(module: Any, plan: SamplerPlan):
     Raises ValueError if the plan wants a variance that the network does not learn.
     """
     variance = plan.sampler.name == LEARNED_RANGE
-    if variance and not getattr(module.config, "learn_sigma", False):
+    if variance and not getattr(module.config, "learn_sigma", False):  # the DDPM U-Net has none
         raise ValueError(
             "the sampler's variance 'learned_range' needs a network that learns one (learn_sigma); "
             "take 'fixed_small' or 'fixed_large'."

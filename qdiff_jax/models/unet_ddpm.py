@@ -49,6 +49,11 @@ class UNetConfig:
     num_classes: int | None = None
     dtype: str = "float32"
 
+    @property
+    def null_class(self) -> int | None:
+        """The label of the unconditional branch, None for an unconditional model."""
+        return self.num_classes
+
     @staticmethod
     def cifar10() -> UNetConfig:
         return UNetConfig()

@@ -79,6 +79,16 @@ class UNetLDMConfig:
     dtype: str = "float32"
 
     @property
+    def learn_sigma(self) -> bool:
+        """Whether the output is [eps, v], twice in_channels, as guided diffusion's models have it."""
+        return self.out_channels == 2 * self.in_channels
+
+    @property
+    def null_class(self) -> int | None:
+        """The label of the unconditional branch; None where there is no such label."""
+        return None if self.context_dim is None else self.num_classes
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels per resolution, highest first."""
         return tuple(int(self.channels * multiplier) for multiplier in self.multipliers)
@@ -93,7 +103,30 @@ class UNetLDMConfig:
                 f"Give heads or head_channels, one of them: they are {self.heads} and "
                 f"{self.head_channels}."
             )
-        per_head = self.heads or self.head_channels
+        per_head = self.head_channels if self.heads is None else self.heads
+        if per_head < 1:
+            raise ValueError(
+                f"{'head_channels' if self.heads is None else 'heads'} must be at least 1, got {per_head}."
+            )
+        levels = [2**i for i in range(len(self.multipliers))]
+        nowhere = [factor for factor in self.attention_downsampling if factor not in levels]
+        if nowhere:
+            raise ValueError(
+                f"attention_downsampling has {nowhere}, and the {len(levels)} levels are smaller by "
+                f"{levels}; name factors of levels."
+            )
+        if self.context_dim is None and self.transformer_depth != 1:
+            raise ValueError(
+                f"transformer_depth={self.transformer_depth} without a context_dim: a model without a "
+                "context has no transformers; leave it 1."
+            )
+        if self.transformer_depth < 1:
+            raise ValueError(f"transformer_depth must be at least 1, got {self.transformer_depth}.")
+        if self.context_dim is not None and self.new_attention_order:
+            raise ValueError(
+                "new_attention_order with a context_dim: transformers have q, k and v apart, so that it "
+                "changes nothing; leave it False."
+            )
         attended = {w for i, w in enumerate(self.widths) if 2**i in self.attention_downsampling}
         for width in self.widths:
             if width % self.groups:

@@ -60,13 +60,15 @@ class Source(NamedTuple):
 
 class Sampling(NamedTuple):
     """What trajectories are made of beside the network. spacing: of the timesteps. guidance: of the sampler.
-    shape: of one sample. classes: number of classes, None for an unconditional model."""
+    shape: of one sample. classes: number of classes, None for an unconditional model. null_class: None
+    for a model that has none."""
 
     schedule: NoiseSchedule
     spacing: str
     guidance: Guidance | None
     shape: tuple[int, ...]
     classes: int | None
+    null_class: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ def make_source(
                 f"SourceConfig.guidance_scale is {config.guidance_scale}, but the model has no classes to "
                 "guide by; leave it negative."
             )
-        guidance = classifier_free(config.guidance_scale, sampling.classes)
+        guidance = classifier_free(config.guidance_scale, sampling.null_class)
     total = sampling.schedule.num_timesteps
     grid = make_timesteps(sampling.spacing, total, config.sampling_steps or steps)
     return online(

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import ml_dtypes  # noqa: F401 - safetensors reads bfloat16 only where NumPy kno
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qdiff_jax.runtime.torch_files import load_torch, refuse_other_files
+from qdiff_jax.runtime.torch_files import is_safetensors, load_torch, refuse_other_files
 from qdiff_jax.runtime.torch_pickle import Deferred
 
 # What Hugging Face calls the weights in a model's folder; the first one there is taken.
@@ -80,8 +80,7 @@ def load_state_dict(path, entry: str | None = None) -> dict[str, LazyTensor]:
     with open(path, "rb") as file:
         head = file.read(512)
     refuse_other_files(head, path)
-    # Behind the length of its header, which begins with a brace, comes nothing a torch file could have.
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    if is_safetensors(head) or path.suffix == ".safetensors":
         if entry is not None:
             raise ValueError(
                 f"{path} is a safetensors file and has no entry {entry!r}; leave it out."
@@ -102,6 +101,15 @@ def load_config(folder) -> dict[str, Any]:
     path = pathlib.Path(folder)
     path = path / "config.json" if path.is_dir() else path
     return _json(path, "a model's folder of Hugging Face has one beside its weights")
+
+
+def check_fields(fields: Mapping[str, Any], names: Iterable[str], source: object) -> None:
+    """Raises one ValueError, naming `source`, that lists the `names` which a config does not have."""
+    lacking = [name for name in names if name not in fields]
+    if lacking:
+        raise ValueError(
+            f"{source} lacks {', '.join(lacking)}: it is cut or of another kind of model; download it again."
+        )
 
 
 def _json(path: pathlib.Path, hint: str) -> dict[str, Any]:
@@ -141,6 +149,8 @@ def _sharded(path: pathlib.Path, entry: str | None) -> dict[str, LazyTensor]:
     for name in names:
         if not isinstance(name, str) or pathlib.PurePath(name).name != name:
             raise ValueError(f"{path} names the shard {name!r}, which is no file beside it.")
+        if name.endswith(".index.json"):
+            raise ValueError(f"{path} names the index {name!r} as a shard; download it again.")
     absent = [name for name in names if not (path.parent / name).is_file()]
     if absent:
         raise ValueError(
@@ -208,6 +218,16 @@ def _torch(path: pathlib.Path, entry: str | None) -> dict[str, LazyTensor]:
             "the model."
         )
     inside = [key for key, value in checkpoint.items() if _is_state_dict(value)]
+    wanted = "state_dict" if entry is None else entry
+    if (
+        wanted in checkpoint
+        and wanted not in inside
+        and not isinstance(checkpoint[wanted], Deferred)
+    ):
+        # Else another entry, such as the moving average, would be taken in its place unsaid.
+        raise ValueError(
+            f"{path}: {wanted!r} is no state dict (named tensors): {_odd(checkpoint[wanted])}."
+        )
     if entry is None and "state_dict" in inside:
         entry = "state_dict"
     if entry is None and _is_state_dict(checkpoint):
@@ -232,6 +252,21 @@ def _is_state_dict(value: Any) -> bool:
         and bool(value)
         and all(isinstance(k, str) and isinstance(v, Deferred) for k, v in value.items())
     )
+
+
+def _odd(value: Any) -> str:
+    """What keeps a value from being a state dict."""
+    if not isinstance(value, Mapping):
+        return f"it is a {type(value).__name__}"
+    odd = [
+        f"{key!r} is a {type(held).__name__}"
+        for key, held in value.items()
+        if not (isinstance(key, str) and isinstance(held, Deferred))
+    ]
+    if not odd:
+        return "it is empty"
+    rest = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+    return f"{', '.join(odd[:5])}{rest}; save it again with tensors only"
 
 
 def _lazy(shape, dtype: str, read: Callable[[], np.ndarray]) -> LazyTensor:

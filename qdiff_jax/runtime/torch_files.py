@@ -51,7 +51,7 @@ def load_torch(path, later: bool = False) -> Any:
     with open(path, "rb") as file:
         head = file.read(512)
     refuse_other_files(head, path)
-    if head[8:10] == b'{"':
+    if is_safetensors(head):
         raise ValueError(
             f"{path} is a safetensors file, not a checkpoint of torch; read it with "
             "runtime.state_dicts.load_state_dict."
@@ -81,6 +81,14 @@ _UNPICKLING_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins so is safetensors: 8 bytes of length, then a header that is a JSON object.
+
+    Nothing that torch writes has a brace there.
+    """
+    return head[8:9] == b"{"
 
 
 def refuse_other_files(head: bytes, path: pathlib.Path) -> None:

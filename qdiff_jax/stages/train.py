@@ -146,24 +146,36 @@ def make_step(loss_fn: LossFn, config: OptimizerConfig, mesh: jax.sharding.Mesh)
 
 
 def diffusion_loss(
-    apply: Callable, schedule: NoiseSchedule, *, num_classes: int | None, label_dropout: float = 0.1
+    apply: Callable,
+    schedule: NoiseSchedule,
+    *,
+    num_classes: int | None,
+    null_class: int | None,
+    label_dropout: float = 0.1,
 ) -> LossFn:
     """Mean squared error of the predicted noise, t uniform (Ho et al. 2020, equation 14).
 
-    With classes, a label becomes the null class (index num_classes) with probability
-    `label_dropout`, which trains the unconditional branch that classifier-free guidance needs (Ho
-    and Salimans 2022, algorithm 1).
+    With classes, a label becomes the null class with probability `label_dropout`, which trains the
+    unconditional branch that classifier-free guidance needs (Ho and Salimans 2022, algorithm 1).
 
     Args:
       apply: (params, x [B, H, W, C], t [B] float32, y [B] int32 or None, dropout_key) -> eps like
         x.
       schedule: of the forward process.
       num_classes: None for an unconditional model; the batch's labels are then not used.
-      label_dropout: in [0, 1].
+      null_class: None for a model that has none.
+      label_dropout: in [0, 1]; 0 for classes without a null class.
 
     Returns:
       A loss over batches {"image": uint8 [B, H, W, C], "label": int32 [B]}.
+
+    Raises ValueError for labels to be dropped where there is no null class.
     """
+    if num_classes is not None and null_class is None and label_dropout > 0:
+        raise ValueError(
+            f"label_dropout={label_dropout} makes labels the null class, which this model does not have; "
+            "set it to 0."
+        )
 
     def loss_fn(params, batch, key):
         x0 = to_unit_range(batch["image"])
@@ -172,8 +184,10 @@ def diffusion_loss(
         eps = jax.random.normal(noise_key, x0.shape)
         y = None
         if num_classes is not None:
+            y = batch["label"]
+        if y is not None and null_class is not None:
             drop = jax.random.bernoulli(label_key, label_dropout, (len(x0),))
-            y = jnp.where(drop, num_classes, batch["label"])
+            y = jnp.where(drop, null_class, y)
         x = q_sample(schedule, x0, t, eps)
         predicted = apply(params, x, t.astype(jnp.float32), y, dropout_key)
         return jnp.mean(jnp.square(predicted.astype(jnp.float32) - eps)), {}

@@ -11,7 +11,15 @@ from qdiff_jax.eval.samples import draw_samples, noise_key
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.models.dit import DiTConfig
 from qdiff_jax.models.families import make_module, parameter_shapes
-from qdiff_jax.models.registry import predictor
+from qdiff_jax.models.pixart import PixArtConfig
+from qdiff_jax.models.registry import (
+    DiffusionModel,
+    predictor,
+    sampling_predictor,
+)
+from qdiff_jax.models.unet_ddpm import UNetConfig
+from qdiff_jax.models.unet_ldm import UNetLDMConfig
+from qdiff_jax.models.unet_ldm_published import PUBLISHED
 
 from ..tiny_unet import random_params
 
@@ -22,17 +30,17 @@ PLAN = make_sampler(
 )
 
 
-def draw(config, **options):
+def draw(config, guidance_scale=4.0, plan=PLAN, **options):
     return draw_samples(
         make_module(config),
         {"params": random_params(parameter_shapes(config)), "quant": {}},
-        PLAN,
+        plan,
         seed=0,
         count=2,
         batch_size=2,
         shape=(8, 8, 4),
         classes=3,
-        guidance_scale=4.0,
+        guidance_scale=guidance_scale,
         first=0,
         **options,
     )
@@ -59,3 +67,53 @@ def test_a_learned_variance_is_never_guided_and_of_the_estimate_as_many_channels
 def test_a_network_without_a_variance_cannot_be_asked_for_one():
     with pytest.raises(ValueError, match="'learned_range' needs a network that learns one"):
         draw(dataclasses.replace(CONFIG, learn_sigma=False))
+
+
+# Guided diffusion's kind of U-Net, with labels and without a null class.
+GUIDED = UNetLDMConfig(
+    channels=8,
+    multipliers=(1,),
+    res_blocks=1,
+    attention_downsampling=(),
+    resolution=8,
+    in_channels=4,
+    out_channels=8,
+    heads=1,
+    head_channels=None,
+    num_classes=3,
+    groups=4,
+)
+
+
+def test_guided_diffusions_models_learn_their_variance():
+    learned = {name for name, config in PUBLISHED.items() if config.learn_sigma}
+    assert learned == {name for name in PUBLISHED if name.startswith("adm_")}
+    module = make_module(GUIDED)
+    assert sampling_predictor(module, PLAN) is predictor(module, True)
+    with pytest.raises(ValueError, match="needs a network that learns one"):
+        sampling_predictor(make_module(dataclasses.replace(GUIDED, out_channels=4)), PLAN)
+
+
+def test_which_models_have_a_null_class():
+    both = dataclasses.replace(GUIDED, context_dim=8)
+    text = dataclasses.replace(both, num_classes=None)
+    models = {GUIDED: None, both: 3, text: None, CONFIG: 3, PixArtConfig(): None}
+    models |= {UNetConfig(): None, UNetConfig(num_classes=7): 7}
+    for config, null in models.items():
+        assert config.null_class == null
+    guided = DiffusionModel(None, None, {"num_classes": 3}, None, {})
+    assert (guided.classes, guided.feature_class) == (3, 0)
+    assert guided._replace(null_class=3).feature_class == 3
+
+
+def test_a_model_without_a_null_class_is_not_guided():
+    with pytest.raises(ValueError, match=r"scale 4\.0 evaluates .* no null class"):
+        draw(GUIDED)
+    # One step is enough: scale 1 and no guidance both give the network the labels as they are.
+    one = make_sampler(
+        {"schedule": "linear", "timesteps": 1000},
+        {"name": "ddpm", "spacing": "spaced", "steps": 1, "options": {"variance": "learned_range"}},
+    )
+    found = [draw(GUIDED, scale, one) for scale in (1.0, -1.0)]
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(found[0]).all()

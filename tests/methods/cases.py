@@ -264,7 +264,7 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
 
 def method(name: str, steps: int, on_progress: Callable | None = None, **own) -> Method:
     """own: devices and save_seconds of `settings`."""
-    sampling = Sampling(make_schedule("linear"), "linspace", None, (4, 4, 3), 3)
+    sampling = Sampling(make_schedule("linear"), "linspace", None, (4, 4, 3), 3, 3)
     sets = CalibrationSets(
         calibration(), calibration(), TIMESTEPS, paired=pairs(), sampling=sampling
     )

@@ -27,7 +27,7 @@ from ..main_job import ROOT
 
 CONFIG = ROOT / "configs" / "methods" / "efficientdm.py"
 TIMES = np.float32([100.0, 900.0])
-SAMPLING = Sampling(make_schedule("linear"), "linspace", None, (8, 8, 1), 10)
+SAMPLING = Sampling(make_schedule("linear"), "linspace", None, (8, 8, 1), 10, 10)
 ENDS = {
     "random:miniature": {"temb/dense_0", "temb/dense_1", "conv_in/conv", "out/conv_out"},
     "random:dit": {"t_embedder/mlp_0", "t_embedder/mlp_2", "x_embedder/proj", "final_layer/linear"},

@@ -197,3 +197,12 @@ def test_text_configs_of_other_models(change, message):
     )
     with pytest.raises(ValueError, match=message):
         text_config(fields | change, "f")
+
+
+def test_a_text_config_that_is_cut():
+    with np.load(CASE.with_name("text_encoders.npz"), allow_pickle=False) as file:
+        fields = json.loads(str(file["clip/meta"]))["config"]
+    fields |= {"architectures": ["CLIPTextModelWithProjection"]}
+    cut = {k: v for k, v in fields.items() if k not in ("vocab_size", "projection_dim")}
+    with pytest.raises(ValueError, match="f lacks vocab_size, projection_dim: it is cut"):
+        text_config(cut, "f")

@@ -239,6 +239,13 @@ def test_configs_of_other_architectures(change, message):
         diffusers_config(stored("vq")[1]["config"] | change, "f")
 
 
+def test_a_config_that_is_cut():
+    fields = dict(stored("vq")[1]["config"])
+    cut = {k: v for k, v in fields.items() if k not in ("latent_channels", "num_vq_embeddings")}
+    with pytest.raises(ValueError, match="f lacks latent_channels, num_vq_embeddings: it is cut"):
+        diffusers_config(cut, "f")
+
+
 def test_a_vq_config_without_a_scale_is_ldms():
     fields = dict(stored("vq")[1]["config"])
     fields.pop("scaling_factor")

@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -114,27 +115,58 @@ def test_parity_with_the_reference_implementation(name):
     assert (error <= np.where(early, 8 * floor, 3e-4)).all(), (error, floor)
 
 
+def as_diffusers(state):
+    """The official state dict in the layout of diffusers, joined layers taken apart."""
+    whole = {
+        "x_embedder.proj": "pos_embed.proj",
+        "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+        "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+        "t_block.1": "adaln_single.linear",
+        "final_layer.linear": "proj_out",
+    }
+    embedders = {"t": "timestep", "csize": "resolution", "ar": "aspect_ratio"}
+    for ours, theirs in embedders.items():
+        for number, i in ((1, 0), (2, 2)):
+            name = f"adaln_single.emb.{theirs}_embedder.linear_{number}"
+            whole[f"{ours}_embedder.mlp.{i}"] = name
+    inner = {
+        "attn.proj": "attn1.to_out.0",
+        "cross_attn.q_linear": "attn2.to_q",
+        "cross_attn.proj": "attn2.to_out.0",
+        "mlp.fc1": "ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+    }
+    joined = {"attn.qkv": ("attn1", "qkv"), "cross_attn.kv_linear": ("attn2", "kv")}
+    out = {}
+    for key, tensor in state.items():
+        module, leaf = key.rsplit(".", 1)
+        if key == "final_layer.scale_shift_table":
+            out["scale_shift_table"] = tensor
+        elif module in whole:
+            out[f"{whole[module]}.{leaf}"] = tensor
+        elif leaf == "scale_shift_table":
+            out[f"transformer_{key}"] = tensor
+        else:
+            _, number, name = module.split(".", 2)
+            block = f"transformer_blocks.{number}"
+            if name in joined:
+                theirs, letters = joined[name]
+                for letter, part in zip(letters, np.split(tensor, len(letters)), strict=True):
+                    out[f"{block}.{theirs}.to_{letter}.{leaf}"] = part
+            else:
+                out[f"{block}.{inner[name]}.{leaf}"] = tensor
+    return out
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_layout_of_diffusers_holds_the_same_parameters(name):
-    _, meta = case(name)
-    joined = {
-        "attn1.to_q": ("attn.qkv", 0, 3),
-        "attn1.to_k": ("attn.qkv", 1, 3),
-        "attn1.to_v": ("attn.qkv", 2, 3),
-        "attn2.to_k": ("cross_attn.kv_linear", 0, 2),
-        "attn2.to_v": ("cross_attn.kv_linear", 1, 2),
-    }
-    # Each of their tensors with numbers of its own; then ours is read back under both names.
-    theirs = {key: seeded(key, shape, 1) for key, shape in meta[name]["diffusers"].items()}
+    theirs = as_diffusers(official(name))
+    shapes = {key: list(tensor.shape) for key, tensor in theirs.items()}
+    assert (
+        shapes == case(name)[1][name]["diffusers"]
+    )  # the names and shapes are those of their class
     tree = from_diffusers(theirs, CONFIGS[name])
-    assert jax.tree.structure(tree) == jax.tree.structure(parameters(name))
-    for part, (layer, i, count) in joined.items():
-        kernel = tree["blocks_1"][layer.replace(".", "_")]["kernel"]
-        expected = theirs[f"transformer_blocks.1.{part}.weight"].T
-        np.testing.assert_array_equal(np.split(kernel, count, axis=1)[i], expected)
-    np.testing.assert_array_equal(
-        tree["final_layer"]["scale_shift_table"], theirs["scale_shift_table"]
-    )
+    jax.tree.map(np.testing.assert_array_equal, tree, parameters(name))
     short = {k: v for k, v in theirs.items() if k != "transformer_blocks.0.attn2.to_v.bias"}
     with pytest.raises(ValueError, match=r"lacks attn2.to_v, parts of blocks\.0\.cross_attn\.kv"):
         official_names(short)
@@ -152,6 +184,26 @@ def test_what_an_official_file_holds_beside_the_parameters():
         ValueError, match=r"without a parameter: csize_embedder\.mlp\.0\.weight \(w"
     ):
         from_official(official("alpha"), SIGMA)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_position_table_of_a_file_is_ours_or_is_refused(name):
+    config, state = CONFIGS[name], official(name)
+
+    def load(table):
+        return from_official({**state, "pos_embed": np.asarray(table)[None]}, config, "f")
+
+    own = positions(48, 4, 4, 4, config.interpolation)
+    for table in (own, own.astype(np.float16), own.astype(ml_dtypes.bfloat16)):
+        load(table)
+    for table in (
+        positions(48, 4, 4, 4, 3 - config.interpolation),
+        own.reshape(4, 4, 48).swapaxes(0, 1),
+    ):
+        with pytest.raises(ValueError, match=r"f has a position table up to .* away"):
+            load(table.reshape(16, 48))
+    with pytest.raises(ValueError, match=r"pos_embed \(1, 64, 48\), and this model \(1, 16, 48\)"):
+        load(positions(48, 8, 8, 4, config.interpolation))
 
 
 def test_an_axis_spans_the_places_of_the_base_size():

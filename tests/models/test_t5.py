@@ -96,6 +96,9 @@ def test_strict_and_the_decoder_dropped():
         "lm_head.weight": np.ones(2),
     }
     jax.tree.map(np.testing.assert_array_equal, params, t5_params(whole | decoder, config))
+    other = {"encoder.embed_tokens.weight": whole["shared.weight"] + 1}
+    with pytest.raises(ValueError, match=r"f: encoder\.embed_tokens\.weight is not shared\.weight"):
+        t5_params(whole | other, config, "f")
     shared = whole.pop("shared.weight")  # files of the encoder alone may have the other name only
     jax.tree.map(np.testing.assert_array_equal, params, t5_params(whole, config))
     del whole["encoder.block.1.layer.1.DenseReluDense.wi_1.weight"]
@@ -117,6 +120,12 @@ def test_strict_and_the_decoder_dropped():
 def test_configs_of_other_models(change, message):
     with pytest.raises(ValueError, match=message):
         t5_config(stored()[1]["config"] | change, "f")
+
+
+def test_a_config_that_is_cut():
+    fields = {k: v for k, v in stored()[1]["config"].items() if k not in ("d_ff", "num_heads")}
+    with pytest.raises(ValueError, match="f lacks num_heads, d_ff: it is cut"):
+        t5_config(fields, "f")
 
 
 def test_wrong_inputs():

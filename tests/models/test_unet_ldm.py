@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes, program_of
+from qdiff_jax.models.port.strict import our_place
+from qdiff_jax.models.port.unet_ldm import native_table
 from qdiff_jax.models.port.unet_ldm_diffusers import from_diffusers
 from qdiff_jax.models.program import (
     check_order,
@@ -87,6 +89,49 @@ def test_parity_with_the_reference_implementation(name):
     assert (t[0], t[1]) == (3, 977)
     assert error[0] <= 4 * floor, (error, floor)
     assert error[1] <= 3e-4, (error, floor)
+
+
+def test_both_orders_of_attention_are_one_network():
+    """diffusers has q, k and v apart: fused in either order, read in the same, they give one output."""
+    config = dataclasses.replace(CONFIGS["ldm4"], head_channels=8)
+    other = dataclasses.replace(config, new_attention_order=True)
+    params = {c: from_diffusers(state_dict("ldm4"), c) for c in (config, other)}
+    kernels = [params[c]["middle_block_1"]["qkv"]["kernel"] for c in (config, other)]
+    assert not np.array_equal(*kernels)
+    np.testing.assert_array_equal(*(np.sort(kernel, axis=1) for kernel in kernels))
+    x, t = nhwc(stored()["ldm4/in/x"])[:1], np.float32([3])
+
+    def run(network, weights):
+        apply = jax.jit(make_module(network).apply, compiler_options=QUICK)
+        return np.asarray(apply({"params": params[weights]}, x, t))
+
+    same, new, mixed = run(config, config), run(other, other), run(config, other)
+    np.testing.assert_allclose(new, same, rtol=0, atol=1e-5 * np.abs(same).max())
+    assert np.abs(mixed - same).max() > 1e-3 * np.abs(same).max()
+
+
+def test_a_transformer_of_two_blocks():
+    config = dataclasses.replace(CONFIGS["text"], transformer_depth=2)
+    program = program_of(config)
+    reads = {node.name: node.reads for node in program}
+    name = "input_blocks_3_1"
+    assert reads[f"{name}_transformer_blocks_1"] == (f"{name}_transformer_blocks_0", "y")
+    assert reads[f"{name}_proj_out"] == (f"{name}_transformer_blocks_1", "input_blocks_3_0")
+    one, two = parameter_shapes(CONFIGS["text"]), parameter_shapes(config)
+    added = {
+        key.replace("_transformer_blocks_0", "_transformer_blocks_1")
+        for key in one
+        if "_transformer_blocks_0" in key
+    }
+    assert added
+    assert set(two) == set(one) | added
+    # Names of files, the second block's too.
+    keys = {
+        f"input_blocks.3.1.transformer_blocks.{i}.attn2.to_k.weight": f"{name}_transformer_blocks_{i}"
+        for i in range(2)
+    }
+    for key, block in keys.items():
+        assert our_place(native_table(config), key)[0] == f"{block}/attn2_to_k/kernel"
 
 
 def test_a_condition_that_is_missing_or_of_another_kind_is_refused():
@@ -180,5 +225,16 @@ def test_sizes_that_cannot_work_are_refused():
         UNetLDMConfig(channels=48)
     with pytest.raises(ValueError, match="head_channels=48 must divide every width with attention"):
         UNetLDMConfig(head_channels=48)
+    for name in ("heads", "head_channels"):
+        with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0"):
+            UNetLDMConfig(**{"head_channels": None, name: 0})
+    with pytest.raises(ValueError, match=r"attention_downsampling has \[16, 3\], and the 4 levels"):
+        UNetLDMConfig(attention_downsampling=(16, 8, 3))
+    with pytest.raises(ValueError, match="transformer_depth=2 without a context_dim"):
+        UNetLDMConfig(transformer_depth=2)
+    with pytest.raises(ValueError, match="transformer_depth must be at least 1, got 0"):
+        UNetLDMConfig(transformer_depth=0, context_dim=8)
+    with pytest.raises(ValueError, match="new_attention_order with a context_dim"):
+        UNetLDMConfig(new_attention_order=True, context_dim=8)
     with pytest.raises(ValueError, match="resolution=12 must be divisible by 8"):
         UNetLDMConfig(resolution=12)

@@ -142,13 +142,13 @@ def test_what_a_source_lacks_is_said():
         SourceConfig(target="noise")
     with pytest.raises(ValueError, match="kind is 'live'"):
         SourceConfig(kind="live")
-    sampling = Sampling(SCHEDULE, "uniform", None, SHAPE, None)
+    sampling = Sampling(SCHEDULE, "uniform", None, SHAPE, None, None)
     with pytest.raises(ValueError, match="no classes"):
         make_source(SourceConfig(guidance_scale=1.5), 4, sampling, None)
 
 
 def test_an_online_source_follows_the_config():
-    sampling = Sampling(SCHEDULE, "uniform", classifier_free(3.0, NULL), SHAPE, NULL)
+    sampling = Sampling(SCHEDULE, "uniform", classifier_free(3.0, NULL), SHAPE, NULL, NULL)
     source = make_source(SourceConfig(guidance_scale=1.5, sampling_steps=10), 4, sampling, None)
     assert float(source.guidance.scale) == 1.5
     assert len(source.timesteps) == 10

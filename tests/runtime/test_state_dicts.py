@@ -125,6 +125,42 @@ def test_which_state_dict(tmp_path):
         load_state_dict(path)
 
 
+def test_a_state_dict_with_something_else_in_it_is_not_passed_over(tmp_path):
+    """Else the moving average beside it would be taken unsaid."""
+    one = {"w": ("FloatStorage", RAMP[:2])}
+    path = archive(tmp_path / "c.pt", {"state_dict": one, "ema": one})
+    whole = zipfile.ZipFile(path).read("archive/data.pkl")
+    head = b"X" + struct.pack("<I", 10) + b"state_dict("
+    assert head in whole
+
+    def write(pickled):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", pickled)
+            for key in "01":
+                file.writestr(f"archive/data/{key}", RAMP[:2].tobytes())
+
+    write(whole.replace(head, head + b"X" + struct.pack("<I", 4) + b"stepI7\n"))
+    for entry in (None, "state_dict"):
+        with pytest.raises(
+            ValueError, match=r"'state_dict' is no state dict .*: 'step' is a int; save"
+        ):
+            load_state_dict(path, entry)
+    np.testing.assert_array_equal(load_state_dict(path, "ema")["w"], [0, 1])
+    empty = (
+        b"("
+        + head[:-1]
+        + b"}"
+        + b"X"
+        + struct.pack("<I", 3)
+        + b"ema(X"
+        + struct.pack("<I", 1)
+        + b"w"
+    )
+    write(empty + tensor_opcodes("0", 2, "FloatStorage") + b"dd.")
+    with pytest.raises(ValueError, match="'state_dict' is no state dict .*: it is empty"):
+        load_state_dict(path)
+
+
 def test_a_file_is_known_by_its_content(tmp_path):
     path = tmp_path / "model.ckpt"
     safetensors.numpy.save_file(STATE, path)
@@ -178,6 +214,11 @@ def test_shards(tmp_path):
     (tmp_path / "s-2.safetensors").unlink()
     sharded(tmp_path, {}, places | {"a.bias": "s-2.safetensors"})
     with pytest.raises(ValueError, match=r"1 of the 2 shards .* not in .*: s-2\.safetensors"):
+        load_state_dict(tmp_path)
+    sharded(tmp_path, {}, {"a.bias": "model.safetensors.index.json"})  # itself, without end
+    with pytest.raises(
+        ValueError, match="names the index 'model.safetensors.index.json' as a shard"
+    ):
         load_state_dict(tmp_path)
     sharded(tmp_path, {}, {"a.bias": "../s-1.safetensors"})
     with pytest.raises(ValueError, match="no file beside it"):

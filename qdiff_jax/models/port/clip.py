@@ -9,7 +9,7 @@ import numpy as np
 
 from qdiff_jax.models.clip import ClipConfig, TextConfig, TowerConfig, clip_shapes, text_shapes
 from qdiff_jax.models.port.strict import Row, Table, port_parameters
-from qdiff_jax.runtime.state_dicts import to_device
+from qdiff_jax.runtime.state_dicts import check_fields, to_device
 
 _LAYER = r"(vision|text)_model\.encoder\.layers\.(\d+)\."
 _EMBEDDINGS = r"(vision|text)_model\.embeddings\."
@@ -101,10 +101,22 @@ def text_params(
     return to_device(params["text"])
 
 
+# Fields of a config.json that have no default.
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
 def text_config(fields: Mapping[str, Any], source: object = "config.json") -> TextConfig:
     """The sizes of a CLIPTextModel (or of one with a projection) from its `config.json`.
 
-    Raises ValueError, naming `source`, for another model, activation or epsilon than those built here.
+    Raises ValueError, naming `source`, for another model, activation or epsilon than those built here, or
+    fields that are missing.
     """
     kind = fields.get("model_type")
     if kind != "clip_text_model":
@@ -114,13 +126,14 @@ def text_config(fields: Mapping[str, Any], source: object = "config.json") -> Te
     if other:
         said = ", ".join(f"{key}={fields[key]!r}" for key in other)
         raise ValueError(f"{source} describes a text tower that is not built here: {said}.")
+    projected = "CLIPTextModelWithProjection" in (fields.get("architectures") or ())
+    check_fields(fields, (*_SIZES, *(("projection_dim",) if projected else ())), source)
     tower = TowerConfig(
         fields["hidden_size"],
         fields["num_hidden_layers"],
         fields["num_attention_heads"],
         fields["intermediate_size"],
     )
-    projected = "CLIPTextModelWithProjection" in (fields.get("architectures") or ())
     return TextConfig(
         tower,
         fields["projection_dim"] if projected else 0,

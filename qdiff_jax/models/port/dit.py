@@ -17,6 +17,7 @@ import numpy as np
 from qdiff_jax.models.dit import DiTConfig, position_table
 from qdiff_jax.models.families import parameter_shapes
 from qdiff_jax.models.port.strict import Row, Table, port_parameters
+from qdiff_jax.runtime.state_dicts import to_device
 
 # The released files by their names, without ".pt".
 PUBLISHED = types.MappingProxyType(
@@ -70,7 +71,7 @@ def from_official(
     tensors = checkpoint["ema"] if "ema" in checkpoint else checkpoint
     if "pos_embed" in tensors:
         _check_positions(tensors["pos_embed"], config, source)
-    return port_parameters(tensors, OFFICIAL, parameter_shapes(config), source)
+    return to_device(port_parameters(tensors, OFFICIAL, parameter_shapes(config), source))
 
 
 def from_diffusers(

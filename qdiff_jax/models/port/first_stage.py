@@ -19,7 +19,7 @@ import numpy as np
 from qdiff_jax.models.autoencoder import AutoencoderConfig, autoencoder_shapes
 from qdiff_jax.models.first_stage import FIRST_STAGES
 from qdiff_jax.models.port.strict import Row, Table, port_parameters
-from qdiff_jax.runtime.state_dicts import load_config, load_state_dict, to_device
+from qdiff_jax.runtime.state_dicts import check_fields, load_config, load_state_dict, to_device
 
 _PREFIX = "first_stage_model."
 _SIDE = r"(encoder|decoder)\."
@@ -148,6 +148,18 @@ _FIXED = {
 }
 
 
+# Fields of a config.json that have no default.
+_SIZES = (
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "in_channels",
+    "out_channels",
+    "latent_channels",
+    "layers_per_block",
+)
+
+
 def diffusers_config(
     fields: Mapping[str, Any], source: object = "config.json"
 ) -> AutoencoderConfig:
@@ -155,13 +167,16 @@ def diffusers_config(
 
     A VQModel's scale is 1, as LDM has it, unless the file itself names one.
 
-    Raises ValueError, naming `source`, for another class or for settings that are not built here.
+    Raises ValueError, naming `source`, for another class, for settings that are not built here, or for
+    fields that are missing.
     """
     kind = fields.get("_class_name")
     if kind not in ("AutoencoderKL", "VQModel"):
         raise ValueError(
             f"{source} describes a {kind}; first stages are AutoencoderKL and VQModel."
         )
+    is_vq = kind == "VQModel"
+    check_fields(fields, (*_SIZES, *(("num_vq_embeddings",) if is_vq else ())), source)
     other = [key for key, value in _FIXED.items() if fields.get(key, value) != value]
     widths = fields["block_out_channels"]
     attention = [name.startswith("Attn") for name in fields["down_block_types"]]
@@ -175,7 +190,6 @@ def diffusers_config(
     if other:
         said = ", ".join(f"{key}={fields[key]!r}" for key in other)
         raise ValueError(f"{source} describes a first stage that is not built here: {said}.")
-    is_vq = kind == "VQModel"
     resolution = 2 ** (len(widths) + 2)  # attention is placed by level: any side of enough halvings
     return AutoencoderConfig(
         multipliers=tuple(width // widths[0] for width in widths),

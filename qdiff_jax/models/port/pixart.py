@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from qdiff_jax.models.families import parameter_shapes
-from qdiff_jax.models.pixart import PixArtConfig
+from qdiff_jax.models.pixart import PixArtConfig, positions
 from qdiff_jax.models.port.strict import Row, Table, port_parameters
+from qdiff_jax.runtime.state_dicts import to_device
 
 # The released files by their names, without ".pth".
 PUBLISHED = types.MappingProxyType(
@@ -44,6 +45,9 @@ OFFICIAL = Table(
     # Positions are computed; the caption of the unconditional branch is no parameter (`null_caption`).
     drops=(r"pos_embed", r"y_embedder\.y_embedding"),
 )
+
+# A table kept in bfloat16 is 2^-9 off; interpolation or rows and columns confused make it 0.1 and more.
+_TABLE_GAP = 1e-2
 
 # diffusers' module -> official module.
 _WHOLE = {
@@ -80,10 +84,13 @@ def from_official(
     """Parameters of `PixArt` from a .pth file as `runtime.torch_files.load_torch` reads it.
 
     checkpoint: {"state_dict": ...} as released, or the state dict. Raises ValueError listing all that is
-    missing, left over or of another shape.
+    missing, left over or of another shape; or for a position table of another number of tokens or with
+    other values than those computed here, unless it is all zero.
     """
     tensors = _state_dict(checkpoint)
-    return port_parameters(tensors, OFFICIAL, parameter_shapes(config), source)
+    if "pos_embed" in tensors:
+        _check_positions(tensors["pos_embed"], config, source)
+    return to_device(port_parameters(tensors, OFFICIAL, parameter_shapes(config), source))
 
 
 def null_caption(checkpoint: Mapping[str, Any], source: object = "the checkpoint") -> np.ndarray:
@@ -145,3 +152,25 @@ def official_names(
 
 def _state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
     return checkpoint.get("state_dict", checkpoint)
+
+
+def _check_positions(table: np.ndarray, config: PixArtConfig, source: object) -> None:
+    """The released code keeps the table of the training size as a buffer, which it deletes when it loads a
+    file; its model for 256 pixels (sigma) has none. Not verified on a released file. Weights of two
+    resolutions have the same shapes but for this one."""
+    table = np.asarray(table, np.float32)
+    if not table.any():
+        return
+    side = config.resolution // config.patch
+    wanted = positions(config.width, side, side, side, config.interpolation)
+    if table.shape != (1, *wanted.shape):
+        raise ValueError(
+            f"{source} has pos_embed {table.shape}, and this model {(1, *wanted.shape)}: it was trained at "
+            "another resolution; take that config, or delete pos_embed to load it for this one."
+        )
+    gap = np.abs(table[0] - wanted).max()
+    if not gap < _TABLE_GAP:
+        raise ValueError(
+            f"{source} has a position table up to {gap:.2g} away from the sinusoids of this config: it has "
+            "another interpolation; take that config, or delete pos_embed to load it for this one."
+        )

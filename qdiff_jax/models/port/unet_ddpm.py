@@ -15,6 +15,7 @@ import numpy as np
 from qdiff_jax.models.families import parameter_shapes
 from qdiff_jax.models.port.strict import Row, Table, port_parameters
 from qdiff_jax.models.unet_ddpm import UNetConfig
+from qdiff_jax.runtime.state_dicts import to_device
 
 NATIVE = Table(
     (
@@ -77,7 +78,7 @@ def from_native(
 
     Raises ValueError listing all that is missing, left over or of another shape.
     """
-    return port_parameters(tensors, NATIVE, parameter_shapes(config), source)
+    return to_device(port_parameters(tensors, NATIVE, parameter_shapes(config), source))
 
 
 def from_diffusers(

@@ -14,6 +14,7 @@ import numpy as np
 from qdiff_jax.models.families import parameter_shapes
 from qdiff_jax.models.port.strict import Row, Table, port_parameters, take, with_moving_average
 from qdiff_jax.models.unet_ldm import UNetLDMConfig
+from qdiff_jax.runtime.state_dicts import to_device
 
 _AT = r"((?:input_blocks|output_blocks)\.\d+\.\d|middle_block\.\d)"
 
@@ -85,7 +86,9 @@ def from_native(
 
     Raises ValueError listing all that is missing, left over or of another shape.
     """
-    return port_parameters(tensors, native_table(config), parameter_shapes(config), source)
+    return to_device(
+        port_parameters(tensors, native_table(config), parameter_shapes(config), source)
+    )
 
 
 def unet_tensors(
@@ -113,4 +116,5 @@ def unet_tensors(
     unet = dict(parts["unet"])
     if config.num_classes is not None and config.context_dim is not None:
         unet |= {f"{PARTS['condition']}{key}": value for key, value in parts["condition"].items()}
-    return unet, float(parts[""].get("scale_factor", 1.0))
+    # Of `load_state_dict` it is a tensor still in the file, which `float` does not take.
+    return unet, float(np.asarray(parts[""].get("scale_factor", 1.0)))

@@ -2,9 +2,11 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 
+from qdiff_jax.models.port import unet_ddpm, unet_ldm_diffusers
 from qdiff_jax.models.port.strict import (
     Row,
     Table,
@@ -13,6 +15,9 @@ from qdiff_jax.models.port.strict import (
     take,
     with_moving_average,
 )
+
+from .. import ldm_cases, test_pixart
+from . import test_dit_port, test_unet_ddpm_names
 
 TABLE = Table(
     rows=(
@@ -98,6 +103,21 @@ def test_one_error_lists_all_that_does_not_fit():
     double = Table((Row(r"(down\.\d)\.(?:q|other)", r"\1/q", "dense"), *TABLE.rows), TABLE.drops)
     with pytest.raises(ValueError, match=r"two tensors: down_0/q/kernel from down.0.q.weight and"):
         port_parameters(state(**{"down.0.other.weight": (4, 2)}), double, shapes())
+
+
+def test_ported_denoisers_lie_on_the_device_as_the_other_networks_do():
+    guided, ddpm = ldm_cases.CONFIGS["ldm4"], test_unet_ddpm_names.CONFIG
+    pixart = test_pixart.parameters("sigma")
+    trees = (
+        test_dit_port.parameters(),
+        pixart,
+        unet_ddpm.from_diffusers(ldm_cases.state_dict("ddpm"), ddpm),
+        unet_ldm_diffusers.from_diffusers(ldm_cases.state_dict("ldm4"), guided),
+    )
+    for tree in trees:
+        for leaf in jax.tree.leaves(tree):
+            assert isinstance(leaf, jax.Array)
+            assert leaf.dtype == np.float32
 
 
 def test_a_leaf_that_its_kind_of_layer_does_not_have_is_no_parameter():

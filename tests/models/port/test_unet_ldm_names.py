@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from qdiff_jax.models.port.strict import our_place
 from qdiff_jax.models.port.unet_ldm import BUFFERS, from_native, native_table, unet_tensors
 from qdiff_jax.models.port.unet_ldm_diffusers import block_names, from_diffusers, native_key
 from qdiff_jax.models.unet_ldm_published import PUBLISHED
+from qdiff_jax.runtime.state_dicts import load_state_dict
 
 from ..ldm_cases import CONFIGS, published_shapes, state_dict
 
@@ -169,6 +171,15 @@ def test_a_whole_checkpoint_is_taken_apart():
         unet_tensors({**file, "loss.discriminator.x": np.zeros(1)}, config, ema=False)
     with pytest.raises(ValueError, match="no tensors called model.diffusion_model"):
         unet_tensors({"cond_stage_model.embedding.weight": table}, config, ema=False)
+
+
+def test_the_scale_factor_of_a_checkpoint_that_is_read_from_its_file(tmp_path):
+    file = {"model.diffusion_model.out.2.bias": np.zeros(3, "f"), "scale_factor": np.float32(0.5)}
+    arrays = {key: np.asarray(value) for key, value in file.items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "m.safetensors")
+    tensors = load_state_dict(tmp_path / "m.safetensors")
+    unet, scale = unet_tensors(tensors, CONFIGS["ldm4"], ema=False)
+    assert (list(unet), scale) == (["out.2.bias"], 0.5)
 
 
 def test_a_state_dict_of_another_model_is_refused():
