@@ -46,6 +46,8 @@ from qdiff_jax.stages.layer_inputs import (
 from qdiff_jax.stages.stage import Model, QuantState, Stage, kernel_at
 
 JUDGES = ("module", "layer")
+# Of attention, in the DDPM U-Net, the transformers (PixArt's cross-attention too) and latent diffusion.
+PROJECTIONS = ("*/[qkv]", "*/attn_qkv", "*/cross_attn_*_linear", "*/attn[12]_to_[qkv]")
 _OPTIONAL = ("down", "up", "smoothing", "sums")
 
 
@@ -70,7 +72,7 @@ class BranchConfig:
     samples: int = 128
     rows: int = 4096
     judge: str = "module"
-    attention: tuple[str, ...] = ("*/q", "*/k", "*/v", "*/attn_qkv")
+    attention: tuple[str, ...] = PROJECTIONS
     shift: float = 0.171875
     gptq: bool = False
     later_ties: bool = False
@@ -209,7 +211,7 @@ def low_rank_branches(
         picked = pairs[0]
         if len(pairs) > 1:
             node, _, op = name.partition("/")
-            if config.judge == "module" and _matches(name, config.attention) and not grids.shifted:
+            if config.judge == "module" and matches(name, config.attention) and not grids.shifted:
                 where = (unit.nodes.index(node), op, subtrees(model.params, unit), inputs)
                 errors = block_errors(key, unit.signature, grids, codes, *where, magnitude, pairs)
             else:
@@ -250,7 +252,8 @@ def low_rank_branches(
         for name, made in carry.solved.items():
             entry = carry.state.plan.of(name)["weight"]
             held = flat.get(name, SiteQuant())
-            flat[name] = with_branch(held, made, entry, bias_at(model.params, name), config.shift)
+            bias = None if made.sums is None else bias_at(model.params, name)
+            flat[name] = with_branch(held, made, entry, bias, config.shift)
             report[name] = figures(made)
         state = carry.state.replace(quant=nest_sites(flat))
         return state, {"sites": report, "network_passes": len(rows) / len(calibration.t)}
@@ -258,7 +261,8 @@ def low_rank_branches(
     return Stage("low_rank_branches", init, run, finish, done)
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a site's name fits one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
