@@ -36,6 +36,9 @@ from qdiff_jax.stages.stage import (
 )
 
 ROWS = ("step", "sample")
+# In QuantState.aux, where the modulation took the division of smoothed inputs: temporal features are no longer
+# those of full precision, by design. Other stages change the same parameters and leave their meaning.
+FOLDED = "modulation_folded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,8 @@ def balance_channels(
     batch_size: int = 64,
     on_progress=None,
 ) -> Stage:
-    """The stage that balances the planned layers among `folds`; parameters go to `aux["params"]`.
+    """The stage that balances the planned layers among `folds`; parameters go to `aux["params"]`, and
+    `aux[FOLDED]` is set where one of them is of a modulation.
 
     calibration: x, t, index, y. A layer is balanced if its input or its weight is quantized. `finish` reports
     of each: the smallest and largest factor, rho and eta of the rows (steps in ascending order of index).
@@ -81,6 +85,8 @@ def balance_channels(
     steps, row_of = np.unique(np.asarray(calibration.index), return_inverse=True)
     if config.rows == "sample":
         steps, row_of = np.arange(size), np.arange(size)
+
+    modulated = [fold.site for fold in folds if fold.scale is not None]
 
     def chosen(plan: SitePlan) -> list[Fold]:
         planned = {entry.site for entry in plan.quantized("input", "weight")}
@@ -134,7 +140,8 @@ def balance_channels(
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         params = {**carry.state.aux.get("params", {}), **carry.leaves}
-        state = carry.state.replace(aux={**carry.state.aux, "params": params})
+        marks = {FOLDED: np.True_} if set(modulated) & set(carry.layers) else {}
+        state = carry.state.replace(aux={**carry.state.aux, "params": params, **marks})
         passes = 1.0 if carry.layers else 0.0
         return state, {"layers": carry.layers, "network_passes": passes}
 

@@ -21,8 +21,8 @@ def with_branch(
 ) -> SiteQuant:
     """The site with its codes, its operator, and the bias [N] that makes up for the shift.
 
-    entry: of the weight. bias: the layer's own, read where inputs are shifted (`Solved.sums`), by `shift`. Where
-    neither branch nor smoothing nor shift is left, the site has no operator of its own.
+    entry: of the weight. bias: the layer's own, and shift: of its inputs; both are read where those are shifted
+    (`Solved.sums`). Where neither branch nor smoothing nor shift is left, the site has no operator of its own.
     """
     shifted = made.sums is not None
     factors = (None if v is None else jnp.asarray(v) for v in (made.down, made.up, made.smoothing))

@@ -24,8 +24,8 @@ from qdiff_jax.stages.low_rank_branches import (
     PROJECTIONS,
     BranchConfig,
     Carry,
-    matches,
     low_rank_branches,
+    matches,
 )
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage
