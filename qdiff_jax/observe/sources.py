@@ -8,7 +8,8 @@ an array like any other, saved with the training.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -59,14 +60,19 @@ class Source(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """What trajectories are made of beside the network. spacing: of the timesteps. guidance: of the sampler.
-    shape: of one sample. classes: number of classes, None for an unconditional model."""
+    """What trajectories are made of beside the network. spacing, steps, grid: of the sampler's timesteps, as
+    `make_timesteps` takes them; steps None for as many as the sampler calls the network, which with PLMS is one
+    more. guidance: of the sampler. shape: of one sample. classes: number of classes, None for an unconditional
+    model. options: of DDIM beside eta (final, prediction)."""
 
     schedule: NoiseSchedule
     spacing: str
     guidance: Guidance | None
     shape: tuple[int, ...]
     classes: int | None
+    steps: int | None = None
+    grid: Mapping[str, Any] = types.MappingProxyType({})
+    options: Mapping[str, Any] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +109,9 @@ class SourceConfig:
 def make_source(
     config: SourceConfig, steps: int, sampling: Sampling | None, recorded: Paired | None
 ) -> Source:
-    """The source of a config. steps: of the sampler. Raises ValueError if what it is made of is missing:
-    `sampling` for online trajectories, `recorded` for cached ones."""
+    """The source of a config. steps: calls of the sampler. Raises ValueError if what it is made of is missing
+    (`sampling` for online trajectories, `recorded` for cached ones), or if the sampler's grid cannot have
+    `sampling_steps` timesteps."""
     if config.kind == "cached":
         if recorded is None:
             raise ValueError("a cached source needs recorded trajectories: give `paired`.")
@@ -125,9 +132,10 @@ def make_source(
             )
         guidance = classifier_free(config.guidance_scale, sampling.classes)
     total = sampling.schedule.num_timesteps
-    grid = make_timesteps(sampling.spacing, total, config.sampling_steps or steps)
+    count = config.sampling_steps or sampling.steps or steps
+    grid = make_timesteps(sampling.spacing, total, count, **sampling.grid)
     return online(
-        ddim(sampling.schedule, grid, eta=config.eta),
+        ddim(sampling.schedule, grid, eta=config.eta, **sampling.options),
         shape=sampling.shape,
         batch_size=config.batch_size,
         guidance=guidance,

@@ -26,6 +26,7 @@ from qdiff_jax.policy import SitePlan
 from qdiff_jax.quant.salience import csb_factors, ssc_weights, weighted_salience
 from qdiff_jax.quant.smoothing import weight_magnitude
 from qdiff_jax.stages.channel_tops import channel_tops
+from qdiff_jax.stages.layer_inputs import check_finite
 from qdiff_jax.stages.stage import (
     Model,
     QuantState,
@@ -120,11 +121,7 @@ def balance_channels(
         params = tuned_params(model.params, carry.state.aux)
         leaves, layers = {}, {}
         for fold in reversed(chosen(carry.state.plan)):
-            if not np.isfinite(carry.saliences[fold.site]).all():
-                raise ValueError(
-                    f"{fold.site}: its input holds NaN or infinity on the calibration set; look for the "
-                    "layer before it that makes them, or for calibration states that are no images."
-                )
+            check_finite(fold.site, carry.saliences[fold.site])
             kernel = kernel_at(params, fold.site)
             factors, eta, rho = _factors(carry.saliences[fold.site], kernel, config.ssc)
             changed = fold_leaves(params, fold, factors)

@@ -39,6 +39,7 @@ from qdiff_jax.stages.layer_branch import (
 )
 from qdiff_jax.stages.layer_inputs import (
     after_unit,
+    check_finite,
     first_values,
     layer_rows,
     spread_rows,
@@ -58,8 +59,7 @@ class BranchConfig:
     most, 1 for the paper's single decomposition; exact, oversample, power: of the decomposition, see
     `quant.low_rank`. samples: of the calibration set; rows: of a layer's input that its error is measured on.
     judge: "module" (smoothing of the layers in `attention` by the output of their block, all others by their
-    own) or "layer" (all by their own). shift: of inputs planned unsigned. gptq: codes by GPTQ. later_ties,
-    stored_sums: see `methods.svdquant`."""
+    own) or "layer" (all by their own). shift: of inputs planned unsigned. gptq: codes by GPTQ."""
 
     rank: int = 32
     smoothing: str = "full"
@@ -75,8 +75,6 @@ class BranchConfig:
     attention: tuple[str, ...] = PROJECTIONS
     shift: float = 0.171875
     gptq: bool = False
-    later_ties: bool = False
-    stored_sums: bool = True
 
     def __post_init__(self):
         exponents(self.smoothing)
@@ -131,16 +129,20 @@ def low_rank_branches(
     config: BranchConfig = BranchConfig(),
     *,
     misfit: str = "error",
+    later_ties: bool = False,
+    stored_sums: bool = True,
     on_progress=None,
 ) -> Stage:
     """The stage that gives every planned weight outside the temporal blocks its codes and its branch.
 
     sites: of the model. calibration: x, t, index, y. The input of a site is full precision, or on a symmetric
-    dynamic grid (`stages.group_grids`); an unsigned one is shifted by config.shift. `finish` reports, for each
+    dynamic grid (`stages.group_grids`); an unsigned one is shifted by config.shift.
+    later_ties: among equal candidates of the search the last is taken. stored_sums: see `layer_branch.Grids`.
+    `finish` reports, for each
     site, the exponents, the rank, the errors of `Solved` and the bits that the branch adds to each weight.
 
-    Raises ValueError for another activation grid, a rank that does not fit (see `rank_of`), or inputs below
-    what the shift makes up for.
+    Raises ValueError for another activation grid, a rank that does not fit (see `rank_of`), inputs that are
+    not finite, or inputs below what the shift makes up for.
     """
     if misfit not in MISFITS:
         raise ValueError(f"misfit {misfit!r} is unknown; use one of {MISFITS}.")
@@ -196,6 +198,7 @@ def low_rank_branches(
         return Carry(carry.state, i + 1, values, solved, carry.store)
 
     def _one_layer(state: QuantState, unit: Unit, name: str, inputs, x) -> Solved:
+        check_finite(name, x)
         site, kernel = by_name[name], kernel_at(model.params, name)
         grids, codes = _grids(state.plan, site)
         shift = config.shift if grids.shifted else 0.0
@@ -217,7 +220,7 @@ def low_rank_branches(
             else:
                 taps = np.reshape(kernel, (-1, *kernel.shape[-2:]))
                 errors = candidate_errors(key, grids, codes, data, taps, magnitude, shift, pairs)
-            picked = pairs[best_candidate(errors, config.later_ties)]
+            picked = pairs[best_candidate(errors, later_ties)]
         made = solve(
             key,
             grids,
@@ -242,7 +245,7 @@ def low_rank_branches(
             rank_of(site, config.rank, misfit),
             SVD(config.exact, config.oversample, config.power),
             shifted=activation is not None and not activation.spec.signed,
-            stored_sums=config.stored_sums,
+            stored_sums=stored_sums,
         )
         ends = (tuple(map(jnp.float32, e.codes)) if e else None for e in (weight, activation))
         return grids, Codes(*ends)

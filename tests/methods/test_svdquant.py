@@ -15,7 +15,7 @@ from qdiff_jax.eval.samples import Samples
 from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.export.integer import check_executable
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
-from qdiff_jax.methods.svdquant import SvdQuantConfig
+from qdiff_jax.methods.svdquant import VARIANTS, SvdQuantConfig
 from qdiff_jax.models.program import temporal_nodes
 from qdiff_jax.observe.archive import load_arrays
 from qdiff_jax.quant.timed import select, step_context
@@ -41,8 +41,8 @@ from .cases import (
 CONFIGS = ROOT / "configs" / "methods" / "svdquant.py"
 
 
-def made(config, policy="official:svdquant"):
-    sets = CalibrationSets(calibration(), calibration(), TIMESTEPS)
+def made(config, policy="official:svdquant", data=None):
+    sets = CalibrationSets(data or calibration(), calibration(), TIMESTEPS)
     return build("svdquant", model(), sets, MethodSettings(svdquant=config)), begin(plan(policy))
 
 
@@ -103,6 +103,28 @@ def test_an_input_that_is_not_bounded_below_is_not_taken_as_unsigned():
     assert report["unsigned"] == ["mid_attn_1/proj_out"]
     with pytest.raises(ValueError, match="mid_attn_1/proj_out: inputs reach -"):
         run_stage(stages.stages[3], state)
+
+
+def test_inputs_that_are_not_finite_are_refused_before_a_decomposition():
+    broken = calibration().replace(x=calibration().x * np.float32(np.nan))
+    stages, state = made(SVDQUANT, data=broken)
+    state, _ = run_stage(stages.stages[0], state)
+    with pytest.raises(ValueError, match="down_0_block_0/conv1: its input holds NaN"):
+        run_stage(stages.stages[3], state)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ties_and_sums_are_those_of_the_variant_and_no_keys_of_a_config(variant, monkeypatch):
+    seen = {}
+
+    def stage(*_, **own):
+        seen.update(own)
+
+    monkeypatch.setattr("qdiff_jax.methods.svdquant.low_rank_branches", stage)
+    made(dataclasses.replace(SVDQUANT, variant=variant))
+    faithful = variant == "faithful"
+    assert (seen["later_ties"], seen["stored_sums"]) == (faithful, not faithful)
+    assert not {"later_ties", "stored_sums"} & vars(BranchConfig()).keys()
 
 
 def test_what_a_config_cannot_say_is_refused():
