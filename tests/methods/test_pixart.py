@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
 from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes, program_of
 from qdiff_jax.models.pixart import PixArtConfig
 from qdiff_jax.observe.selectors import CalibrationSet
@@ -126,3 +126,8 @@ def test_svdquant_judges_projections_by_their_block():
     taken = [s.name for s in list_sites(make_module(CONFIG), *example_inputs(CONFIG))]
     taken = [name.split("/")[1] for name in taken if matches(name, PROJECTIONS)]
     assert taken == ["attn_qkv", "cross_attn_q_linear", "cross_attn_kv_linear"]
+
+
+def test_ptq4dit_says_that_it_does_not_know_these_blocks():
+    with pytest.raises(ValueError, match="DiT blocks .*PixArt and of latent diffusion are not"):
+        check_network("ptq4dit", model())

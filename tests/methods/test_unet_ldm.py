@@ -9,7 +9,7 @@ import pytest
 
 from qdiff_jax.export.bundle import load_bundle, save_bundle
 from qdiff_jax.export.qtensor import QTensor
-from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
 from qdiff_jax.models.families import example_inputs, make_module, model_json, parameter_shapes
 from qdiff_jax.models.registry import from_config
 from qdiff_jax.models.unet_ldm import UNetLDMConfig, unet_ldm_program
@@ -249,3 +249,8 @@ def test_svdquant_finishes_layers_without_a_bias(sums):
         assert bias is None
     else:
         np.testing.assert_array_equal(bias, -0.5 * sums)
+
+
+def test_ptq4dit_says_that_it_does_not_know_these_blocks():
+    with pytest.raises(ValueError, match="DiT blocks .*PixArt and of latent diffusion are not"):
+        check_network("ptq4dit", model())
