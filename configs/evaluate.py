@@ -51,6 +51,8 @@ def get_config(arg=None):
         final="",
         variance="",
         guided_channels=0,
+        start="",
+        interpolation="",
     )
     config.network = "classifier_fashion"
     config.network_weights = ""

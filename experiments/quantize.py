@@ -41,7 +41,7 @@ from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
 from qdiff_jax.observe.quantization_noise import Paired, paired
 from qdiff_jax.observe.selectors import every_step, select_calibration
-from qdiff_jax.observe.sources import Sampling
+from qdiff_jax.observe.sources import Sampling, make_source
 from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
 from qdiff_jax.policy import SitePlan, make_plan, policy
 from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
@@ -103,8 +103,11 @@ def prepare(config: Any) -> Job:
     config = read_config(config)
     settings = method_settings(config)
     diffusion = registry.load(config.model)
-    for v in config.variants.values():
-        check_network(config.ptqd.base if v.method == "ptqd" else v.method, diffusion.model)
+    methods = {
+        config.ptqd.base if v.method == "ptqd" else v.method for v in config.variants.values()
+    }
+    for method in methods:
+        check_network(method, diffusion.model)
     if config.classifier:
         registry.classifier(config.classifier)
     sampler = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
@@ -120,7 +123,13 @@ def prepare(config: Any) -> Job:
         name: make_plan(sites, policy(config.policy, sites, *v.targets))
         for name, v in config.variants.items()
     }
-    return Job(config, diffusion, sites, plans, settings, sampler)
+    job = Job(config, diffusion, sites, plans, settings, sampler)
+    source = settings.efficientdm.source
+    if source.kind == "online" and "efficientdm" in methods:
+        make_source(
+            source, sampler.steps, sampling_of(job), None
+        )  # a grid that cannot be is found here
+    return job
 
 
 def phase_weights(config: QuantizeConfig, workdir: pathlib.Path) -> dict[str, float]:
@@ -210,14 +219,19 @@ def pairs_of(job: Job, calibration: Trajectory) -> Paired:
 def sampling_of(job: Job) -> Sampling:
     """What the config's trajectories are made of, for methods that sample while they train."""
     config, diffusion = job.config.sampler, job.diffusion
-    guidance = guidance_of(config.guidance_scale, diffusion.null_class)
+    options = {"prediction": diffusion.source["schedule"].get("prediction", "eps")}
+    if config.final:
+        options["final"] = config.final
     return Sampling(
         diffusion.schedule,
         config.spacing,
-        guidance,
+        guidance_of(config.guidance_scale, diffusion.null_class),
         diffusion.image_shape,
         diffusion.classes,
         diffusion.null_class,
+        config.steps,
+        config.as_json().get("grid", {}),
+        options,
     )
 
 

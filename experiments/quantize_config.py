@@ -42,9 +42,10 @@ ONE_SET = {"ptq4dm", "qdiffusion", "ptq4dit"}
 class SamplerConfig:
     """guidance_scale: classifier-free guidance; negative for none (labels as they are). tensor_bits: of
     the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision. offset: added
-    to every timestep (1 in the latent diffusion code). final, variance: options of samplers that have
-    them, "" for the sampler's own default. guided_channels: how many leading channels are guided, 0 for
-    all of the noise estimate (DiT's code: 3)."""
+    to every timestep (1 in the latent diffusion code). final, variance, start, interpolation: options of
+    samplers that have them (the last two: Euler's, which on leading grids starts with "unit"), "" for the
+    sampler's own default. guided_channels: how many leading channels are guided, 0 for all of the noise
+    estimate (DiT's code: 3)."""
 
     name: str = "ddim"
     spacing: str = "uniform"
@@ -56,10 +57,14 @@ class SamplerConfig:
     final: str = ""
     variance: str = ""
     guided_channels: int = 0
+    start: str = ""
+    interpolation: str = ""
 
     def as_json(self) -> dict:
         options = {"eta": self.eta} if self.name == "ddim" else {}
-        given = {"final": self.final, "variance": self.variance}
+        given = {
+            name: getattr(self, name) for name in ("final", "variance", "start", "interpolation")
+        }
         options.update({name: value for name, value in given.items() if value})
         # What is at its default is not written, so that older bundles and results compare equal.
         more = {"grid": {"offset": self.offset}} if self.offset else {}

@@ -168,10 +168,15 @@ def _softmax(a_bits: int | None, bits: int = 8) -> Rule:
     )
 
 
+def first_layer(sites: Sequence[Site]) -> Site:
+    """The first layer of the field's tables, the input's: the first convolution, where there is one. The time
+    embedding runs before it."""
+    return next((s for s in sites if s.operator.kind == "conv"), sites[0])
+
+
 def _ends(sites: Sequence[Site], w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
-    """The first and the last layer at 8 bits. The time embedding runs before it, but the first layer of the
-    field's tables is the input's."""
-    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    """The first and the last layer at 8 bits."""
+    first = first_layer(sites)
     rules = []
     for which, site in (("first", first), ("last", last_weight_site(sites))):
         if w_bits:
@@ -181,12 +186,15 @@ def _ends(sites: Sequence[Site], w_bits: int | None, a_bits: int | None) -> tupl
     return tuple(rules)
 
 
-# The same layers under the names of the two families of U-Net: DDPM's, then latent diffusion's.
+# The same layers under the names of each family: the U-Nets of DDPM and of latent diffusion, DiT and PixArt.
 _SHORTCUTS = ("*/nin_shortcut", "*/skip_connection")
 _DOWNSAMPLING = ("*_downsample/*", "input_blocks_*/op")
 _UPSAMPLING = ("*_upsample/*", "output_blocks_*/conv")
-_FIRST_TIME_LAYER = ("temb/dense_0", "time_embed/dense_0")
-_TIME_EMBEDDING = ("temb/*", "time_embed/*")
+_FIRST_TIME_LAYER = ("temb/dense_0", "time_embed/dense_0", "t_embedder/mlp_0")
+_TIME_EMBEDDING = ("temb/*", "time_embed/*", "t_embedder/*")
+_TIME_PROJECTIONS = ("*_temb_proj/*", "*_emb_layers_1/*")
+_MODULATION = ("*_adaLN/*", "t_block/*")
+_CAPTION_EMBEDDING = ("y_embedder/*",)
 
 
 def _unquantized(name: str, patterns: Sequence[str]) -> tuple[Rule, ...]:
@@ -243,7 +251,7 @@ def official_tfmq(sites, w_bits, a_bits) -> tuple[Rule, ...]:
 def official_ptqd(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     """PTQD's code: its first two modules (first time layer, conv_in) and the last layer at 8 bits, shortcuts
     and downsampling in full precision, softmax 8 bits, all else at target bits."""
-    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    first = first_layer(sites)
     rules = [
         *_unquantized("shortcuts", _SHORTCUTS),
         *_unquantized("downsampling", _DOWNSAMPLING),
@@ -291,18 +299,15 @@ def official_svdquant(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     """SVDQuant's code: layers of the blocks at target bits, the modulation (in a U-Net: the time projections)
     with its weights alone, embedders, first and last layer and attention products in full precision."""
     fp = ("input", "weight")
-    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    first = first_layer(sites)
     rules = (
-        *(
-            Rule("embedders in full precision", pattern, fp, None, None)
-            for pattern in ("t_embedder/*", "temb/*")
-        ),
+        *_unquantized("embedders", (*_TIME_EMBEDDING, *_CAPTION_EMBEDDING)),
         Rule("first layer in full precision", first.name, fp, None, None),
         Rule("last layer in full precision", last_weight_site(sites).name, fp, None, None),
         Rule("last modulation in full precision", "final_layer_adaLN/*", fp, None, None),
         *(
             Rule("modulation: weights alone", pattern, ("input",), None, None)
-            for pattern in ("*_adaLN/*", "*_temb_proj/*")
+            for pattern in (*_MODULATION, *_TIME_PROJECTIONS)
         ),
         _NO_PRODUCTS,
         *_targets(w_bits, a_bits),
@@ -314,10 +319,10 @@ def official_binarydm(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     """BinaryDM's code: the time embedding's own layers, the first and the last convolution in full precision
     (8 bits in the paper: `common`), all else at target bits, attention products and softmax included."""
     fp = ("input", "weight")
-    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
+    first = first_layer(sites)
     softmax = (_softmax(a_bits, a_bits),) if a_bits else (_softmax(None),)
     rules = (
-        Rule("time embedding in full precision", "temb/*", fp, None, None),
+        *_unquantized("time embedding", _TIME_EMBEDDING),
         Rule("first layer in full precision", first.name, fp, None, None),
         Rule("last layer in full precision", last_weight_site(sites).name, fp, None, None),
         *softmax,
@@ -328,18 +333,17 @@ def official_binarydm(sites, w_bits, a_bits) -> tuple[Rule, ...]:
 
 def embedding_and_ends(sites: Sequence[Site]) -> tuple[str, ...]:
     """Names of the layers of the time embedding, of the first layer and of the last."""
-    first = next((s for s in sites if s.operator.kind == "conv"), sites[0])
-    time = [s.name for s in sites if s.name.split("/")[0] in ("temb", "t_embedder")]
+    first = first_layer(sites)
+    time = [s.name for s in sites if any(fnmatch.fnmatchcase(s.name, p) for p in _TIME_EMBEDDING)]
     return tuple(dict.fromkeys((*time, first.name, last_weight_site(sites).name)))
 
 
 def official_efficientdm(sites, w_bits, a_bits) -> tuple[Rule, ...]:
     """EfficientDM's code (MPQ-DM's too): the time embedding, first and last layer at 8 bits, shortcuts,
     downsampling and attention products in full precision, all else at target bits."""
-    fp = ("input", "weight")
     rules = [
-        Rule("shortcuts in full precision", "*/nin_shortcut", fp, None, None),
-        Rule("downsampling in full precision", "*_downsample/*", fp, None, None),
+        *_unquantized("shortcuts", _SHORTCUTS),
+        *_unquantized("downsampling", _DOWNSAMPLING),
     ]
     for name in embedding_and_ends(sites):
         if w_bits:

@@ -8,7 +8,8 @@ bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`; `method=rtn` (default), `method=
 `method=closed_form`; `rounding=closed_form` under BRECQ and TFMQ-DM; `model=unet` (default), `model=dit`.
 Papers' settings (20,000 steps a unit, 5,000
 for BRECQ's activations: hours on a CPU) unless `laptop` (150 steps of 16 a unit); `smoke` runs in seconds
-(`baseline.py:smoke`). Expected of `laptop`: the rows of the README's first table.
+(`baseline.py:smoke`). Expected of `laptop`: of `rtn` and `closed_form`, which take no steps, the rows of the
+README's first table; those of `brecq` and `tfmq` there are of 32 samples a step, and `laptop` takes 16.
 """
 
 from configs.methods._start import ROUNDING, check_rounds, parse, start

@@ -19,16 +19,15 @@ activations have one calibrated range (measured with `smoothing=fast`: an eps er
 0.049 for groups alone).
 """
 
-from configs.methods._start import MODELS, start
-from qdiff_jax.config import parse_arg
+from configs.methods._start import parse, start
 from qdiff_jax.methods.svdquant import VARIANTS
 
 
 def get_config(arg=None):
-    arg = parse_arg(
+    arg = parse(
         arg,
         bits=("w4a4", "w8a8", "w4a8"),
-        model=("dit", *(name for name in MODELS if name != "dit")),
+        model=("dit", "unet"),
         rank=-1,
         group=-1,
         smoothing=("full", "fast", "none"),
@@ -38,8 +37,6 @@ def get_config(arg=None):
         signed=False,
         gptq=False,
         variant=VARIANTS,
-        laptop=False,
-        smoke=False,
     )
     config = start(arg, rtn="rtn", svdquant="svdquant")
     config.policy = "official:svdquant"

@@ -57,11 +57,12 @@ class PTQ4DiTConfig:
 
 
 def check_transformer(model: Model) -> None:
-    """Raise ValueError for a network without transformer blocks."""
+    """Raise ValueError for a network without DiT blocks."""
     if not folds_of(model.program):
         raise ValueError(
-            "ptq4dit balances qkv, proj and fc1 of diffusion transformers, and this network has no transformer "
-            "block: take a DiT, or tcaq, whose channel factors serve any layer."
+            "ptq4dit folds the factors of qkv, proj and fc1 into the modulation of DiT blocks (adaLN), and "
+            "this network has none of them; the transformer blocks of PixArt and of latent diffusion are not "
+            "supported: take a DiT, or tcaq, whose channel factors serve any layer."
         )
 
 
@@ -83,7 +84,7 @@ def ptq4dit(
     calibration: one set for everything, from the selector `uniform` (the paper: 25 steps x 64 samples,
     conditional and unconditional). timesteps: [S], the sampler's schedule by step index. rounding: "adaround"
     (the paper), or "closed_form", which solves the same blocks, with the steps weighted by `step_weights` [S],
-    and learns the activation steps after them. Raises ValueError for a network without transformer blocks, an
+    and learns the activation steps after them. Raises ValueError for a network without DiT blocks, an
     unknown rounding, or "closed_form" without reconstruction.
     """
     check_rounding(rounding)

@@ -18,17 +18,15 @@ from qdiff_jax.diffusion.schedule import schedule_of
 from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.export.bundle import Bundle, load_bundle, save_bundle
 from qdiff_jax.export.integer import check_executable
-from qdiff_jax.models.folds import is_folded
 from qdiff_jax.models.registry import DiffusionModel, from_config
 from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.policy import SitePlan
 from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.stages.balance import FOLDED
 from qdiff_jax.stages.stage import Method, fold_weights, initial_state, run_stage, tuned_params
 
+_FLOW_OPTIONS = ("shift", "mu")
 _QUANTIZE_S = {"calibrate": "calibrate_s", "round": "calibrate_s"}
-# In the manifest of a bundle whose modulation took the division of smoothed inputs: its temporal features are
-# no longer those of full precision, by design.
-FOLDED = "modulation_folded"
 
 
 class Loaded(NamedTuple):
@@ -78,7 +76,6 @@ def run_method(
         seconds[kind] += report["seconds"]
         seconds["compile_s"] += report["compile_seconds"]
         reports[f"{i}_{stage.name}"] = {k: v for k, v in report.items() if k != "ranges"}
-    folded = is_folded(diffusion.model.program, state.aux.get("params", {}))
     save_bundle(
         directory / "bundle",
         params=tuned_params(diffusion.model.params, state.aux),
@@ -91,7 +88,7 @@ def run_method(
         extra={
             "method": method.name,
             "notes": method.notes,
-            **({FOLDED: True} if folded else {}),
+            **({FOLDED: True} if FOLDED in state.aux else {}),
             **extra,
         },
         correction=state.aux.get("correction"),
@@ -107,8 +104,10 @@ def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPl
     schedule_config: "schedule", "timesteps", optionally the schedule's "options" and the network's
     "prediction" ("eps" without). sampler_config: "name", "spacing", "steps", optionally the sampler's
     "options", the grid's ("grid": offset, last), and the bits and ranges of its own "tensors". A model
-    with the schedule "flow" is sampled by "flow_euler" alone, whose options are those of `flow_sigmas`.
-    Raises ValueError for a sampler of another kind of model, and as the functions called.
+    with the schedule "flow" is sampled by "flow_euler" alone, whose options are `shift` and `mu` of
+    `flow_sigmas`; no model of the registry has that schedule, so that flows are for callers of this function.
+    Raises ValueError for a sampler of another kind of model, a flow's unknown option or grid, and as the
+    functions called.
     """
     name, steps, options = (
         sampler_config["name"],
@@ -122,6 +121,7 @@ def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPl
             f"'{schedule_config['schedule']}': 'flow_euler' belongs to 'flow' models and to no others."
         )
     if name == "flow_euler":
+        _check_flow(sampler_config)
         sigmas = flow_sigmas(
             steps, spacing=sampler_config["spacing"], num_timesteps=timesteps, **options
         )
@@ -135,6 +135,19 @@ def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPl
         plan = make_plan(name, schedule_of(schedule_config), grid, **options)
     tensors = sampler_config.get("tensors")
     return plan if tensors is None else quantize_tensors(plan, tensors["bits"], tensors["ranges"])
+
+
+def _check_flow(sampler_config: Mapping) -> None:
+    if sampler_config.get("grid"):
+        raise ValueError(
+            f"the sampler 'flow_euler' visits noise levels and has no grid of timesteps, and "
+            f"{dict(sampler_config['grid'])} was given: leave grid out, or set shift or mu among its options."
+        )
+    unknown = sorted(set(sampler_config.get("options", {})) - set(_FLOW_OPTIONS))
+    if unknown:
+        raise ValueError(
+            f"sampler 'flow_euler' has no option {unknown}; its options are {list(_FLOW_OPTIONS)}."
+        )
 
 
 def is_modulation_folded(manifest: Mapping) -> bool:

@@ -40,7 +40,7 @@ class SvdQuantConfig:
     """group: input channels that share a scale, 0 for one scale per output channel and per token. misfit: where
     a group or the rank does not fit a layer, "error" or "adapt" (the largest divisor; half of the layer's
     rank). unsigned: patterns of sites whose input a GELU wrote, none to leave them signed. branch: rank,
-    smoothing and the rest; its later_ties and stored_sums are those of the variant."""
+    smoothing and the rest."""
 
     group: int = 64
     misfit: str = "error"
@@ -73,7 +73,6 @@ def svdquant(
     """
     sites = list_sites(model.module, *example_inputs(model.module.config))
     faithful = config.variant == "faithful"
-    branch = dataclasses.replace(config.branch, later_ties=faithful, stored_sums=not faithful)
     stages = (
         group_grids(sites, config.group, misfit=config.misfit, unsigned=config.unsigned),
         # Before there are codes: ranges of products come from the network in full precision.
@@ -85,11 +84,13 @@ def svdquant(
             model,
             sites,
             weight_calibration,
-            branch,
+            config.branch,
             misfit=config.misfit,
+            later_ties=faithful,
+            stored_sums=not faithful,
             on_progress=on_progress,
         ),
         round_to_nearest(model),
     )
-    notes = f"variant={config.variant}, group={config.group}, rank={branch.rank}"
+    notes = f"variant={config.variant}, group={config.group}, rank={config.branch.rank}"
     return Method("svdquant", stages, notes=notes)

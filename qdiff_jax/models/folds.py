@@ -61,12 +61,6 @@ def fold_leaves(params: Mapping, fold: Fold, factors: jax.Array) -> dict[str, ja
     return {**leaves, f"{fold.into}/kernel": kernel, f"{fold.into}/bias": bias}
 
 
-def is_folded(program: Sequence[Node], changed: Mapping) -> bool:
-    """Whether one of the changed parameters (by path) is of a modulation that takes divisions."""
-    taking = {fold.into for fold in folds_of(program) if fold.scale is not None}
-    return any(path.rpartition("/")[0] in taking for path in changed)
-
-
 def _at(params: Mapping, path: str) -> Mapping:
     for part in path.split("/"):
         params = params[part]

@@ -8,7 +8,8 @@ an array like any other, saved with the training.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -59,9 +60,10 @@ class Source(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """What trajectories are made of beside the network. spacing: of the timesteps. guidance: of the sampler.
-    shape: of one sample. classes: number of classes, None for an unconditional model. null_class: None
-    for a model that has none."""
+    """What trajectories are made of beside the network. spacing, steps, grid: of the sampler's timesteps, as
+    `make_timesteps` takes them; steps None for as many as the sampler calls the network, which with PLMS is one
+    more. guidance: of the sampler. shape: of one sample. classes: number of classes, None for an unconditional
+    model. null_class: None for a model that has none. options: of DDIM beside eta (final, prediction)."""
 
     schedule: NoiseSchedule
     spacing: str
@@ -69,6 +71,9 @@ class Sampling(NamedTuple):
     shape: tuple[int, ...]
     classes: int | None
     null_class: int | None
+    steps: int | None = None
+    grid: Mapping[str, Any] = types.MappingProxyType({})
+    options: Mapping[str, Any] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +110,9 @@ class SourceConfig:
 def make_source(
     config: SourceConfig, steps: int, sampling: Sampling | None, recorded: Paired | None
 ) -> Source:
-    """The source of a config. steps: of the sampler. Raises ValueError if what it is made of is missing:
-    `sampling` for online trajectories, `recorded` for cached ones."""
+    """The source of a config. steps: calls of the sampler. Raises ValueError if what it is made of is missing
+    (`sampling` for online trajectories, `recorded` for cached ones), or if the sampler's grid cannot have
+    `sampling_steps` timesteps."""
     if config.kind == "cached":
         if recorded is None:
             raise ValueError("a cached source needs recorded trajectories: give `paired`.")
@@ -127,9 +133,10 @@ def make_source(
             )
         guidance = classifier_free(config.guidance_scale, sampling.null_class)
     total = sampling.schedule.num_timesteps
-    grid = make_timesteps(sampling.spacing, total, config.sampling_steps or steps)
+    count = config.sampling_steps or sampling.steps or steps
+    grid = make_timesteps(sampling.spacing, total, count, **sampling.grid)
     return online(
-        ddim(sampling.schedule, grid, eta=config.eta),
+        ddim(sampling.schedule, grid, eta=config.eta, **sampling.options),
         shape=sampling.shape,
         batch_size=config.batch_size,
         guidance=guidance,

@@ -12,14 +12,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qdiff_jax.quant.smoothing import FLOOR
+from qdiff_jax.quant.smoothing import smoothing_factors
 
 
 def csb_factors(activation: jax.Array, weight: jax.Array) -> jax.Array:
-    """s [C] = sqrt(a / w), neither below `FLOOR`; 1 where that is not finite. PTQ4DiT's B^X is 1 / s, its
-    B^W is s."""
-    factors = jnp.sqrt(jnp.maximum(activation, FLOOR) / jnp.maximum(weight, FLOOR))
-    return jnp.where(jnp.isfinite(factors) & (factors > 0), factors, 1.0)
+    """s [C] = sqrt(a / w), neither below `smoothing.FLOOR`; 1 where that is not finite. PTQ4DiT's B^X is 1 / s,
+    its B^W is s."""
+    return smoothing_factors(activation, weight, 0.5, 0.5)
 
 
 def ranks(x: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from qdiff_jax.policy import SitePlan
 from qdiff_jax.quant.salience import csb_factors, ssc_weights, weighted_salience
 from qdiff_jax.quant.smoothing import weight_magnitude
 from qdiff_jax.stages.channel_tops import channel_tops
+from qdiff_jax.stages.layer_inputs import check_finite
 from qdiff_jax.stages.stage import (
     Model,
     QuantState,
@@ -36,6 +37,9 @@ from qdiff_jax.stages.stage import (
 )
 
 ROWS = ("step", "sample")
+# In QuantState.aux, where the modulation took the division of smoothed inputs: temporal features are no longer
+# those of full precision, by design. Other stages change the same parameters and leave their meaning.
+FOLDED = "modulation_folded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,8 @@ def balance_channels(
     batch_size: int = 64,
     on_progress=None,
 ) -> Stage:
-    """The stage that balances the planned layers among `folds`; parameters go to `aux["params"]`.
+    """The stage that balances the planned layers among `folds`; parameters go to `aux["params"]`, and
+    `aux[FOLDED]` is set where one of them is of a modulation.
 
     calibration: x, t, index, y. A layer is balanced if its input or its weight is quantized. `finish` reports
     of each: the smallest and largest factor, rho and eta of the rows (steps in ascending order of index).
@@ -81,6 +86,8 @@ def balance_channels(
     steps, row_of = np.unique(np.asarray(calibration.index), return_inverse=True)
     if config.rows == "sample":
         steps, row_of = np.arange(size), np.arange(size)
+
+    modulated = [fold.site for fold in folds if fold.scale is not None]
 
     def chosen(plan: SitePlan) -> list[Fold]:
         planned = {entry.site for entry in plan.quantized("input", "weight")}
@@ -114,11 +121,7 @@ def balance_channels(
         params = tuned_params(model.params, carry.state.aux)
         leaves, layers = {}, {}
         for fold in reversed(chosen(carry.state.plan)):
-            if not np.isfinite(carry.saliences[fold.site]).all():
-                raise ValueError(
-                    f"{fold.site}: its input holds NaN or infinity on the calibration set; look for the "
-                    "layer before it that makes them, or for calibration states that are no images."
-                )
+            check_finite(fold.site, carry.saliences[fold.site])
             kernel = kernel_at(params, fold.site)
             factors, eta, rho = _factors(carry.saliences[fold.site], kernel, config.ssc)
             changed = fold_leaves(params, fold, factors)
@@ -134,7 +137,8 @@ def balance_channels(
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         params = {**carry.state.aux.get("params", {}), **carry.leaves}
-        state = carry.state.replace(aux={**carry.state.aux, "params": params})
+        marks = {FOLDED: np.True_} if set(modulated) & set(carry.layers) else {}
+        state = carry.state.replace(aux={**carry.state.aux, "params": params, **marks})
         passes = 1.0 if carry.layers else 0.0
         return state, {"layers": carry.layers, "network_passes": passes}
 

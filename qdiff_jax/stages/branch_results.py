@@ -17,12 +17,12 @@ from qdiff_jax.stages.layer_branch import Solved
 
 
 def with_branch(
-    held: SiteQuant, made: Solved, entry: Entry, bias: np.ndarray, shift: float
+    held: SiteQuant, made: Solved, entry: Entry, bias: np.ndarray | None, shift: float
 ) -> SiteQuant:
     """The site with its codes, its operator, and the bias [N] that makes up for the shift.
 
-    entry: of the weight. bias: the layer's own. shift: of inputs that are shifted (`Solved.sums`). Where
-    neither branch nor smoothing nor shift is left, the site has no operator of its own.
+    entry: of the weight. bias: the layer's own, and shift: of its inputs; both are read where those are shifted
+    (`Solved.sums`). Where neither branch nor smoothing nor shift is left, the site has no operator of its own.
     """
     shifted = made.sums is not None
     factors = (None if v is None else jnp.asarray(v) for v in (made.down, made.up, made.smoothing))
@@ -58,8 +58,10 @@ def figures(made: Solved) -> dict:
 
 
 def bias_at(params: Mapping, name: str) -> np.ndarray:
-    """The bias [N] of the layer at a site."""
+    """The bias [N] of the layer at a site, zeros for a layer without one."""
     node = params
     for part in name.split("/"):
         node = node[part]
+    if "bias" not in node:  # as of q, k and v in latent diffusion
+        return np.zeros(node["kernel"].shape[-1], np.float32)
     return np.asarray(node["bias"], np.float32)

@@ -28,6 +28,15 @@ def first_values(calibration: Any, rows: np.ndarray) -> dict[str, Any]:
     return {"x": calibration.x[rows], "t": calibration.t[rows], "y": y}
 
 
+def check_finite(name: str, values: np.ndarray) -> None:
+    """Raise ValueError for what the layer `name` reads, or a statistic of it, with NaN or infinity."""
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{name}: its input holds NaN or infinity on the calibration set; look for the layer before it "
+            "that makes them, or for calibration states that are no images."
+        )
+
+
 def after_unit(
     units: Sequence[Unit],
     position: int,

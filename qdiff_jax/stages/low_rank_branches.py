@@ -39,6 +39,7 @@ from qdiff_jax.stages.layer_branch import (
 )
 from qdiff_jax.stages.layer_inputs import (
     after_unit,
+    check_finite,
     first_values,
     layer_rows,
     spread_rows,
@@ -46,6 +47,8 @@ from qdiff_jax.stages.layer_inputs import (
 from qdiff_jax.stages.stage import Model, QuantState, Stage, kernel_at
 
 JUDGES = ("module", "layer")
+# Of attention, in the DDPM U-Net, the transformers (PixArt's cross-attention too) and latent diffusion.
+PROJECTIONS = ("*/[qkv]", "*/attn_qkv", "*/cross_attn_*_linear", "*/attn[12]_to_[qkv]")
 _OPTIONAL = ("down", "up", "smoothing", "sums")
 
 
@@ -56,8 +59,7 @@ class BranchConfig:
     most, 1 for the paper's single decomposition; exact, oversample, power: of the decomposition, see
     `quant.low_rank`. samples: of the calibration set; rows: of a layer's input that its error is measured on.
     judge: "module" (smoothing of the layers in `attention` by the output of their block, all others by their
-    own) or "layer" (all by their own). shift: of inputs planned unsigned. gptq: codes by GPTQ. later_ties,
-    stored_sums: see `methods.svdquant`."""
+    own) or "layer" (all by their own). shift: of inputs planned unsigned. gptq: codes by GPTQ."""
 
     rank: int = 32
     smoothing: str = "full"
@@ -70,11 +72,9 @@ class BranchConfig:
     samples: int = 128
     rows: int = 4096
     judge: str = "module"
-    attention: tuple[str, ...] = ("*/q", "*/k", "*/v", "*/attn_qkv")
+    attention: tuple[str, ...] = PROJECTIONS
     shift: float = 0.171875
     gptq: bool = False
-    later_ties: bool = False
-    stored_sums: bool = True
 
     def __post_init__(self):
         exponents(self.smoothing)
@@ -129,16 +129,20 @@ def low_rank_branches(
     config: BranchConfig = BranchConfig(),
     *,
     misfit: str = "error",
+    later_ties: bool = False,
+    stored_sums: bool = True,
     on_progress=None,
 ) -> Stage:
     """The stage that gives every planned weight outside the temporal blocks its codes and its branch.
 
     sites: of the model. calibration: x, t, index, y. The input of a site is full precision, or on a symmetric
-    dynamic grid (`stages.group_grids`); an unsigned one is shifted by config.shift. `finish` reports, for each
+    dynamic grid (`stages.group_grids`); an unsigned one is shifted by config.shift.
+    later_ties: among equal candidates of the search the last is taken. stored_sums: see `layer_branch.Grids`.
+    `finish` reports, for each
     site, the exponents, the rank, the errors of `Solved` and the bits that the branch adds to each weight.
 
-    Raises ValueError for another activation grid, a rank that does not fit (see `rank_of`), or inputs below
-    what the shift makes up for.
+    Raises ValueError for another activation grid, a rank that does not fit (see `rank_of`), inputs that are
+    not finite, or inputs below what the shift makes up for.
     """
     if misfit not in MISFITS:
         raise ValueError(f"misfit {misfit!r} is unknown; use one of {MISFITS}.")
@@ -194,6 +198,7 @@ def low_rank_branches(
         return Carry(carry.state, i + 1, values, solved, carry.store)
 
     def _one_layer(state: QuantState, unit: Unit, name: str, inputs, x) -> Solved:
+        check_finite(name, x)
         site, kernel = by_name[name], kernel_at(model.params, name)
         grids, codes = _grids(state.plan, site)
         shift = config.shift if grids.shifted else 0.0
@@ -209,13 +214,13 @@ def low_rank_branches(
         picked = pairs[0]
         if len(pairs) > 1:
             node, _, op = name.partition("/")
-            if config.judge == "module" and _matches(name, config.attention) and not grids.shifted:
+            if config.judge == "module" and matches(name, config.attention) and not grids.shifted:
                 where = (unit.nodes.index(node), op, subtrees(model.params, unit), inputs)
                 errors = block_errors(key, unit.signature, grids, codes, *where, magnitude, pairs)
             else:
                 taps = np.reshape(kernel, (-1, *kernel.shape[-2:]))
                 errors = candidate_errors(key, grids, codes, data, taps, magnitude, shift, pairs)
-            picked = pairs[best_candidate(errors, config.later_ties)]
+            picked = pairs[best_candidate(errors, later_ties)]
         made = solve(
             key,
             grids,
@@ -240,7 +245,7 @@ def low_rank_branches(
             rank_of(site, config.rank, misfit),
             SVD(config.exact, config.oversample, config.power),
             shifted=activation is not None and not activation.spec.signed,
-            stored_sums=config.stored_sums,
+            stored_sums=stored_sums,
         )
         ends = (tuple(map(jnp.float32, e.codes)) if e else None for e in (weight, activation))
         return grids, Codes(*ends)
@@ -250,7 +255,8 @@ def low_rank_branches(
         for name, made in carry.solved.items():
             entry = carry.state.plan.of(name)["weight"]
             held = flat.get(name, SiteQuant())
-            flat[name] = with_branch(held, made, entry, bias_at(model.params, name), config.shift)
+            bias = None if made.sums is None else bias_at(model.params, name)
+            flat[name] = with_branch(held, made, entry, bias, config.shift)
             report[name] = figures(made)
         state = carry.state.replace(quant=nest_sites(flat))
         return state, {"sites": report, "network_passes": len(rows) / len(calibration.t)}
@@ -258,7 +264,8 @@ def low_rank_branches(
     return Stage("low_rank_branches", init, run, finish, done)
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a site's name fits one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -227,6 +227,10 @@ def test_plans_from_json_configs():
         make_sampler(flow, asked)
     with pytest.raises(ValueError, match="'flow_euler' does not sample .* 'scaled_linear'"):
         make_sampler(schedule, sd3)
+    with pytest.raises(ValueError, match="'flow_euler' .* no grid of timesteps.*leave grid out"):
+        make_sampler(flow, {**sd3, "grid": {"offset": 1}})
+    with pytest.raises(ValueError, match=r"'flow_euler' has no option \['eta'\].*'shift', 'mu'"):
+        make_sampler(flow, {**sd3, "options": {"eta": 0.0}})
 
 
 def test_mistakes_are_named():

@@ -6,15 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
 from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes, program_of
 from qdiff_jax.models.pixart import PixArtConfig
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import POLICIES, make_plan, policy
 from qdiff_jax.quant.timed import select, step_context
 from qdiff_jax.sites import flatten_sites, list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.low_rank_branches import PROJECTIONS, matches
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage
 
@@ -88,3 +89,45 @@ def test_a_method_quantizes_every_operator(name):
     full = estimates(model().params, {})
     made = estimates(*fold_weights(model().params, state.quant))
     assert 1e-3 < np.abs(made - full).mean() / full.std() < 0.3
+
+
+FULL, EIGHT, TARGET = (None, None), (8, 8), (4, 8)
+ENDS = {"x_embedder/proj": EIGHT, "final_layer/linear": EIGHT}
+TIME = ("t_embedder/mlp_0", "t_embedder/csize_mlp_2")
+# W4A8: bits of weight and input where a preset speaks of this family's own layers.
+PRESETS = {
+    "official:ptqd": {"t_embedder/mlp_0": EIGHT, "t_embedder/mlp_2": TARGET, **ENDS},
+    "official:ptq4dm": {"t_embedder/mlp_0": TARGET, **ENDS},
+    "official:tdq": {**dict.fromkeys(TIME, FULL), "t_block/dense": TARGET, **ENDS},
+    "official:svdquant": {
+        **dict.fromkeys((*TIME, "y_embedder/fc1", *ENDS), FULL),
+        "t_block/dense": (4, None),
+    },
+    "official:efficientdm": {**dict.fromkeys(TIME, EIGHT), "t_block/dense": TARGET, **ENDS},
+    "official:binarydm": {**dict.fromkeys((*TIME, *ENDS), FULL), "y_embedder/fc1": TARGET},
+}
+
+
+# TFMQ's speaks of three convolutions, and refuses a transformer.
+@pytest.mark.parametrize(
+    "name", [n for n in POLICIES if n.startswith("official:") and n != "official:tfmq"]
+)
+def test_presets_of_papers_know_this_familys_names(name):
+    sites = list_sites(make_module(CONFIG), *example_inputs(CONFIG))
+    made = make_plan(sites, policy(name, sites, 4, 8))
+    bits = {(e.site, e.operand): e.bits for e in made.entries}
+    everything = dict.fromkeys((*TIME, "t_block/dense", "y_embedder/fc1", *ENDS), TARGET)
+    wanted = PRESETS.get(name, everything)
+    for site, pair in {"blocks_0/cross_attn_kv_linear": TARGET, **wanted}.items():
+        assert (bits[site, "weight"], bits[site, "input"]) == pair, site
+
+
+def test_svdquant_judges_projections_by_their_block():
+    taken = [s.name for s in list_sites(make_module(CONFIG), *example_inputs(CONFIG))]
+    taken = [name.split("/")[1] for name in taken if matches(name, PROJECTIONS)]
+    assert taken == ["attn_qkv", "cross_attn_q_linear", "cross_attn_kv_linear"]
+
+
+def test_ptq4dit_says_that_it_does_not_know_these_blocks():
+    with pytest.raises(ValueError, match="DiT blocks .*PixArt and of latent diffusion are not"):
+        check_network("ptq4dit", model())

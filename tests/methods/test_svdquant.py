@@ -15,7 +15,7 @@ from qdiff_jax.eval.samples import Samples
 from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.export.integer import check_executable
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
-from qdiff_jax.methods.svdquant import SvdQuantConfig
+from qdiff_jax.methods.svdquant import VARIANTS, SvdQuantConfig
 from qdiff_jax.models.program import temporal_nodes
 from qdiff_jax.observe.archive import load_arrays
 from qdiff_jax.quant.timed import select, step_context
@@ -41,8 +41,8 @@ from .cases import (
 CONFIGS = ROOT / "configs" / "methods" / "svdquant.py"
 
 
-def made(config, policy="official:svdquant"):
-    sets = CalibrationSets(calibration(), calibration(), TIMESTEPS)
+def made(config, policy="official:svdquant", data=None):
+    sets = CalibrationSets(data or calibration(), calibration(), TIMESTEPS)
     return build("svdquant", model(), sets, MethodSettings(svdquant=config)), begin(plan(policy))
 
 
@@ -105,6 +105,28 @@ def test_an_input_that_is_not_bounded_below_is_not_taken_as_unsigned():
         run_stage(stages.stages[3], state)
 
 
+def test_inputs_that_are_not_finite_are_refused_before_a_decomposition():
+    broken = calibration().replace(x=calibration().x * np.float32(np.nan))
+    stages, state = made(SVDQUANT, data=broken)
+    state, _ = run_stage(stages.stages[0], state)
+    with pytest.raises(ValueError, match="down_0_block_0/conv1: its input holds NaN"):
+        run_stage(stages.stages[3], state)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ties_and_sums_are_those_of_the_variant_and_no_keys_of_a_config(variant, monkeypatch):
+    seen = {}
+
+    def stage(*_, **own):
+        seen.update(own)
+
+    monkeypatch.setattr("qdiff_jax.methods.svdquant.low_rank_branches", stage)
+    made(dataclasses.replace(SVDQUANT, variant=variant))
+    faithful = variant == "faithful"
+    assert (seen["later_ties"], seen["stored_sums"]) == (faithful, not faithful)
+    assert not {"later_ties", "stored_sums"} & vars(BranchConfig()).keys()
+
+
 def test_what_a_config_cannot_say_is_refused():
     with pytest.raises(ValueError, match="variant 'paper' is unknown"):
         SvdQuantConfig(variant="paper")
@@ -118,21 +140,40 @@ def test_what_a_config_cannot_say_is_refused():
             BranchConfig(**wrong)
 
 
-@pytest.mark.parametrize("words", ["", "w8a8,laptop", "w4a8,model=unet,smoke", "smoke"])
-def test_every_word_of_the_config_is_read(words):
+@pytest.mark.parametrize(
+    ("words", "model_name", "bits", "misfit", "sizes"),
+    [
+        ("", "dit_fashion", "w4a4", "error", (64, 32, 128, 4096)),
+        ("w8a8,laptop", "dit_fashion", "w8a8", "error", (64, 4, 64, 2048)),
+        ("w4a8,model=unet,smoke", "random:miniature", "w4a8", "adapt", (4, 2, 128, 4096)),
+        ("smoke", "random:dit", "w4a4", "error", (4, 2, 128, 4096)),
+    ],
+)
+def test_words_of_bits_model_and_size_are_read(words, model_name, bits, misfit, sizes):
     config = read_config(load_config(f"{CONFIGS}:{words}"))
     settings = method_settings(config).svdquant
-    assert {v.method for v in config.variants.values()} == {"rtn", "svdquant"}
-    assert config.policy == "official:svdquant"
+    w_bits, a_bits = int(bits[1]), int(bits[3])
+    for method_name in ("rtn", "svdquant"):
+        asked = config.variants[f"{method_name}_{bits}"]
+        assert (asked.method, asked.w_bits, asked.a_bits) == (method_name, w_bits, a_bits)
+    assert (len(config.variants), config.policy) == (2, "official:svdquant")
+    assert (config.model, settings.misfit) == (model_name, misfit)
+    branch = settings.branch
+    assert (settings.group, branch.rank, branch.samples, branch.rows) == sizes
     if not words:
         assert settings == SvdQuantConfig()
-        assert (config.model, list(config.variants)[-1]) == ("dit_fashion", "svdquant_w4a4")
-    other = "rank=0,group=0,smoothing=fast,alpha=0.5,beta=0.5,iterations=1,signed,gptq,faithful"
-    settings = method_settings(read_config(load_config(f"{CONFIGS}:{other}"))).svdquant
+
+
+def test_words_of_the_method_are_read_and_others_refused():
+    given = "rank=0,group=0,smoothing=fast,alpha=0.5,beta=0.5,iterations=1,signed,gptq,faithful"
+    settings = method_settings(read_config(load_config(f"{CONFIGS}:{given}"))).svdquant
     assert (settings.group, settings.unsigned, settings.variant) == (0, (), "faithful")
     branch = settings.branch
     assert (branch.rank, branch.smoothing, branch.iterations, branch.gptq) == (0, "fast", 1, True)
     assert (branch.alpha, branch.beta) == (0.5, 0.5)
+    for wrong in ("w4a32", "model=pixart", "later_ties"):
+        with pytest.raises(ValueError, match=wrong.split("=")[0]):
+            load_config(f"{CONFIGS}:{wrong}")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Methods on a U-Net with cross-attention, whose condition is a context: nothing but the model is new."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,16 +9,24 @@ import pytest
 
 from qdiff_jax.export.bundle import load_bundle, save_bundle
 from qdiff_jax.export.qtensor import QTensor
-from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
+from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
 from qdiff_jax.models.families import example_inputs, make_module, model_json, parameter_shapes
 from qdiff_jax.models.registry import from_config
 from qdiff_jax.models.unet_ldm import UNetLDMConfig, unet_ldm_program
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import POLICIES, make_plan, policy
 from qdiff_jax.quant.timed import TimeIndexed, select, step_context
 from qdiff_jax.sites import flatten_sites, list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig
+from qdiff_jax.stages.layer_branch import Solved
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.low_rank_branches import (
+    PROJECTIONS,
+    BranchConfig,
+    Carry,
+    low_rank_branches,
+    matches,
+)
 from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage
 
@@ -160,13 +169,88 @@ def test_reconstruction_with_zero_steps_is_round_to_nearest():
         assert leaves_equal(held.rhs, walked[site].rhs), site
 
 
-def test_presets_of_papers_know_this_familys_names():
-    entries = {(e.site, e.operand): e for e in plan("official:tfmq").entries}
-    assert entries[("time_embed/dense_0", "weight")].bits is None
-    assert entries[("output_blocks_0_0/skip_connection", "weight")].bits is None
-    assert entries[("input_blocks_0_0/conv", "weight")].bits is None
-    assert entries[(f"{BLOCK}/attn1_qk", "q")].bits is None
-    assert entries[(f"{BLOCK}/ff_net_2", "weight")].bits == 4
-    first = {(e.site, e.operand): e.bits for e in plan("official:ptqd").entries}
-    assert first[("time_embed/dense_0", "weight")] == 8
-    assert first[("output_blocks_1_0/skip_connection", "weight")] is None
+TIME = ("time_embed/dense_0", "time_embed/dense_2")
+FIRST, LAST = "input_blocks_0_0/conv", "out/out_2"
+SHORTCUT, PROJECTION = "output_blocks_0_0/skip_connection", "middle_block_0_emb_layers_1/dense"
+PRODUCT, INNER = f"{BLOCK}/attn1_qk", f"{BLOCK}/ff_net_2"
+# W4A8: bits of weight and input (q and k for the product), None for full precision.
+FULL, EIGHT, TARGET = (None, None), (8, 8), (4, 8)
+ENDS = {FIRST: EIGHT, LAST: EIGHT}
+EVERYTHING = {TIME[0]: TARGET, FIRST: TARGET, LAST: TARGET, SHORTCUT: TARGET, PRODUCT: EIGHT}
+PRESETS = {
+    "official:qdiffusion": EVERYTHING,
+    "official:brecq": EVERYTHING,
+    "official:tcaq": EVERYTHING,
+    "official:ptq4dit": EVERYTHING,
+    "official:tfmq": {TIME[0]: FULL, SHORTCUT: FULL, FIRST: FULL, LAST: FULL, PRODUCT: FULL},
+    "official:ptqd": {TIME[0]: EIGHT, TIME[1]: TARGET, SHORTCUT: FULL, **ENDS, PRODUCT: EIGHT},
+    "official:ptq4dm": {**ENDS, TIME[0]: TARGET, SHORTCUT: TARGET, PRODUCT: FULL},
+    "official:tdq": {**dict.fromkeys(TIME, FULL), **ENDS, PRODUCT: FULL},
+    "official:svdquant": {
+        **dict.fromkeys((*TIME, FIRST, LAST, PRODUCT), FULL),
+        PROJECTION: (4, None),
+        SHORTCUT: TARGET,
+    },
+    "official:efficientdm": {
+        **dict.fromkeys(TIME, EIGHT),
+        **ENDS,
+        SHORTCUT: FULL,
+        PROJECTION: TARGET,
+        PRODUCT: FULL,
+    },
+    "official:binarydm": {**dict.fromkeys((*TIME, FIRST, LAST), FULL), PRODUCT: EIGHT},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name.startswith("official:")])
+def test_presets_of_papers_know_this_familys_names(name):
+    entries = {(e.site, e.operand): e.bits for e in plan(name).entries}
+    for site, bits in {INNER: TARGET, **PRESETS[name]}.items():
+        operands = ("q", "k") if site == PRODUCT else ("weight", "input")
+        assert tuple(entries[site, operand] for operand in operands) == bits, site
+
+
+def test_downsampling_and_upsampling_between_resolutions_are_known_too():
+    config = dataclasses.replace(CONFIG, multipliers=(1, 1))
+    sites = list_sites(make_module(config), *example_inputs(config))
+    bits = {}
+    for name in ("official:efficientdm", "official:tfmq"):
+        made = make_plan(sites, policy(name, sites, 4, 8))
+        bits[name] = {e.site: e.bits for e in made.entries if e.operand == "weight"}
+    assert bits["official:efficientdm"]["input_blocks_2_0/op"] is None
+    assert bits["official:efficientdm"]["output_blocks_1_1/conv"] == 4
+    assert bits["official:tfmq"]["output_blocks_1_1/conv"] is None
+
+
+def test_svdquant_judges_projections_by_their_block():
+    for part in ("attn1_to_q", "attn2_to_k", "attn2_to_v"):
+        assert matches(f"{BLOCK}/{part}", PROJECTIONS)
+    for part in ("attn1_to_out_0", "ff_net_2"):
+        assert not matches(f"{BLOCK}/{part}", PROJECTIONS)
+
+
+@pytest.mark.parametrize("sums", [None, np.float32(np.arange(8))])
+def test_svdquant_finishes_layers_without_a_bias(sums):
+    """Of a layer without a bias that of the shift alone is left."""
+    name = f"{BLOCK}/attn1_to_q"
+    made = Solved(
+        codes=np.ones((8, 8), np.int8),
+        scale=np.ones(8, np.float32),
+        exponents=np.zeros(2, np.float32),
+        errors=np.float32([1, np.nan, 1]),
+        iterations=np.int32(0),
+        sums=sums,
+    )
+    stage = low_rank_branches(model(), (), calibration(), BranchConfig(shift=0.5))
+    state = initial_state(plan("official:svdquant"), jax.random.key(0))
+    state, _ = stage.finish(Carry(state, 0, {}, {name: made}, None))
+    bias = flatten_sites(state.quant)[name].bias
+    if sums is None:
+        assert bias is None
+    else:
+        np.testing.assert_array_equal(bias, -0.5 * sums)
+
+
+def test_ptq4dit_says_that_it_does_not_know_these_blocks():
+    with pytest.raises(ValueError, match="DiT blocks .*PixArt and of latent diffusion are not"):
+        check_network("ptq4dit", model())

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdiff_jax.models.folds import Fold, fold_leaves, folds_of, is_folded
+from qdiff_jax.models.folds import Fold, fold_leaves, folds_of
 from qdiff_jax.stages.stage import replace_leaves
 
 from .. import tiny_dit, tiny_unet
@@ -50,7 +50,6 @@ def test_full_precision_is_unchanged(chosen):
     assert changed
     before = output(NET.params)
     np.testing.assert_allclose(output(params), before, rtol=0, atol=1e-5 * np.abs(before).max())
-    assert is_folded(NET.program, changed) == (chosen != ("attn_proj",))
     assert any(path.endswith("/divisor") for path in changed) == (not chosen)
 
 

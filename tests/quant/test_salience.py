@@ -36,15 +36,15 @@ def saliences(seed=0, channels=144):
 def test_balanced_saliences_are_equal_and_their_geometric_mean():
     a, w = saliences()
     s = csb_factors(a, w)
-    np.testing.assert_allclose((a / s) / (w * s), 1.0, rtol=0, atol=1e-15)
-    np.testing.assert_allclose((a / s) / np.sqrt(a * w), 1.0, rtol=0, atol=1e-15)
-    np.testing.assert_allclose(s, smoothing_factors(a, w, 0.5, 0.5), rtol=3e-15)
+    np.testing.assert_allclose((a / s) / (w * s), 1.0, rtol=0, atol=1e-14)
+    np.testing.assert_allclose((a / s) / np.sqrt(a * w), 1.0, rtol=0, atol=1e-14)
+    np.testing.assert_array_equal(s, smoothing_factors(a, w, 0.5, 0.5))
 
 
 def test_dead_channels_are_bounded_and_broken_ones_left_alone():
     a, w = jnp.asarray([0.0, 1.0, jnp.nan, jnp.inf]), jnp.asarray([1.0, 0.0, 1.0, 1.0])
-    for made in (csb_factors(a, w), smoothing_factors(a, w, 0.5, 0.5)):
-        np.testing.assert_allclose(made, [1e-5**0.5, 1e-5**-0.5, 1.0, 1.0], rtol=1e-12)
+    wanted = [1e-5**0.5, 1e-5**-0.5, 1.0, 1.0]
+    np.testing.assert_allclose(csb_factors(a, w), wanted, rtol=1e-12)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

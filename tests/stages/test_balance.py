@@ -6,13 +6,26 @@ import jax
 import numpy as np
 import pytest
 
+from qdiff_jax.export.bundle import load_bundle
+from qdiff_jax.methods.run import is_modulation_folded, run_method
+from qdiff_jax.models import registry
+from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.folds import folds_of
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.policy import ACTIVATION, WEIGHT, Rule, make_plan, policy
 from qdiff_jax.quant.smoothing import weight_magnitude
-from qdiff_jax.stages.balance import BalanceConfig, balance_channels
+from qdiff_jax.sites import list_sites
+from qdiff_jax.stages.balance import FOLDED, BalanceConfig, balance_channels
 from qdiff_jax.stages.channel_tops import channel_tops
-from qdiff_jax.stages.stage import Model, initial_state, kernel_at, run_stage, tuned_params
+from qdiff_jax.stages.stage import (
+    Method,
+    Model,
+    Stage,
+    initial_state,
+    kernel_at,
+    run_stage,
+    tuned_params,
+)
 
 from .. import tiny_dit
 
@@ -64,7 +77,40 @@ def test_full_precision_is_unchanged_and_no_operator_is_added():
     changed = {path.rpartition("/")[0] for path in state.aux["params"]}
     assert changed == {*LAYERS, *(f"blocks_{i}_adaLN/dense" for i in (0, 1))}
     assert set(report["layers"]) == set(LAYERS)
+    assert state.aux[FOLDED]
     assert all(layer["largest"] > 1.5 * layer["smallest"] for layer in report["layers"].values())
+
+
+def test_what_a_bundle_says_of_its_modulation_is_what_was_balanced(tmp_path):
+    """Training changes the same parameters (TDQ, BinaryDM) and leaves what the modulation means."""
+    state, _ = balanced(data(1), layers=("attn_proj",))
+    assert FOLDED not in state.aux
+    diffusion = registry.load("random:dit")
+    sites = list_sites(diffusion.model.module, *example_inputs(diffusion.model.module.config))
+    planned = make_plan(sites, policy("common", sites, 4, 8))
+    leaves = {
+        "blocks_0_adaLN/dense/bias": diffusion.model.params["blocks_0_adaLN"]["dense"]["bias"]
+    }
+    for folded in (False, True):
+        aux = {"params": leaves, **({FOLDED: np.True_} if folded else {})}
+        trained = Stage(
+            "trained",
+            lambda state, store: state,
+            lambda state, n: state,
+            lambda state, aux=aux: (state.replace(aux=aux), {}),
+            lambda state: True,
+        )
+        folder = tmp_path / str(folded)
+        run_method(
+            Method("qat", (trained,)),
+            diffusion,
+            planned,
+            jax.random.key(0),
+            folder,
+            sampler_config={"name": "ddim", "spacing": "uniform", "steps": 2},
+            extra={},
+        )
+        assert is_modulation_folded(load_bundle(folder / "bundle").manifest) == folded
 
 
 def test_with_one_step_both_saliences_of_every_layer_are_equal_in_the_end():
