@@ -41,7 +41,9 @@ def get_config(arg=None):
         train.update(tau=100.0, transition=0.3)
         config.activations.observer = "mse"
     if arg.smoke:
-        train.update(steps=6, batch_size=8, lrm_samples=8, gate_samples=8, checks=2)
+        train.update(
+            steps=8, batch_size=8, lrm_samples=8, gate_samples=8, checks=2, transition=0.75
+        )
     if arg.tau >= 0:
         train["tau"] = arg.tau
     if arg.no_ebb:

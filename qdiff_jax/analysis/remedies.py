@@ -111,6 +111,13 @@ def _renormed(params: Mapping, full: Mapping) -> set[str]:
     }
 
 
+def _rotated(params: Mapping) -> set[str]:
+    """ "site:input" of layers that rotate their input before it is quantized: its channels are other values."""
+    leaves = jax.tree_util.tree_flatten_with_path(dict(params))[0]
+    paths = [tuple(entry.key for entry in path) for path, _ in leaves]
+    return {f"{'/'.join(path[:-1])}:input" for path in paths if path[-1] == "rotation"}
+
+
 def _error(values: np.ndarray, quantizer: QParams, divisor: np.ndarray | None) -> np.ndarray:
     """What quantizing does to values [..., N], float64; divisor: [N] around the quantizer, or None."""
     inner = values if divisor is None else values / divisor
@@ -128,7 +135,7 @@ def activation_error(
 ) -> dict[str, np.ndarray]:
     """{variant: [S]}: at each step the median over activations that depend on the image of |x_q - x|^2 / |x|^2
     on full-precision values. Of activations with one range per tensor in every variant, outside blocks of which
-    one changed a normalization."""
+    one changed a normalization, and without layers whose input one rotates."""
     times = subject.trajectory.t
     full = subject.model.params
     counts = {f"{site.name}:input": math.prod(site.lhs_shape[1:]) for site in subject.sites}
@@ -140,6 +147,7 @@ def activation_error(
         for name, v in variants.items()
     }
     moved = set().union(*(_renormed(v["params"], full) for v in variants.values()))
+    turned = set().union(*(_rotated(v["params"]) for v in variants.values()))
     rows: dict[str, list] = {name: [] for name in variants}
     reports = step_reports(subject, subject.sites, Tap("sample"), on_step)
     for position, (t, report) in enumerate(zip(times, reports, strict=True)):
@@ -153,6 +161,7 @@ def activation_error(
             for key in report
             if not is_temporal(subject.model, key)
             and key.split("/")[0] not in moved
+            and key not in turned
             and all(
                 q[key] is not None and q[key].spec.granularity == "tensor" for q in held.values()
             )
@@ -170,11 +179,17 @@ def skip_error(
     subject: Subject, variants: Mapping[str, dict], on_step: Callable | None = None
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     """(layers [K], {variant: [K]}): relative squared error of the map with the smaller spread, under the input
-    quantizer of the shortcut that reads both, over all steps.
+    quantizer of the shortcut that reads both, over all steps. Shortcuts whose input a variant rotates are left
+    out.
 
     Raises NotApplicable for a model without skips.
     """
-    pairs = concatenating(subject.model.program)
+    turned = set().union(*(_rotated(v["params"]) for v in variants.values()))
+    pairs = {
+        block: pair
+        for block, pair in concatenating(subject.model.program).items()
+        if f"{block}/nin_shortcut:input" not in turned
+    }
     names = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
     layers = tuple(f"{block}/nin_shortcut" for block in pairs)
     divisors = {name: _divisors(v["params"]) for name, v in variants.items()}

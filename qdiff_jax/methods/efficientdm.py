@@ -9,6 +9,8 @@ The updates are merged into the integers at the end. Departures (`variant="faith
 - delta_w is one parameter and W0 keeps the scale it was made with; in the code both uses alias one storage,
   and each updates it.
 - Zero points are rounded in training, straight through; the code trains floats, which have no integers.
+- A zero point that leaves the codes is moved back to their nearest end after every step (in both variants):
+  beyond them 0 has no code. The code lets it go.
 - Time embedding, first and last layer get neither update nor table, as in the code, but only where they are at
   8 bits: under a policy that gives them the target bits they are trained like all others.
 - Moments are kept by sampling step, which the code has commented out: without it Adam would move steps that
@@ -25,10 +27,11 @@ from qdiff_jax.models.families import example_inputs
 from qdiff_jax.observe.quantization_noise import Paired
 from qdiff_jax.observe.sources import Sampling, SourceConfig, make_source
 from qdiff_jax.policy import SitePlan, embedding_and_ends
+from qdiff_jax.quant.step_tables import check_served
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.deferred import deferred
-from qdiff_jax.stages.finetune import FinetuneConfig, Phase, finetune
+from qdiff_jax.stages.finetune import LOSSES, FinetuneConfig, Phase, finetune
 from qdiff_jax.stages.qalora import QALoRAConfig, qalora
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.weights import calibrate_weights
@@ -61,7 +64,11 @@ class EfficientDMConfig:
     training: FinetuneConfig = FinetuneConfig()
 
     def __post_init__(self):
-        choices = {"variant": VARIANTS, "weight_method": ("minmax", "mse")}
+        choices = {
+            "variant": VARIANTS,
+            "weight_method": ("minmax", "mse"),
+            "loss": tuple(LOSSES),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -72,6 +79,12 @@ class EfficientDMConfig:
                 f"EfficientDMConfig: steps is {self.steps} and lora_divisor {self.lora_divisor}; the one is at "
                 "least 0, the other positive."
             )
+        for name in ("lora_lr", "scale_lr", "activation_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"EfficientDMConfig.{name} is {getattr(self, name)}; a rate is at least 0, and 0 "
+                    "leaves what it is for as it was."
+                )
 
 
 def phases_of(config: EfficientDMConfig) -> tuple[Phase, ...]:
@@ -107,9 +120,12 @@ def efficientdm(
 
     activation_calibration: of the ranges that learning starts from. timesteps: [S], the sampler's schedule,
     which the tables serve. sampling: what online trajectories are made of; recorded: full-precision
-    trajectories with every step, for a cached source. Raises ValueError if what the source needs is missing.
+    trajectories with every step, for a cached source. Raises ValueError if what the source needs is missing, or
+    if tables of its timesteps cannot serve the schedule.
     """
     source = make_source(config.source, len(timesteps), sampling, recorded)
+    if config.student.talsq:
+        check_served(source.timesteps, timesteps, config.student.subsample)
     if config.variant == "faithful":
         shared = config.student.base == "quantized"
         student = dataclasses.replace(config.student, base_delta_shared=shared, zp_ste=False)

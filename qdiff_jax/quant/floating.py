@@ -32,6 +32,7 @@ from qdiff_jax.quant.spec import FLOATS, QuantSpec
 # Between the ranges max / least value of the three formats, 7, 12 and 64: their geometric means.
 SPREADS = (9.2, 27.7)
 _QUANTILE = 0.25
+_LEAST_TENSOR_SCALE = 1e-30
 
 
 def grid_values(exponent_bits: int) -> np.ndarray:
@@ -124,8 +125,14 @@ def fp4_qparams(x, spec: QuantSpec, select: str = "spread") -> QParams:
     """QParams of the grid "fp4": a format and a scale for every cell of x. Host side, once per site.
 
     spec: static, grid "fp4". select: "spread" (the rule of HQ-DiT), "error" (the least squared error, which
-    the rule approaches) or the name of one format for all. Raises ValueError for another grid or name.
+    the rule approaches) or the name of one format for all. Raises ValueError for another grid or name, or a
+    spec with a scale format: scales are float32 here.
     """
+    if spec.scale_format is not None:
+        raise ValueError(
+            f"fp4_qparams got scale_format {spec.scale_format!r}, and it makes float32 scales; leave it "
+            "out, or take one of the grids e1m2, e2m1 and e3m0."
+        )
     if spec.grid != "fp4":
         raise ValueError(
             f"fp4_qparams got the grid {spec.grid!r}; a format of its own per scale is grid 'fp4'."
@@ -155,7 +162,8 @@ def nvfp4_qparams(kernel, group: int = 16) -> QParams:
     """
     spec = QuantSpec(grid="e2m1", granularity="group", axis=-2, group=group, scale_format="e4m3")
     columns = cells(spec, kernel)
-    whole = np.float32(max(np.abs(columns).max() / (6.0 * 448.0), np.finfo(np.float32).tiny))
+    # A block scale may be 2^-9 of it, and that must not be a subnormal number, which is flushed to 0.
+    whole = np.float32(max(np.abs(columns).max() / (6.0 * 448.0), _LEAST_TENSOR_SCALE))
     lo, hi = (
         v.reshape(scale_shape(spec, np.shape(kernel))) / whole
         for v in (columns.min(0), columns.max(0))

@@ -17,19 +17,19 @@ import numpy as np
 from flax import struct
 
 from qdiff_jax.quant.lsq import positive
-from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.qparams import QParams, refuse_stored_format
 from qdiff_jax.quant.quantizer import codes, fake_quant
 
 
 @struct.dataclass
-class LowRank:
+class Update:
     """a: [..., C, r] float32, b: [r, N] float32; the update is `product`."""
 
     a: jax.Array
     b: jax.Array
 
 
-def init_low_rank(key: jax.Array, shape: tuple[int, ...], rank: int) -> LowRank:
+def init_low_rank(key: jax.Array, shape: tuple[int, ...], rank: int) -> Update:
     """A uniform within +-1/sqrt(fan_in), B = 0: an update that is zero to the last bit.
 
     shape: of the weight, [..., C, N]; fan_in is the product of all its axes but the last (Kaiming-uniform
@@ -44,28 +44,33 @@ def init_low_rank(key: jax.Array, shape: tuple[int, ...], rank: int) -> LowRank:
     # On the host: drawing for every shape of a network would compile a program for each.
     seed = np.asarray(jax.random.key_data(key)).astype(np.uint32).reshape(-1).tolist()
     a = np.random.default_rng(seed).uniform(-bound, bound, (*shape[:-1], rank))
-    return LowRank(jnp.asarray(a, jnp.float32), jnp.zeros((rank, shape[-1]), jnp.float32))
+    return Update(jnp.asarray(a, jnp.float32), jnp.zeros((rank, shape[-1]), jnp.float32))
 
 
-def product(update: LowRank) -> jax.Array:
+def product(update: Update) -> jax.Array:
     """A B, [..., C, N]: exact, the contraction over r at each tap."""
     rank, columns = update.b.shape
-    flat = jnp.dot(update.a.reshape(-1, rank), update.b)
+    # In full precision on every device: what is trained and what is merged must round to the same codes.
+    flat = jnp.dot(update.a.reshape(-1, rank), update.b, precision=jax.lax.Precision.HIGHEST)
     return flat.reshape(*update.a.shape[:-1], columns)
 
 
-def merged_weight(base: jax.Array, update: LowRank, grid: QParams) -> jax.Array:
+def merged_weight(base: jax.Array, update: Update, grid: QParams) -> jax.Array:
     """FQ(W0 + A B; scale, zero point): what the layer multiplies with, differentiable in all of it."""
     return fake_quant(trained_grid(grid), base + product(update))
 
 
-def merged_codes(base: jax.Array, update: LowRank, grid: QParams) -> jax.Array:
+def merged_codes(base: jax.Array, update: Update, grid: QParams) -> jax.Array:
     """The integer codes, int32, of `merged_weight`: nothing of the update is left beside them."""
     return codes(trained_grid(grid), base + product(update))
 
 
 def trained_grid(grid: QParams) -> QParams:
-    """A grid whose scale has been trained: kept positive, the zero point fixed."""
+    """A grid whose scale has been trained: kept positive, the zero point fixed.
+
+    Raises ValueError for a scale that is stored in a format of 8 bits.
+    """
+    refuse_stored_format(grid.spec, "trained")
     return grid.replace(
         scale=positive(grid.scale), zero_point=jax.lax.stop_gradient(grid.zero_point)
     )

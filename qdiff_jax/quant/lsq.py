@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qdiff_jax.quant.affine import grad_scale, round_ste
-from qdiff_jax.quant.qparams import SCALE_FLOOR, QParams, grouped
+from qdiff_jax.quant.qparams import SCALE_FLOOR, QParams, grouped, refuse_stored_format
 from qdiff_jax.quant.spec import QuantSpec
 
 
@@ -40,7 +40,11 @@ def learned(
       round_zero_point: round a learned zero point, straight through, so that integer execution
         remains possible. False trains a free float (EfficientDM, MPQ-DM); `codes` then needs it
         rounded first.
+
+    Raises:
+      ValueError: the spec stores the scale in a format of 8 bits.
     """
+    refuse_stored_format(qparams.spec, "trained")
     scale = positive(qparams.scale)
     zero_point = qparams.zero_point
     if gradient_factor is not None:

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from qdiff_jax.quant.affine import reciprocal
@@ -120,10 +121,21 @@ def from_tensor(spec: QuantSpec, x: jax.Array, qmin, qmax) -> QParams:
     return from_range(spec, view.min(axis=axes), view.max(axis=axes), qmin, qmax)
 
 
+def refuse_stored_format(spec: QuantSpec, done: str) -> None:
+    """Raise ValueError for a scale of a stored format (e4m3, e8m0) that is `done`: it would leave it."""
+    if spec.scale_format is not None:
+        raise ValueError(
+            f"a scale of the format {spec.scale_format!r} cannot be {done}: the result has no such format any "
+            "more; plan this operand with float32 scales (scale_format=None)."
+        )
+
+
 def dynamic_qparams(spec: QuantSpec, qmin, qmax, gain=1.0) -> QParams:
     """QParams of a dynamic quantizer: the codes, and a gain () on the range to be measured."""
     if not spec.dynamic:
         raise ValueError("dynamic_qparams got a static QuantSpec; build it with from_range.")
+    if spec.scale_format is not None and np.any(np.asarray(gain) != 1.0):
+        refuse_stored_format(spec, "multiplied by a gain")
     gain, qmin, qmax = (jnp.asarray(v, jnp.float32) for v in (gain, qmin, qmax))
     return QParams(scale=gain, zero_point=jnp.zeros_like(gain), qmin=qmin, qmax=qmax, spec=spec)
 

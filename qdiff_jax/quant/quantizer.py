@@ -112,7 +112,8 @@ def quantizer(spec: QuantSpec) -> Quantizer:
     def codes(qparams, x):
         q, params = encode(freeze(qparams, x), x)
         # NaN has no code; it takes that of zero, while `apply` keeps it NaN.
-        q = jnp.where(jnp.isnan(q), jnp.broadcast_to(params[1], q.shape), q)
+        zero = grid.encode(jnp.zeros((1,) * q.ndim, jnp.float32), *params)
+        q = jnp.where(jnp.isnan(q), zero, q)
         return q.astype(jnp.int32).reshape(x.shape)
 
     def dequantize(qparams, codes):

@@ -130,7 +130,7 @@ def _search(columns, lo, hi, qmin, qmax, power, spec) -> tuple[np.ndarray, np.nd
 
     lo_all, hi_all, low, high = (spread(np.atleast_1d(v)) for v in (lo, hi, qmin, qmax))
     high = np.where(high > low, high, low + 1.0).astype(np.float32)  # for the columns of padding
-    grid = QuantSpec(symmetric=spec.symmetric, signed=spec.signed)
+    grid = QuantSpec(symmetric=spec.symmetric, signed=spec.signed, scale_format=spec.scale_format)
     parts = []
     for start in range(0, lanes * width, WIDTH):
         cut = slice(start, start + WIDTH)

@@ -13,7 +13,8 @@ import numpy as np
 
 from qdiff_jax.quant.affine import round_ste
 from qdiff_jax.quant.lsq import positive
-from qdiff_jax.quant.qparams import QParams
+from qdiff_jax.quant.qparams import QParams, refuse_stored_format
+from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed
 
 
@@ -24,17 +25,23 @@ def repeated(qparams: QParams, rows: int) -> QParams:
     )
 
 
+def learns_zero_point(spec: QuantSpec) -> bool:
+    """Whether the zero point is a number to learn: of symmetric grids it is 0, of others no zero point."""
+    return spec.grid == "affine" and not spec.symmetric
+
+
 def trained_rows(table: QParams, zp_ste: bool = True) -> QParams:
     """The rows as a training step quantizes with them: scale kept positive, the zero point a code.
 
     zp_ste: round the zero point, straight through, as integer execution needs it; False leaves it the free
-    float that the official code trains. Symmetric grids have none to learn.
+    float that the official code trains. Only asymmetric affine grids have one to learn.
     """
     zero = table.zero_point
-    if table.spec.symmetric:
+    if not learns_zero_point(table.spec):
         zero = jax.lax.stop_gradient(zero)
     elif zp_ste:
         zero = round_ste(zero)
+    refuse_stored_format(table.spec, "trained")
     return table.replace(scale=positive(table.scale), zero_point=zero)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from qdiff_jax.quant.qparams import QParams, from_range
+from qdiff_jax.quant.qparams import QParams, from_range, refuse_stored_format
 from qdiff_jax.quant.spec import QuantSpec
 
 RULES = ("step", "exact", "nearest", "bin")
@@ -247,13 +247,19 @@ def widen(range_or_qparams, margin: float = 1.1):
     Args:
       range_or_qparams: (lo, hi), or a static QParams, or any tree of QParams such as a TimeIndexed.
       margin: factor on both ends.
+
+    Raises ValueError for a scale that is stored in a format of 8 bits: widen its range before it is made.
     """
     if isinstance(range_or_qparams, tuple) and len(range_or_qparams) == 2:
         lo, hi = range_or_qparams
         return jnp.minimum(lo, 0.0) * margin, jnp.maximum(hi, 0.0) * margin
 
     def stretch(node):
-        return node.replace(scale=node.scale * margin) if isinstance(node, QParams) else node
+        if not isinstance(node, QParams):
+            return node
+        if margin != 1.0:
+            refuse_stored_format(node.spec, "widened")
+        return node.replace(scale=node.scale * margin)
 
     return jax.tree.map(stretch, range_or_qparams, is_leaf=lambda node: isinstance(node, QParams))
 

@@ -40,10 +40,10 @@ def split_student(
 ) -> tuple[dict, dict]:
     """(trainable, frozen) of a state whose weights and activations have ranges.
 
-    trainable: "kernels" and "others" by path, "steps" (sigma_I, or an LSQ step) and "second" (sigma_II) by
-    site, "activations" (steps) by "site:operand". two_bases, interval: see `train_binary.BinaryTrainConfig`.
-    phases: in place of `progressive`. example: {"x", "t", "y"}, of which only shapes matter. Raises
-    ValueError for a weight without a range or an activation with a step table.
+    trainable: "kernels" and "others" by path (a `rotation` is frozen), "steps" (sigma_I, or an LSQ step) and
+    "second" (sigma_II) by site, "activations" (steps) by "site:operand". two_bases, interval: see
+    `train_binary.BinaryTrainConfig`. phases: in place of `progressive`. example: {"x", "t", "y"}, of which
+    only shapes matter. Raises ValueError for a weight without a range or an activation with a step table.
     """
     params = tuned_params(model.params, state.aux)
     shapes = value_shapes(model.program, params, example)
@@ -70,15 +70,19 @@ def split_student(
     for name, grid in activations.items():
         factors[name] = gradient_factor(sizes[name], grid.qmax)
     kernels = {f"{name}/kernel" for name in grids}
+    # A rotation has no gradient, and decay alone would make it none.
+    rotations = {path: leaf for path, leaf in leaves.items() if path.endswith("/rotation")}
+    resting = {*kernels, *rotations}
     trainable = {
         "kernels": {path: leaf for path, leaf in leaves.items() if path in kernels},
-        "others": {path: leaf for path, leaf in leaves.items() if path not in kernels},
+        "others": {path: leaf for path, leaf in leaves.items() if path not in resting},
         "steps": {name: grid.scale for name, grid in grids.items()},
         "second": second,
         "activations": {name: grid.scale for name, grid in activations.items()},
     }
     frozen = {
         "params": model.params,
+        "rotations": rotations,
         "grids": grids,
         "activations": activations,
         "factors": factors,
@@ -135,7 +139,7 @@ def student(trainable: Mapping, frozen: Mapping, step, gate) -> tuple[dict, dict
         fields = sites.setdefault(site, {"product": operand in PRODUCTS})
         fields["lhs" if operand in _LEFT else "rhs"] = made
     quant = nest_sites({name: SiteQuant(**fields) for name, fields in sites.items()})
-    leaves = {**trainable["others"], **trainable["kernels"]}
+    leaves = {**frozen["rotations"], **trainable["others"], **trainable["kernels"]}
     return replace_leaves(frozen["params"], leaves), quant
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.quant.lora import (
-    LowRank,
+    Update,
     init_low_rank,
     merged_codes,
     merged_weight,
@@ -31,6 +31,7 @@ from qdiff_jax.quant.quantizer import codes, dequantize
 from qdiff_jax.quant.step_tables import (
     check_served,
     kept_among_codes,
+    learns_zero_point,
     on_schedule,
     repeated,
     trained_rows,
@@ -143,7 +144,9 @@ def qalora(
             if not isinstance(held, QParams):
                 raise ValueError(f"{name} needs one calibrated range before its steps are learned.")
             fixed["activations"][name] = table = repeated(held, len(rows))
-            learned = {"scale": table.scale, "zero_point": table.zero_point}
+            learned = {"scale": table.scale}
+            if learns_zero_point(table.spec):  # of others decay would move what nothing trains
+                learned["zero_point"] = table.zero_point
             trainable["tables"][name] = learned
         if not trainable["tables"]:
             del trainable["tables"]
@@ -184,7 +187,7 @@ def _factors(trainable: Mapping, rates: str) -> dict:
     elif rates == "constant":
         means = dict.fromkeys(means, 1.0)
     factors = {site: jnp.float32(mean) for site, mean in means.items()}
-    return {site: LowRank(a=factor, b=factor) for site, factor in factors.items()}
+    return {site: Update(a=factor, b=factor) for site, factor in factors.items()}
 
 
 def _weight(learned, given):
@@ -238,7 +241,7 @@ def settle(before: Mapping, after: dict, fixed: Mapping) -> dict:
         tables = {}
         for name, learned in after["tables"].items():
             table = kept_among_codes(fixed["activations"][name].replace(**learned))
-            tables[name] = {**learned, "zero_point": table.zero_point}
+            tables[name] = {field: getattr(table, field) for field in learned}
         after = {**after, "tables": tables}
     if "base_scales" in after:
         both = jax.tree.map(

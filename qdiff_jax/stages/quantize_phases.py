@@ -80,5 +80,7 @@ def quantized_from(qparams: QParams, begun: jax.Array) -> QParams:
     reach = 4.0 * qparams.scale * (qparams.qmax - qparams.qmin + 1.0)
     fine = (reach / _FINE, jnp.zeros_like(qparams.zero_point), -_FINE, _FINE)
     held = (qparams.scale, qparams.zero_point, qparams.qmin, qparams.qmax)
+    # How far the fine grid reaches follows from the scale: without the stop, noise would train it.
+    fine = jax.lax.stop_gradient(fine)
     scale, zero, qmin, qmax = (jnp.where(begun, a, b) for a, b in zip(held, fine))
     return qparams.replace(scale=scale, zero_point=zero, qmin=qmin, qmax=qmax)

@@ -33,14 +33,24 @@ from qdiff_jax.stages.reconstruct_time_scales import step_inputs
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.whole_network import Carry, train_whole
 
+# Kinds of trainables, see `binary_student.split_student`. Before an operand is quantized, the numbers of its
+# quantizer rest, decay and moments included: Adam would make whole steps of whatever small gradient they have.
+NETWORK = ("kernels", "others")
+QUANTIZERS = {
+    "steps": ":weight",
+    "second": ":weight",
+    "activations": "",
+}  # name + this: the operand
+
 
 @dataclasses.dataclass(frozen=True)
 class BinaryTrainConfig:
     """The paper's figures for the DDIM of CIFAR-10, at a tenth of the rate of full-precision training.
 
     lr: constant, or with `schedule` "cosine" falling to 0. weight_decay: of AdamW, on everything, as in
-    torch. ema: decay of the averages that are kept in the end. two_bases: blocks at no less than this share
-    of the input's side begin with two bases; 0 for all, above 1 for none. tau: weight of L_EBB, which
+    torch. ema: decay of the averages that are kept in the end, begun anew at the transition. two_bases:
+    blocks at no less than this share of the input's side begin with two bases; 0 for all, above 1 for none.
+    tau: weight of L_EBB, which
     pulls each scale with tau / (layers * channels), so that few steps need far more than the paper's: in
     1,000 steps of a toy 9e-2 moves them by a tenth and 10 to nothing. lrm: weight
     lambda of L_LRM, 0 to leave it out; divisor: K, of C channels C / K directions are followed; lrm_samples:
@@ -100,7 +110,8 @@ def train_binary(
     quantized from when; by default `progressive` over the depths of the network. `finish` decides the codes
     of the averaged weights with one basis and puts every other parameter into `aux["params"]`; its report
     has the first and last loss and what the transition found. Raises FloatingPointError if the loss is not
-    finite, ValueError for an activation with a step table or a weight without a range.
+    finite, ValueError for an activation with a step table, a weight without a range, or a phase that begins
+    after the end, or after the first question about the second basis.
     """
     arrays, noising = _arrays(data)
     size = len(jax.tree.leaves(arrays)[0])
@@ -112,6 +123,7 @@ def train_binary(
         trainable, frozen = split_student(
             model, state, config.two_bases, config.interval, phases, _example(arrays)
         )
+        _check_phases(frozen["starts"], bool(trainable["second"]), config, points)
         weights = {"tau": np.float32(config.tau), "lrm": np.float32(config.lrm)}
         frozen |= {"weights": weights, "directions": []}
         if taps:
@@ -125,8 +137,7 @@ def train_binary(
     def optimizer(trainable):
         gate = {"open": np.float32(bool(trainable["second"])), "at": np.float32(-1)}
         ratio = {"as_trained": np.float32(np.nan), "without": np.float32(np.nan)}
-        adam = optax.scale_by_adam().init(trainable)
-        return {"adam": adam, "ema": trainable, "gate": {**gate, **ratio}}
+        return {"adam": _initial_moments(trainable), "ema": trainable, "gate": {**gate, **ratio}}
 
     def inputs(state: QuantState, first: int, stop: int):
         rows, rates, keys = step_inputs(config, state.key, size, 0, first, stop)
@@ -163,7 +174,9 @@ def train_binary(
             )
         found = {"open": 0.0, "at": carry.step, "as_trained": kept, "without": dropped}
         found = {name: jnp.float32(value) for name, value in found.items()}
-        held = {**carry.work["optimizer"], "gate": found}
+        # What is averaged from here on has been judged; weights with a second basis to help them were not.
+        copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), carry.work["trainable"])
+        held = {**carry.work["optimizer"], "gate": found, "ema": copied}
         return carry._replace(work={**carry.work, "optimizer": held})
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
@@ -199,8 +212,29 @@ def train_binary(
 
 def _gate_points(config: BinaryTrainConfig) -> tuple[int, ...]:
     """Steps before which the transition is asked for; the last one is where it happens in any case."""
-    ends = (round(share * config.steps) for share in (config.transition, config.latest))
-    return tuple(int(p) for p in np.unique(np.linspace(*ends, config.checks).round()))
+    ends = tuple(round(share * config.steps) for share in (config.transition, config.latest))
+    asked = np.append(np.linspace(*ends, config.checks).round(), ends[1])
+    return tuple(int(p) for p in np.unique(asked))
+
+
+def _check_phases(
+    starts: Mapping[str, Any], second: bool, config: BinaryTrainConfig, points: tuple[int, ...]
+) -> None:
+    """Raise ValueError for an operand that is quantized too late, or never. starts: those above 0."""
+    if not (starts and config.steps):
+        return
+    name = max(starts, key=lambda name: int(starts[name]))
+    if starts[name] >= config.steps:
+        raise ValueError(
+            f"train_binary: {name} begins to be quantized at step {starts[name]}, and training ends after "
+            f"{config.steps}; lower binarydm.interval ({config.interval}), or train longer."
+        )
+    if second and starts[name] > points[0]:
+        raise ValueError(
+            f"train_binary: {name} begins to be quantized at step {starts[name]}, and step {points[0]} asks "
+            f"whether the second basis may go; lower binarydm.interval ({config.interval}) or raise "
+            f"binarydm.transition ({config.transition})."
+        )
 
 
 def _arrays(data: Any) -> tuple[dict, Noising | None]:
@@ -245,6 +279,11 @@ def _make_step(unit: Unit, noising: Noising | None, weight_decay: float, ema: fl
             loss = loss + frozen["weights"]["lrm"] * followed
         return loss
 
+    def moved(weights, slopes, before, lr):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, after = adam.update(slopes, before)
+        return jax.tree.map(lambda w, u: w - lr * (u + weight_decay * w), weights, updates), after
+
     def step(carry, inputs):
         number, rows, lr, key_data = inputs
         batch = _batch(carry["data"], rows, jax.random.wrap_key_data(key_data), noising)
@@ -252,18 +291,39 @@ def _make_step(unit: Unit, noising: Noising | None, weight_decay: float, ema: fl
         loss, gradients = jax.value_and_grad(objective)(
             carry["trainable"], carry["frozen"], batch, number, held["gate"]["open"]
         )
-        with jax.numpy_dtype_promotion("standard"):
-            updates, moments = adam.update(gradients, held["adam"])
-        trainable = jax.tree.map(
-            lambda w, u: w - lr * (u + weight_decay * w), carry["trainable"], updates
-        )
-        n = number.astype(jnp.float32)
+        trainable, moments = {}, {}
+        for kind, leaves in carry["trainable"].items():
+            given = (gradients[kind], held["adam"][kind])
+            if kind in NETWORK:
+                trainable[kind], moments[kind] = moved(leaves, *given, lr)
+                continue
+            trainable[kind], moments[kind] = {}, {}
+            for name, leaf in leaves.items():
+                slope, before = (tree[name] for tree in given)
+                start = carry["frozen"]["starts"].get(name + QUANTIZERS[kind])
+                made = moved(leaf, slope, before, lr)
+                if start is not None:
+                    made = _chosen(number >= start, made, (leaf, before))
+                trainable[kind][name], moments[kind][name] = made
+        n = number.astype(jnp.float32) - jnp.maximum(held["gate"]["at"], 0.0)
         decay = jnp.minimum(ema, (1.0 + n) / (10.0 + n))
         average = jax.tree.map(lambda old, new: new + decay * (old - new), held["ema"], trainable)
         held = {"adam": moments, "ema": average, "gate": held["gate"]}
         return {**carry, "trainable": trainable, "optimizer": held}, loss
 
     return step
+
+
+def _initial_moments(trainable: Mapping) -> dict:
+    """Adam's state by kind; every number of a quantizer has a state, and so a count, of its own."""
+    adam = optax.scale_by_adam()
+    made = {kind: adam.init(trainable[kind]) for kind in NETWORK}
+    own = {k: {n: adam.init(leaf) for n, leaf in trainable[k].items()} for k in QUANTIZERS}
+    return {**made, **own}
+
+
+def _chosen(begun: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(begun, a, b), new, old)
 
 
 def _mean_second(second: Mapping[str, jax.Array]) -> jax.Array:
@@ -280,7 +340,8 @@ def _error(unit: Unit, model: Model, work: Mapping, step: int, gate: float, batc
     made = _predict(
         unit, work["trainable"], work["frozen"], np.int32(step), np.float32(gate), batch
     )
-    made, full = (np.asarray(v, np.float64) for v in (made, full))
+    channels = batch["eps_fp"].shape[-1]  # those of the objective
+    made, full = (np.asarray(v, np.float64)[..., :channels] for v in (made, full))
     return float(np.sum((made - full) ** 2) / np.sum(full**2))
 
 

@@ -117,10 +117,12 @@ def _split(model: Model, state: QuantState, config: TrainConfig) -> tuple[dict, 
             )
         grids[entry.site] = grid
     kernels = {f"{name}/kernel" for name in grids}
+    # A rotation has no gradient, and decay alone would make it none.
+    resting = {*kernels, *(path for path in leaves if path.endswith("/rotation"))}
     scales = state.aux.get("time_scales", {})
     trainable = {
         "kernels": {path: leaf for path, leaf in leaves.items() if path in kernels},
-        "others": {path: leaf for path, leaf in leaves.items() if path not in kernels},
+        "others": {path: leaf for path, leaf in leaves.items() if path not in resting},
         "steps": {name: grid.scale for name, grid in grids.items()},
         "layers": {name: scale.layers for name, scale in scales.items()},
     }

@@ -47,11 +47,11 @@ def train_whole(
 
     begin(state) -> (trainable, frozen, data), or (trainable, frozen, data, fixed): of the first three the
     steps have their own copies, `fixed` is shared with whoever holds it and goes to step(work, input, fixed).
-    inputs(state, first, stop): what steps first..stop-1 read,
-    functions of the state's key and the step's number alone, so that a resumed run sees the same.
-    step(work, input) -> (work, loss). optimizer(trainable): its state before the first step, Adam's by default;
-    averages of the weights belong there too. kept: the parts of work that steps change, which are saved.
-    Raises FloatingPointError if a loss is not finite.
+    inputs(state, first, stop): what steps first..stop-1 read, functions of the state's key and the step's
+    number alone, so that a resumed run sees the same. step(work, input) -> (work, loss).
+    optimizer(trainable): its state before the first step, Adam's by default; averages of the weights belong
+    there too. kept: the parts of work that steps change, which are saved. Raises FloatingPointError if a
+    loss is not finite.
     """
     start = optax.scale_by_adam().init if optimizer is None else optimizer
 

@@ -77,6 +77,37 @@ def test_factors_moved_into_the_weights_stand_around_the_quantizer(subject):
     }
 
 
+def test_what_a_variant_renormed_or_rotated_is_left_out(subject):
+    """Of two layers the coarse one; the other decides alone."""
+    coarse, fine = (from_range(ACTIVATION, -8.0, 8.0, 0, top) for top in (3, 255))
+    held = {"mid_block_1/conv1": SiteQuant(lhs=coarse), "conv_in/conv": SiteQuant(lhs=fine)}
+    full = subject.model.params
+    block = full["mid_block_1"]
+    scale = np.asarray(block["norm1"]["scale"])
+    renormed = {**block, "norm1": {**block["norm1"], "scale": 2 * scale}}
+    channels = block["conv1"]["kernel"].shape[-2]
+    turned = {**block, "conv1": {**block["conv1"], "rotation": np.ones((1, channels), np.float32)}}
+
+    def median(params, sites):
+        other = {"params": full, "quant": nest_sites(sites)}
+        return activation_error(subject, {"one": {**other, "params": params}, "other": other})[
+            "other"
+        ]
+
+    both, alone = median(full, held), median(full, {"conv_in/conv": held["conv_in/conv"]})
+    assert (both > 4 * alone).all()
+    for params in ({**full, "mid_block_1": renormed}, {**full, "mid_block_1": turned}):
+        np.testing.assert_array_equal(median(params, held), alone)
+    up = full["up_0_block_0"]
+    shortcut = {**up["nin_shortcut"], "rotation": np.ones((1, 1), np.float32)}
+    rotated = {**full, "up_0_block_0": {**up, "nin_shortcut": shortcut}}
+    one = variables(subject, lambda _: fine)
+    layers, error = skip_error(subject, {"one": one, "turned": {**one, "params": rotated}})
+    assert layers
+    assert "up_0_block_0/nin_shortcut" not in layers
+    assert error["one"].shape == (len(layers),)
+
+
 def test_a_range_for_each_map_serves_the_smaller_one(subject):
     width = subject.model.params["up_0_block_0"]["nin_shortcut"]["kernel"].shape[-2] // 2
     split = QuantSpec(granularity="split", axis=-1, boundary=width)

@@ -73,7 +73,7 @@ def test_the_smoke_run_ends_in_bits_that_integers_execute(tmp_path):
     assert np.isfinite(list(errors.values())[1:]).all()
     folder = tmp_path / "variants" / "binarydm_w1a4"
     record = json.loads((folder / "quantize.json").read_text())["stages"]["2_train_binary"]
-    assert record["transition"]["step"] in (3, 5)
+    assert record["transition"]["step"] in (6, 7)
     simulated, executed = (load_for_sampling(folder / "bundle", execute=e) for e in (False, True))
     flat = flatten_sites(executed.variables["quant"])
     packed = [site.rhs for site in flat.values() if isinstance(site.rhs, QTensor)]

@@ -82,7 +82,23 @@ def test_its_stages_and_what_it_refuses():
     cached = EfficientDMConfig(source=SourceConfig(kind="cached"))
     with pytest.raises(ValueError, match="give `paired`"):
         efficientdm(model, calibration(), TIMES, sampling=SAMPLING, config=cached)
-    for wrong in (dict(variant="paper"), dict(weight_method="max"), dict(steps=-1)):
+    # Before anything is calibrated: the tables are for the sampler's own schedule.
+    every = EfficientDMConfig(
+        student=QALoRAConfig(subsample="every"), source=SourceConfig(sampling_steps=5)
+    )
+    with pytest.raises(ValueError, match="has no every-n-th entry for 2 steps"):
+        efficientdm(model, calibration(), TIMES, sampling=SAMPLING, config=every)
+    wrongs = (
+        dict(variant="paper"),
+        dict(weight_method="max"),
+        dict(steps=-1),
+        dict(loss="eps"),
+        dict(scale_lr=-1e-6),
+        dict(activation_lr=float("nan")),
+        dict(lora_lr=-1.0),
+        dict(lora_divisor=0.0),
+    )
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="EfficientDMConfig"):
             EfficientDMConfig(**wrong)
     with pytest.raises(ValueError, match="QALoRAConfig.rates"):
@@ -110,6 +126,7 @@ def test_the_one_phase_of_the_paper():
         "w2a8,model=dit,no_talsq,rates=mean,laptop",
         "w4a8,base=full_precision,ranges=mse",
         "w4a4,source=cached,target=noise,untuned",
+        "w6a6,no_lora",
     ],
 )
 def test_every_word_of_the_config_is_read(words):
@@ -122,6 +139,14 @@ def test_every_word_of_the_config_is_read(words):
     assert made.student.talsq == ("no_talsq" not in given)
     assert made.source.kind == ("cached" if "source=cached" in given else "online")
     assert (made.steps == 0) == ("untuned" in given)
+    assert made.lora == ("no_lora" not in given)
+    assert made.student.rates == ("mean" if "rates=mean" in given else "scale_aware")
+    base = "full_precision" if "base=full_precision" in given else "quantized"
+    assert made.student.base == base
+    ranges = "mse" if {"ranges=mse", "laptop"} & set(given) else "minmax"
+    assert made.weight_method == ranges
+    assert made.source.target == ("noise" if "target=noise" in given else "teacher")
+    assert ("dit" in config.model) == ("model=dit" in given)
     if words == "w4a4":  # the paper's figures
         assert made == EfficientDMConfig()
         assert method_settings(config).activations.observer == "mse"

@@ -159,6 +159,12 @@ class TestBlockScales:
         expected = (q * held.scale[:, None]).reshape(w.shape)
         np.testing.assert_allclose(quantized(held, jnp.asarray(w)), expected, rtol=1e-6)
 
+    def test_a_kernel_of_zeros_stays_one(self):
+        held = nvfp4_qparams(np.zeros((32, 4), np.float32))
+        np.testing.assert_array_equal(quantized(held, jnp.zeros((32, 4))), 0.0)
+        small = 1e-25 * self.kernel()[:32, :4]
+        assert relative(quantized(nvfp4_qparams(small), jnp.asarray(small)), small) < 0.1
+
     def test_mxfp4_scales_are_powers_of_two_and_hold_the_largest_value_of_a_block(self):
         spec = QuantSpec(grid="e2m1", granularity="group", axis=-2, group=32, scale_format="e8m0")
         w = self.kernel()
@@ -212,6 +218,8 @@ def test_what_a_float_grid_is_not_is_refused():
         fp4_qparams(np.ones((2, 2)), QuantSpec())
     with pytest.raises(ValueError, match="select is 'best'"):
         fp4_qparams(np.ones((2, 2)), QuantSpec(grid="fp4"), "best")
+    with pytest.raises(ValueError, match="fp4_qparams got scale_format 'e4m3'"):
+        fp4_qparams(np.ones((2, 2)), QuantSpec(grid="fp4", scale_format="e4m3"))
     with pytest.raises(ValueError, match="scale_format is 'fp8'"):
         QuantSpec(grid="e2m1", scale_format="fp8")
     with pytest.raises(ValueError, match="signed symmetric grid"):

@@ -8,7 +8,7 @@ import pytest
 from qdiff_jax.export.qtensor import dequantize, from_codes
 from qdiff_jax.operators import DENSE, Operator, plain
 from qdiff_jax.quant.lora import (
-    LowRank,
+    Update,
     init_low_rank,
     merged_codes,
     merged_weight,
@@ -53,7 +53,7 @@ def test_the_contraction_is_exact_where_floats_are():
     rng = np.random.default_rng(0)
     a = rng.integers(-4, 5, (3, 3, 6, 5))
     b = rng.integers(-4, 5, (5, 7))
-    made = product(LowRank(jnp.float32(a), jnp.float32(b)))
+    made = product(Update(jnp.float32(a), jnp.float32(b)))
     np.testing.assert_array_equal(made, np.einsum("klir,ro->klio", a, b))
 
 

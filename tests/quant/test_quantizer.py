@@ -86,7 +86,8 @@ def make(spec, x, bits, clip=0.7):
     """Static ranges clip some values on purpose."""
     qmin, qmax = code_range(spec, bits)
     if spec.dynamic:
-        return dynamic_qparams(spec, qmin, qmax, gain=clip)
+        # A scale of 8 bits takes no gain.
+        return dynamic_qparams(spec, qmin, qmax, gain=1.0 if spec.scale_format else clip)
     x = np.asarray(x)
     view = grouped(spec, x)
     axis = x.ndim + spec.axis
@@ -290,6 +291,23 @@ def test_degenerate_ranges(bits, spec, shape, kind, seed):
         np.testing.assert_array_equal(f["again"], f["x_hat"])
         # One step where rounding the zero point pushed an end of the range out by half a step.
         assert f["half_step" if spec.symmetric else "one_step"].all()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        from_range(QuantSpec(), -1.0, 2.0, 0, 15),
+        from_range(QuantSpec(grid="e2m1"), -6.0, 6.0, -7, 7),
+        from_range(QuantSpec(grid="e2m1", granularity="channel"), -np.ones(2), np.ones(2), -7, 7),
+        from_range(QuantSpec(grid="log2", zero_code=True), 0.0, 1.0, 0, 15),
+    ],
+    ids=["affine", "e2m1", "e2m1_channel", "log2"],
+)
+def test_the_code_of_nan_is_that_of_zero(params):
+    x = jnp.array([[jnp.nan, 0.0], [0.0, jnp.nan]])
+    found = quantizer.codes(params, x)
+    np.testing.assert_array_equal(found, quantizer.codes(params, jnp.zeros_like(x)))
+    np.testing.assert_array_equal(quantizer.dequantize(params, found), 0.0)
 
 
 def test_infinite_inputs_clip_nan_stays_and_a_broken_range_is_loud():

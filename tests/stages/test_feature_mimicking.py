@@ -46,6 +46,12 @@ def test_the_channel_axis_is_the_last():
     assert moved == pytest.approx(cost, rel=1e-5)
     by_hand = np.mean(((made - full).reshape(-1, 32) @ np.asarray(held)) ** 2)
     assert cost == pytest.approx(float(by_hand), rel=1e-4)
+    # As high as it has channels, so that both orders have a product with the directions.
+    tall, change = (np.resize(features(s), (2, 32, 5, 32)) for s in (0, 2))
+    exchanged = [value.swapaxes(1, 3) for value in (tall + change, tall)]
+    along = float(mimicking_loss([tall + change], [tall], [held]))
+    across = float(mimicking_loss(exchanged[:1], exchanged[1:], [held]))
+    assert across < 0.5 * along
 
 
 def test_the_rank_is_a_share_of_the_channels_rounded_up():

@@ -10,9 +10,12 @@ import pytest
 from qdiff_jax.export.qtensor import QTensor, dequantize
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.sources import cached, online
+from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.quantizer import dequantize as values_of
+from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed, select, step_context
 from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.stages import finetune as module
 from qdiff_jax.stages.finetune import FinetuneConfig, Phase, finetune, schedule
 from qdiff_jax.stages.qalora import QALoRAConfig, qalora
 from qdiff_jax.stages.stage import decide_codes, fold_weights, kernel_at, run_stage
@@ -171,17 +174,21 @@ def test_a_table_row_has_a_gradient_only_where_the_batch_has_its_step(order):
 
 
 def test_rows_that_nobody_visits_and_their_moments_stay_bit_identical():
-    """Two steps of a trajectory from the noisiest on: rows 3 and 2 move, 1 and 0 do not, momentum or not."""
-    work = stage()
-    begun, done = after(work, 0), after(stage(), 3)
-    for (path, old), (_, new) in zip(
-        jax.tree_util.tree_leaves_with_path([begun.work[part][label] for part, label in PARTS]),
-        jax.tree_util.tree_leaves_with_path([done.work[part][label] for part, label in PARTS]),
-    ):
-        np.testing.assert_array_equal(old[:1], new[:1], str(path))
-    tables = begun.work["trainable"]["tables"], done.work["trainable"]["tables"]
-    for name in tables[0]:
-        assert (np.asarray(tables[0][name]["scale"][1:] != tables[1][name]["scale"][1:])).all()
+    """From the noisiest step on: after three steps rows 3, 2 and 1 have moved and 0 has not. The fifth is the
+    first of another trajectory: row 3 moves, and 2, 1 and 0 rest although they have momentum."""
+    begun, three, four, five = (kept(after(stage(), n)) for n in (0, 3, 4, 5))
+    for old, new, resting in ((begun, three, slice(0, 1)), (four, five, slice(0, 3))):
+        for (path, before), (_, now) in zip(*map(jax.tree_util.tree_leaves_with_path, (old, new))):
+            np.testing.assert_array_equal(before[resting], now[resting], str(path))
+        for name, table in old[0].items():
+            moved = np.asarray(table["scale"] != new[0][name]["scale"])
+            assert moved.tolist() == [False] * resting.stop + [True] * (STEPS - resting.stop)
+    assert all(np.any(leaf[:3] != 0) for leaf in jax.tree.leaves(four[1]))
+
+
+def kept(carry):
+    """Tables and their optimizer's state."""
+    return [carry.work[part][label] for part, label in PARTS]
 
 
 PARTS = (("trainable", "tables"), ("optimizer", "tables"))
@@ -291,6 +298,46 @@ def test_a_shared_step_takes_the_updates_of_both_its_uses():
     seen = jax.jit(student(shared).variables)(trainable, fixed, toy.model().params)
     expected = values_of(grid, fixed["bases"]["net/l0"].astype(jnp.int32))
     np.testing.assert_allclose(kernel_at(seen["params"], "net/l0"), expected, rtol=1e-6)
+
+
+def test_weight_decay_is_decoupled_and_has_the_rate_of_its_leaf():
+    """As long as B is 0, A has no gradient: it becomes A (1 - lr mean(delta_w) decay)."""
+    work = stage(phases=(Phase(1, {"lora": 1.0}, SUM),), training=FinetuneConfig(weight_decay=0.5))
+    drawn = student().begin(start())[0]["lora"]
+    trained = after(work, 1).work["trainable"]["lora"]
+    for name in toy.LAYERS:
+        mean = float(jnp.mean(flatten_sites(start().quant)[name].rhs.scale))
+        np.testing.assert_allclose(trained[name].a, drawn[name].a * (1 - 0.5 * mean), rtol=1e-5)
+
+
+def test_only_a_zero_point_is_learned_as_one():
+    """Of a symmetric grid it is 0, and a float grid has exponent bits in its place: decay moved them."""
+    grids = {
+        "net/l0": from_range(QuantSpec(grid="e2m1"), -3.0, 3.0, -7, 7),
+        "net/l1": from_range(QuantSpec(symmetric=True, signed=True), -3.0, 3.0, -8, 7),
+    }
+    flat = flatten_sites(start().quant)
+    mixed = {name: flat[name].replace(lhs=grids.get(name, flat[name].lhs)) for name in flat}
+    work = stage(training=FinetuneConfig(weight_decay=0.5))
+    carry = after(work, 5, start().replace(quant=nest_sites(mixed)))
+    learned = {name: set(leaves) for name, leaves in carry.work["trainable"]["tables"].items()}
+    assert learned == {
+        "net/l0:input": {"scale"},
+        "net/l1:input": {"scale"},
+        "net/l2:input": {"scale", "zero_point"},
+    }
+    made = flatten_sites(work.finish(carry)[0].quant)
+    for name, grid in grids.items():
+        zero = made[name].lhs.table.zero_point
+        np.testing.assert_array_equal(zero, np.full(STEPS, grid.zero_point))
+
+
+def test_the_step_is_told_to_recompute_blocks(monkeypatch):
+    told = []
+    monkeypatch.setattr(module, "make_step", lambda net, program, *rest: told.append(program))
+    for remat in (False, True):
+        stage(training=FinetuneConfig(remat=remat))
+    assert told == [None, toy.program(16)]
 
 
 @pytest.mark.slow

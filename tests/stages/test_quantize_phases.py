@@ -63,6 +63,18 @@ def test_before_its_step_an_operand_is_in_full_precision(spec, codes, ends):
     np.testing.assert_array_equal(at(True)[0], fake_quant(grid, x))
 
 
+def test_before_its_step_nothing_pulls_at_the_scale():
+    grid = from_range(QuantSpec(), -0.3, 4.0, 0, 15)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)), jnp.float32)
+
+    def made(scale, begun):
+        return jnp.sum(fake_quant(quantized_from(grid.replace(scale=scale), begun), x) ** 2)
+
+    slope = jax.jit(jax.grad(made))
+    assert float(slope(grid.scale, False)) == 0.0
+    assert float(slope(grid.scale, True)) != 0.0
+
+
 def test_a_grid_without_a_fine_form_is_refused():
     for grid in (
         dynamic_qparams(QuantSpec(dynamic=True), 0, 15),

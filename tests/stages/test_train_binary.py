@@ -16,9 +16,11 @@ from qdiff_jax.export.qtensor import QTensor, codes
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.timed import from_rows
 from qdiff_jax.sites import flatten_sites
+from qdiff_jax.stages import train_binary as module
 from qdiff_jax.stages.binary_student import decide_student, split_student, student
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.noising import Images, Noising
+from qdiff_jax.stages.quantize_phases import Phase
 from qdiff_jax.stages.stage import fold_weights, run_stage, set_site, tuned_params
 from qdiff_jax.stages.train_binary import BinaryTrainConfig, train_binary
 
@@ -114,6 +116,7 @@ def test_killed_and_resumed_equals_uninterrupted(reports, tmp_path):
         tmp_path,
         chunk=5,
     )
+    # Stopped at 3, 6 or 8 steps (a question comes at 8), saved at the first two.
     assert seen[0] > 3 * reports
     assert chain.leaves_equal((resumed.quant, resumed.aux), (whole()[0].quant, whole()[0].aux))
     assert report["transition"] == whole()[1]["transition"]
@@ -147,7 +150,102 @@ def test_the_second_basis_belongs_to_blocks_of_enough_resolution():
     assert student_at(0, config=changed(two_bases=2.0))[1]["second"] == {}
 
 
+LATE = (Phase(4, ("temb", "proj", "mix", "a", "b", "c")), Phase(6, (), products=True))
+
+
+def test_quantizers_rest_until_their_phase_begins():
+    """Numbers and moments, bit for bit; and their first step is then Adam's first, of the size of the rate."""
+    made = stage(changed(weight_decay=0.1), phases=LATE)
+    carry, works = made.init(start(), None), []
+    for steps in ((), (4,), (1,), (1, 1)):
+        for n in steps:
+            carry = made.run(carry, n)
+        kept = {part: carry.work[part] for part in ("trainable", "optimizer")}
+        works.append(jax.tree.map(np.array, kept))  # copies: a step takes its buffers
+    for kind in ("steps", "second", "activations"):
+        for part in ("adam", "ema"):
+            before, after = (work["optimizer"][part][kind] for work in works[:2])
+            assert chain.leaves_equal(before, after)
+    begun, *later = (work["trainable"] for work in works)
+    for kind, suffix in (("steps", ":weight"), ("second", ":weight"), ("activations", "")):
+        for name, old in begun[kind].items():
+            first = 6 if "qk" in name + suffix else 4
+            np.testing.assert_array_equal(old, later[0][kind][name])
+            assert np.array_equal(old, later[1][kind][name]) == (first == 6)
+            assert not np.array_equal(old, later[2][kind][name])
+            if first == 6:
+                size = np.abs(later[2][kind][name] - old * (1 - 0.1 * CONFIG.lr)).max()
+                assert size <= 1.01 * CONFIG.lr
+    assert not chain.leaves_equal(begun["kernels"], later[0]["kernels"])
+
+
+def test_phases_that_begin_too_late_are_refused():
+    never = (*LATE[:1], Phase(12, (), products=True))
+    with pytest.raises(
+        ValueError, match=r"qk:. begins to be quantized at step 12, and training ends"
+    ):
+        stage(phases=never).init(start(), None)
+    with pytest.raises(
+        ValueError, match=r"at step 7, and step 6 asks whether the second basis may go"
+    ):
+        stage(phases=(*LATE[:1], Phase(7, (), products=True))).init(start(), None)
+    one = changed(two_bases=2.0)
+    assert stage(one, phases=(*LATE[:1], Phase(7, (), products=True))).init(start(), None)
+
+
+def test_without_a_gradient_weight_decay_alone_moves_a_weight():
+    """p (1 - lr wd) a step; and a rotation, which is not to move, rests."""
+    idle, signs = np.float32([2.0, -3.0]), np.ones((3, 2), np.float32)
+    told = {"a/conv/unread": idle, "a/conv/rotation": signs}
+    begun = start().replace(aux={**start().aux, "params": told})
+    made = stage(changed(weight_decay=0.1, two_bases=2.0))
+    carry = made.run(made.init(begun, None), 2)
+    others = carry.work["trainable"]["others"]
+    np.testing.assert_allclose(
+        others["a/conv/unread"], idle * (1 - 0.1 * CONFIG.lr) ** 2, rtol=1e-6
+    )
+    assert "a/conv/rotation" not in others
+    params = made.finish(carry)[0].aux["params"]
+    np.testing.assert_array_equal(params["a/conv/rotation"], signs)
+
+
 class TestTransition:
+    def test_the_latest_step_is_always_among_those_asked(self):
+        for checks, points in ((1, (6, 11)), (2, (6, 11)), (3, (6, 8, 11))):
+            assert module._gate_points(changed(checks=checks)) == points
+
+    def test_the_average_begins_anew(self):
+        """It holds no weights that had a second basis to help them."""
+        made = stage(changed(tolerance=1e9))
+        carry = made.run(made.init(start(), None), 6)
+        at = np.array(carry.work["trainable"]["kernels"]["b/conv/kernel"])
+        carry = made.run(carry, 1)
+        live, kept = (
+            jax.device_get(tree["kernels"]["b/conv/kernel"])
+            for tree in (carry.work["trainable"], carry.work["optimizer"]["ema"])
+        )
+        np.testing.assert_allclose(kept, live + 0.1 * (at - live), rtol=1e-5, atol=1e-7)
+
+    def test_what_is_judged_at_the_end_is_what_is_exported(self):
+        made = stage(changed(transition=1.0, latest=1.0))
+        carry = made.run(made.init(start(), None), 12)
+        live = jax.device_get(carry.work["trainable"])
+        frozen = carry.work["frozen"]["grids"]
+        state, report = made.finish(carry)
+        assert report["transition"]["step"] == 12
+        assert chain.leaves_equal(state.quant, decide_student(start(), live, frozen).quant)
+
+    def test_the_error_is_that_of_the_channels_of_the_objective(self, monkeypatch):
+        """The chain predicts six channels; what the last three hold is not asked."""
+        made = stage()
+        carry = made.init(start(), None)
+        unit = module.tapped_program(chain.PROGRAM, ())
+        batch = {"x": data().x[:2], "t": data().t[:2], "y": None, "eps_fp": data().eps_fp[:2]}
+        plain = module._error(unit, chain.model(), carry.work, 0, 1.0, batch)
+        predict = module._predict
+        monkeypatch.setattr(module, "_predict", lambda *a: predict(*a).at[..., 3:].set(1e3))
+        assert module._error(unit, chain.model(), carry.work, 0, 1.0, batch) == plain
+
     def test_the_second_basis_goes_when_it_is_not_missed(self):
         _, report = run_stage(stage(changed(tolerance=1e9)), start())
         found = report["transition"]
@@ -248,10 +346,20 @@ def test_weights_of_more_bits_are_trained_as_lsq():
 def test_images_are_noised_anew_and_resume_too(tmp_path):
     """On channels of its own: the chain predicts six, of which the first three are the noise."""
     noising = Noising(make_schedule("linear", 1000))
+    # One image, and nothing learns: only another timestep and other noise can give another loss.
+    still = changed(lr=0.0, weight_decay=0.0, two_bases=2.0, interval=0, batch_size=1)
+    resting = train_binary(chain.model(), Images(data().x[:1] / 8, noising), still)
+    losses = resting.run(resting.init(start(), None), 3).losses
+    assert len(set(losses)) == 3
     images = Images(data().x[:16] / 8, noising)
     made = train_binary(chain.model(), images, CONFIG)
     state, _ = run_stage(made, start(), chunk=4)
     carry = made.run(made.init(start(), tmp_path), 6)
     assert carry.step == 6
-    again, _ = run_stage(made, start(), tmp_path, chunk=4)
+    seen = []
+    told = train_binary(
+        chain.model(), images, CONFIG, on_progress=lambda done, total, **shown: seen.append(done)
+    )
+    again, _ = run_stage(told, start(), tmp_path, chunk=4)
+    assert seen[0] > 6
     assert chain.leaves_equal((state.quant, state.aux), (again.quant, again.aux))
