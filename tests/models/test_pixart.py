@@ -102,6 +102,25 @@ def test_the_published_models_have_the_published_parameters():
     assert counts["PixArt-Sigma-XL-2-1024-MS"] == 611_349_152 - sizes
 
 
+def test_the_released_configs():
+    """Pixels / 8, interpolation of positions, tokens of a caption, micro conditions: none is a parameter's
+    shape but the last."""
+    found = {}
+    for name, c in PUBLISHED.items():
+        own = (c.width, c.depth, c.heads, c.patch, c.mlp_ratio, c.in_channels, c.out_channels)
+        assert (*own, c.caption_dim) == (1152, 28, 16, 2, 4.0, 4, 8, 4096)
+        found[name] = (c.resolution, c.interpolation, c.caption_length, c.micro_conditions)
+    assert found == {
+        "PixArt-XL-2-256x256": (32, 1.0, 120, False),
+        "PixArt-XL-2-512x512": (64, 1.0, 120, False),
+        "PixArt-XL-2-1024-MS": (128, 2.0, 120, True),
+        "PixArt-Sigma-XL-2-256x256": (32, 0.5, 300, False),
+        "PixArt-Sigma-XL-2-512-MS": (64, 1.0, 300, False),
+        "PixArt-Sigma-XL-2-1024-MS": (128, 2.0, 300, False),
+        "PixArt-Sigma-XL-2-2K-MS": (256, 4.0, 300, False),
+    }
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parity_with_the_reference_implementation(name):
     """ "sigma" is a rectangle larger than the base size: positions are squeezed into its places."""

@@ -59,6 +59,9 @@ def test_the_imagenet_models_have_the_published_parameters(name):
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     positions = {"DiT-XL-2-256x256": 256, "DiT-XL-2-512x512": 1024}[name]
     assert position_table(config.width, config.resolution // config.patch).shape[0] == positions
+    assert (config.width, config.depth, config.heads, config.patch) == (1152, 28, 16, 2)
+    assert (config.in_channels, config.out_channels, config.num_classes) == (4, 8, 1000)
+    assert (config.mlp_ratio, config.semantics) == (4.0, "official")
     assert count == 675_129_632 - 256 * 1152  # the files also hold the fixed position table
     assert {node.name for node in dit_program(config)} == set(shapes)
 
