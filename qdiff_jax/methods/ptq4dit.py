@@ -57,10 +57,10 @@ class PTQ4DiTConfig:
 
 
 def check_transformer(model: Model) -> None:
-    """Raise ValueError for a network without transformer blocks."""
+    """Raise ValueError for a network without DiT blocks."""
     if not folds_of(model.program):
         raise ValueError(
-            "ptq4dit balances qkv, proj and fc1 of diffusion transformers, and this network has no transformer "
+            "ptq4dit balances qkv, proj and fc1 of diffusion transformers, and this network has no DiT "
             "block: take a DiT, or tcaq, whose channel factors serve any layer."
         )
 

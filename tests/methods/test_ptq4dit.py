@@ -72,7 +72,7 @@ def test_parts_can_be_left_out():
 
 
 def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="no transformer block: take a DiT, or tcaq"):
+    with pytest.raises(ValueError, match="no DiT block: take a DiT, or tcaq"):
         ptq4dit(model("unet"), calibration(), TIMESTEPS)
     with pytest.raises(ValueError, match="no transformer block"):
         check_network("ptq4dit", model("unet"))
