@@ -22,9 +22,10 @@ from qdiff_jax.models.unet_ldm import UNetLDM, UNetLDMConfig, unet_ldm_program
 
 
 class Family(NamedTuple):
-    """config: frozen dataclass of sizes, with `resolution`, `in_channels` and `num_classes`, and
-    `context_dim` and `context_length` where there is a context. module: config -> Linen module with the
-    attribute `config`. program: config -> its block program."""
+    """config: frozen dataclass of sizes, with `resolution`, `in_channels`, `num_classes` and `null_class`.
+    Where the condition is no label it has `context_dim` and `context_length`, or a function
+    `example_condition` (see `example_inputs`). module: config -> Linen module with the attribute `config`.
+    program: config -> its block program."""
 
     config: type
     module: Callable[[Any], nn.Module]

@@ -27,7 +27,8 @@ class Fold(NamedTuple):
 
 
 def folds_of(program: Sequence[Node]) -> tuple[Fold, ...]:
-    """The folds of a program in order of execution; none for a network without transformer blocks.
+    """The folds of a program in order of execution; none for a network without DiT blocks
+    (PixArt's and spatial transformers are others).
 
     DiT: qkv and fc1 into their chunks of the block's modulation, proj into the V columns of qkv (an output
     channel of attention is a mean over tokens of that channel of V), the last layer into its own modulation;

@@ -31,9 +31,9 @@ from qdiff_jax.operators import PV, QK, Operator
 from qdiff_jax.sites import op
 
 _FREQUENCIES = 256  # width of the sinusoids of timestep and sizes
-_MASKED = (
-    -10000.0
-)  # added to the logits of caption tokens that are padding, as the released code does
+# Added to the logits of caption tokens that are padding, as diffusers does; the released code leaves these
+# tokens out of the attention.
+_MASKED = -10000.0
 
 # What y holds, without and with micro conditions.
 _CONDITIONS = {

@@ -10,16 +10,17 @@ from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.eval.samples import draw_samples, noise_key
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.models.dit import DiTConfig
-from qdiff_jax.models.families import make_module, parameter_shapes
+from qdiff_jax.models.families import make_module, model_json, parameter_shapes
 from qdiff_jax.models.pixart import PixArtConfig
 from qdiff_jax.models.registry import (
-    DiffusionModel,
+    load,
     predictor,
     sampling_predictor,
 )
 from qdiff_jax.models.unet_ddpm import UNetConfig
 from qdiff_jax.models.unet_ldm import UNetLDMConfig
 from qdiff_jax.models.unet_ldm_published import PUBLISHED
+from qdiff_jax.runtime.weights import save_weights
 
 from ..tiny_unet import random_params
 
@@ -94,15 +95,17 @@ def test_guided_diffusions_models_learn_their_variance():
         sampling_predictor(make_module(dataclasses.replace(GUIDED, out_channels=4)), PLAN)
 
 
-def test_which_models_have_a_null_class():
+def test_which_models_have_a_null_class(tmp_path):
     both = dataclasses.replace(GUIDED, context_dim=8)
     text = dataclasses.replace(both, num_classes=None)
     models = {GUIDED: None, both: 3, text: None, CONFIG: 3, PixArtConfig(): None}
     models |= {UNetConfig(): None, UNetConfig(num_classes=7): 7}
     for config, null in models.items():
         assert config.null_class == null
-    guided = DiffusionModel(None, None, {"num_classes": 3}, None, {})
-    assert (guided.classes, guided.feature_class) == (3, 0)
+    header = {"model": model_json(GUIDED), "schedule": {"schedule": "linear", "timesteps": 1000}}
+    save_weights(tmp_path / "m.safetensors", random_params(parameter_shapes(GUIDED)), header)
+    guided = load(str(tmp_path / "m.safetensors"))
+    assert (guided.classes, guided.null_class, guided.feature_class) == (3, None, 0)
     assert guided._replace(null_class=3).feature_class == 3
 
 

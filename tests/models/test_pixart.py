@@ -26,7 +26,6 @@ from qdiff_jax.models.port.pixart import (
     from_diffusers,
     from_official,
     null_caption,
-    official_names,
 )
 from qdiff_jax.models.program import check_order, temporal_nodes, units_with_time_block
 from qdiff_jax.models.registry import predictor
@@ -102,6 +101,25 @@ def test_the_published_models_have_the_published_parameters():
     assert counts["PixArt-Sigma-XL-2-1024-MS"] == 611_349_152 - sizes
 
 
+def test_the_released_configs():
+    """Pixels / 8, interpolation of positions, tokens of a caption, micro conditions: none is a parameter's
+    shape but the last."""
+    found = {}
+    for name, c in PUBLISHED.items():
+        own = (c.width, c.depth, c.heads, c.patch, c.mlp_ratio, c.in_channels, c.out_channels)
+        assert (*own, c.caption_dim) == (1152, 28, 16, 2, 4.0, 4, 8, 4096)
+        found[name] = (c.resolution, c.interpolation, c.caption_length, c.micro_conditions)
+    assert found == {
+        "PixArt-XL-2-256x256": (32, 1.0, 120, False),
+        "PixArt-XL-2-512x512": (64, 1.0, 120, False),
+        "PixArt-XL-2-1024-MS": (128, 2.0, 120, True),
+        "PixArt-Sigma-XL-2-256x256": (32, 0.5, 300, False),
+        "PixArt-Sigma-XL-2-512-MS": (64, 1.0, 300, False),
+        "PixArt-Sigma-XL-2-1024-MS": (128, 2.0, 300, False),
+        "PixArt-Sigma-XL-2-2K-MS": (256, 4.0, 300, False),
+    }
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parity_with_the_reference_implementation(name):
     """ "sigma" is a rectangle larger than the base size: positions are squeezed into its places."""
@@ -169,7 +187,7 @@ def test_the_layout_of_diffusers_holds_the_same_parameters(name):
     jax.tree.map(np.testing.assert_array_equal, tree, parameters(name))
     short = {k: v for k, v in theirs.items() if k != "transformer_blocks.0.attn2.to_v.bias"}
     with pytest.raises(ValueError, match=r"lacks attn2.to_v, parts of blocks\.0\.cross_attn\.kv"):
-        official_names(short)
+        from_diffusers(short, CONFIGS[name])
 
 
 def test_what_an_official_file_holds_beside_the_parameters():

@@ -32,6 +32,43 @@ SIZES = {
     "cin256-v2": (400_920_579 + 1001 * 512, 688 + 1),
     "sd-v1-4": (859_520_964, 686),
 }
+# What the configs and model flags of the releases say: side, channels in and out, width, multipliers,
+# downsampling with attention, residual blocks, heads, channels a head, new order, scale-shift and resampling
+# residual blocks, classes, context.
+_BEDS = (64, 3, 3, 224, (1, 2, 3, 4), {8, 4, 2}, 2, None, 32, False, False, None, None)
+_LSUN = (256, 3, 6, 256, (1, 1, 2, 2, 4, 4), {8, 16, 32}, 2, None, 64, False, True, None, None)
+RELEASED = {
+    "lsun_beds256": _BEDS,
+    "celeba256": _BEDS,
+    "ffhq256": _BEDS,
+    "lsun_churches256": (
+        *(32, 4, 4, 192, (1, 2, 2, 4, 4), {1, 2, 4, 8}, 2),
+        *(8, None, False, True, None, None),
+    ),
+    "cin256-v2": (
+        *(64, 3, 3, 192, (1, 2, 3, 5), {8, 4, 2}, 2),
+        *(1, None, False, False, 1000, (512, 1)),
+    ),
+    "sd-v1-4": (
+        *(64, 4, 4, 320, (1, 2, 4, 4), {4, 2, 1}, 2),
+        *(8, None, False, False, None, (768, 77)),
+    ),
+    "adm_imagenet64": (
+        *(64, 3, 6, 192, (1, 2, 3, 4), {2, 4, 8}, 3),
+        *(None, 64, True, True, 1000, None),
+    ),
+    "adm_imagenet128": (
+        *(128, 3, 6, 256, (1, 1, 2, 3, 4), {4, 8, 16}, 2),
+        *(4, None, False, True, 1000, None),
+    ),
+    "adm_imagenet256": (*_LSUN[:-2], 1000, None),
+    "adm_imagenet256_uncond": _LSUN,
+    "adm_imagenet512": (
+        *(512, 3, 6, 256, (0.5, 1, 1, 2, 2, 4, 4), {16, 32, 64}, 2),
+        *(None, 64, False, True, 1000, None),
+    ),
+    "adm_lsun256": _LSUN,
+}
 # Millions, as Dhariwal and Nichol print them (tables 4, 11 and 12).
 GUIDED = {
     "adm_imagenet64": 296,
@@ -40,6 +77,21 @@ GUIDED = {
     "adm_imagenet512": 559,
     "adm_lsun256": 552,
 }
+
+
+def test_the_released_configs():
+    """Also what the number of parameters does not show: heads, order, side."""
+    found = {}
+    for name, c in PUBLISHED.items():
+        context = None if c.context_dim is None else (c.context_dim, c.context_length)
+        assert c.scale_shift_norm == c.resblock_updown
+        assert (c.groups, c.transformer_depth) == (32, 1)
+        found[name] = (
+            *(c.resolution, c.in_channels, c.out_channels, c.channels, c.multipliers),
+            *(set(c.attention_downsampling), c.res_blocks, c.heads, c.head_channels),
+            *(c.new_attention_order, c.scale_shift_norm, c.num_classes, context),
+        )
+    assert found == RELEASED
 
 
 @pytest.mark.parametrize("name", SIZES)

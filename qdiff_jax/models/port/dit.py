@@ -17,6 +17,7 @@ import numpy as np
 from qdiff_jax.models.dit import DiTConfig, position_table
 from qdiff_jax.models.families import parameter_shapes
 from qdiff_jax.models.port.strict import Row, Table, port_parameters
+from qdiff_jax.models.port.transformer_names import Layout, official_names
 from qdiff_jax.runtime.state_dicts import to_device
 
 # The released files by their names, without ".pt".
@@ -37,24 +38,26 @@ OFFICIAL = Table(
     drops=(r"pos_embed",),  # computed; compared with ours before it goes
 )
 
-# diffusers' module -> official module, {i} the number of the block. q, k and v are joined apart.
-_IN_BLOCK = {
-    "norm1.linear": "adaLN_modulation.1",
-    "attn1.to_out.0": "attn.proj",
-    "ff.net.0.proj": "mlp.fc1",
-    "ff.net.2": "mlp.fc2",
-}
-_WHOLE = {
-    "pos_embed.proj": "x_embedder.proj",
-    "proj_out_1": "final_layer.adaLN_modulation.1",
-    "proj_out_2": "final_layer.linear",
-}
-# Each block of diffusers holds a copy of these; one is kept and the others must equal it.
-_COPIED = {
-    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
-}
+DIFFUSERS = Layout(
+    keys={"pos_embed.pos_embed": "pos_embed"},
+    whole={
+        "pos_embed.proj": "x_embedder.proj",
+        "proj_out_1": "final_layer.adaLN_modulation.1",
+        "proj_out_2": "final_layer.linear",
+    },
+    in_block={
+        "norm1.linear": "adaLN_modulation.1",
+        "attn1.to_out.0": "attn.proj",
+        "ff.net.0.proj": "mlp.fc1",
+        "ff.net.2": "mlp.fc2",
+    },
+    copied={
+        "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
+    },
+    joined={"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v")},
+)
 
 
 def from_official(
@@ -79,47 +82,9 @@ def from_diffusers(
 ) -> dict:
     """Parameters of `DiT` from the state dict of diffusers' DiTTransformer2DModel.
 
-    Raises ValueError as `from_official`, and where the blocks' copies of the embedders differ.
+    Raises ValueError as `from_official`, and as `transformer_names.official_names`.
     """
-    return from_official(official_names(tensors, source), config, source)
-
-
-def official_names(
-    tensors: Mapping[str, np.ndarray], source: object = "the state dict"
-) -> dict[str, np.ndarray]:
-    """The state dict of diffusers under official names; names that have none are kept as they are.
-
-    Raises ValueError for copies of the embedders that differ, naming the first.
-    """
-    official: dict[str, np.ndarray] = {}
-    split: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in tensors.items():
-        module, _, leaf = key.rpartition(".")
-        number, _, inner = module.removeprefix("transformer_blocks.").partition(".")
-        inside = module.startswith("transformer_blocks.")
-        if module in _WHOLE:
-            official[f"{_WHOLE[module]}.{leaf}"] = tensor
-        elif key == "pos_embed.pos_embed":
-            official["pos_embed"] = tensor
-        elif inside and inner in _IN_BLOCK:
-            official[f"blocks.{number}.{_IN_BLOCK[inner]}.{leaf}"] = tensor
-        elif inside and inner in _COPIED:
-            name = f"{_COPIED[inner]}.{leaf}"
-            if not np.array_equal(official.setdefault(name, tensor), tensor):
-                raise ValueError(
-                    f"{source}: {key} is not the {name} of the first block, and this network has one "
-                    "for all; the file was changed after it was converted."
-                )
-        elif inside and inner in ("attn1.to_q", "attn1.to_k", "attn1.to_v"):
-            split.setdefault(f"blocks.{number}.attn.qkv.{leaf}", {})[inner[-1]] = tensor
-        else:
-            official[key] = tensor
-    for name, parts in split.items():
-        lacking = [letter for letter in "qkv" if letter not in parts]
-        if lacking:
-            raise ValueError(f"{source} lacks the {', '.join(lacking)} of {name}.")
-        official[name] = np.concatenate([parts[letter] for letter in "qkv"])
-    return official
+    return from_official(official_names(DIFFUSERS, tensors, source), config, source)
 
 
 def _check_positions(table: np.ndarray, config: DiTConfig, source: object) -> None:

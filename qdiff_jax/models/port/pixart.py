@@ -15,6 +15,7 @@ import numpy as np
 from qdiff_jax.models.families import parameter_shapes
 from qdiff_jax.models.pixart import PixArtConfig, positions
 from qdiff_jax.models.port.strict import Row, Table, port_parameters
+from qdiff_jax.models.port.transformer_names import Layout, official_names
 from qdiff_jax.runtime.state_dicts import to_device
 
 # The released files by their names, without ".pth".
@@ -49,33 +50,38 @@ OFFICIAL = Table(
 # A table kept in bfloat16 is 2^-9 off; interpolation or rows and columns confused make it 0.1 and more.
 _TABLE_GAP = 1e-2
 
-# diffusers' module -> official module.
-_WHOLE = {
-    "pos_embed.proj": "x_embedder.proj",
-    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
-    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
-    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "adaln_single.emb.resolution_embedder.linear_1": "csize_embedder.mlp.0",
-    "adaln_single.emb.resolution_embedder.linear_2": "csize_embedder.mlp.2",
-    "adaln_single.emb.aspect_ratio_embedder.linear_1": "ar_embedder.mlp.0",
-    "adaln_single.emb.aspect_ratio_embedder.linear_2": "ar_embedder.mlp.2",
-    "adaln_single.linear": "t_block.1",
-    "proj_out": "final_layer.linear",
-}
-_IN_BLOCK = {
-    "attn1.to_out.0": "attn.proj",
-    "attn2.to_q": "cross_attn.q_linear",
-    "attn2.to_out.0": "cross_attn.proj",
-    "ff.net.0.proj": "mlp.fc1",
-    "ff.net.2": "mlp.fc2",
-}
-# Rows of one official layer, in this order.
-_JOINED = {
-    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
-}
-_PART_OF = {part: joined for joined, parts in _JOINED.items() for part in parts}
+DIFFUSERS = Layout(
+    keys={
+        "scale_shift_table": "final_layer.scale_shift_table",
+        "pos_embed.pos_embed": "pos_embed",
+    },
+    whole={
+        "pos_embed.proj": "x_embedder.proj",
+        "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+        "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+        "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "adaln_single.emb.resolution_embedder.linear_1": "csize_embedder.mlp.0",
+        "adaln_single.emb.resolution_embedder.linear_2": "csize_embedder.mlp.2",
+        "adaln_single.emb.aspect_ratio_embedder.linear_1": "ar_embedder.mlp.0",
+        "adaln_single.emb.aspect_ratio_embedder.linear_2": "ar_embedder.mlp.2",
+        "adaln_single.linear": "t_block.1",
+        "proj_out": "final_layer.linear",
+    },
+    in_block={
+        "": "",  # its scale_shift_table
+        "attn1.to_out.0": "attn.proj",
+        "attn2.to_q": "cross_attn.q_linear",
+        "attn2.to_out.0": "cross_attn.proj",
+        "ff.net.0.proj": "mlp.fc1",
+        "ff.net.2": "mlp.fc2",
+    },
+    copied={},
+    joined={
+        "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+    },
+)
 
 
 def from_official(
@@ -110,44 +116,9 @@ def null_caption(checkpoint: Mapping[str, Any], source: object = "the checkpoint
 def from_diffusers(
     tensors: Mapping[str, np.ndarray], config: PixArtConfig, source: object = "the state dict"
 ) -> dict:
-    """Parameters of `PixArt` from the state dict of PixArtTransformer2DModel; raises as `from_official`."""
-    return from_official(official_names(tensors, source), config, source)
-
-
-def official_names(
-    tensors: Mapping[str, np.ndarray], source: object = "the state dict"
-) -> dict[str, np.ndarray]:
-    """The state dict of diffusers under official names; names that have none are kept as they are.
-
-    Raises ValueError where a part of a joined layer is missing.
-    """
-    official: dict[str, np.ndarray] = {}
-    split: dict[tuple[str, str, str], dict[str, np.ndarray]] = {}
-    for key, tensor in tensors.items():
-        module, _, leaf = key.rpartition(".")
-        number, _, inner = module.removeprefix("transformer_blocks.").partition(".")
-        inside = module.startswith("transformer_blocks.")
-        if key == "scale_shift_table":
-            official["final_layer.scale_shift_table"] = tensor
-        elif module in _WHOLE:
-            official[f"{_WHOLE[module]}.{leaf}"] = tensor
-        elif key == "pos_embed.pos_embed":
-            official["pos_embed"] = tensor
-        elif inside and leaf == "scale_shift_table":
-            official[f"blocks.{number}.{leaf}"] = tensor
-        elif inside and inner in _IN_BLOCK:
-            official[f"blocks.{number}.{_IN_BLOCK[inner]}.{leaf}"] = tensor
-        elif inside and inner in _PART_OF:
-            split.setdefault((number, _PART_OF[inner], leaf), {})[inner] = tensor
-        else:
-            official[key] = tensor
-    for (number, joined, leaf), parts in split.items():
-        name = f"blocks.{number}.{joined}.{leaf}"
-        lacking = [part for part in _JOINED[joined] if part not in parts]
-        if lacking:
-            raise ValueError(f"{source} lacks {', '.join(lacking)}, parts of {name}.")
-        official[name] = np.concatenate([parts[part] for part in _JOINED[joined]])
-    return official
+    """Parameters of `PixArt` from the state dict of PixArtTransformer2DModel; raises as `from_official`
+    and `transformer_names.official_names`."""
+    return from_official(official_names(DIFFUSERS, tensors, source), config, source)
 
 
 def _state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, np.ndarray]:

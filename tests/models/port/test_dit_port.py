@@ -15,7 +15,7 @@ from qdiff_jax.diffusion.samplers import ddpm
 from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.models.dit import DiTConfig, dit_program, position_table
 from qdiff_jax.models.families import make_module, parameter_shapes
-from qdiff_jax.models.port.dit import PUBLISHED, from_diffusers, from_official, official_names
+from qdiff_jax.models.port.dit import PUBLISHED, from_diffusers, from_official
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.quant.timed import step_context
 
@@ -59,6 +59,9 @@ def test_the_imagenet_models_have_the_published_parameters(name):
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     positions = {"DiT-XL-2-256x256": 256, "DiT-XL-2-512x512": 1024}[name]
     assert position_table(config.width, config.resolution // config.patch).shape[0] == positions
+    assert (config.width, config.depth, config.heads, config.patch) == (1152, 28, 16, 2)
+    assert (config.in_channels, config.out_channels, config.num_classes) == (4, 8, 1000)
+    assert (config.mlp_ratio, config.semantics) == (4.0, "official")
     assert count == 675_129_632 - 256 * 1152  # the files also hold the fixed position table
     assert {node.name for node in dit_program(config)} == set(shapes)
 
@@ -152,8 +155,8 @@ def test_the_layout_of_diffusers_holds_the_same_parameters():
     with pytest.raises(ValueError, match=r"blocks\.2.* is not the t_embedder\.mlp\.0\.bias of the"):
         from_diffusers({**theirs, key: theirs[key] + 1}, CONFIG)
     short = {k: v for k, v in theirs.items() if k != "transformer_blocks.1.attn1.to_k.bias"}
-    with pytest.raises(ValueError, match=r"lacks the k of blocks\.1\.attn\.qkv\.bias"):
-        official_names(short)
+    with pytest.raises(ValueError, match=r"lacks attn1\.to_k, parts of blocks\.1\.attn\.qkv\.bias"):
+        from_diffusers(short, CONFIG)
 
 
 def test_a_training_checkpoint_gives_its_moving_average():
