@@ -17,7 +17,9 @@ differ, and this is the paper's form:
   asymmetric by default.
 - `sign(0)` is +1, as the paper says; `torch.sign` has 0.
 - Progressive binarization is the code's, one group of blocks per step; the plan's weights of 8 bits, if it
-  has any, begin with their block. `interval` widens it, 0 switches it off.
+  has any, begin with their block. `interval` widens it, 0 switches it off. Until an operand is quantized its
+  scale rests, weight decay and moments included.
+- What is exported is an average over the steps, begun anew where the second basis goes.
 - The paper trains on images; the job has none, and its target is the full-precision prediction on sampling
   states. By hand, `stages.noising.Images` gives the paper's data, noised anew at every step.
 - First and last layer: 8 bits in the paper (policy `common`), full precision in the code, the time embedding

@@ -197,7 +197,6 @@ def test_two_bases_begin_and_learn_ahead_of_one():
         errors[bases] = [error(carry)]
         carry = made.run(carry, 100)
         errors[bases].append(error(carry))
-    print("errors", errors)
     for (one, two), (spec_one, spec_two) in zip(
         zip(errors[1], errors[2]), ((0.339, 0.180), (0.068, 0.036))
     ):
@@ -218,11 +217,9 @@ def test_the_gate_lets_the_second_basis_go_only_when_it_has_shrunk(tau, passes):
         [np.abs(s).mean() for s in jax.device_get(carry.work["trainable"]["second"]).values()]
     )
     kept, dropped = error(carry), error(carry, gate=0.0)
-    print("tau", tau, "second", second, "kept", kept, "dropped", dropped)
     while not made.done(carry):
         carry = made.run(carry, 100)
     found = made.finish(carry)[1]["transition"]
-    print(found, "after", error(carry, gate=0.0))
     assert found["step"] == 1000
     assert found["passed"] == passes
     if passes:

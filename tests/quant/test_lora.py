@@ -112,6 +112,12 @@ def test_both_factors_and_the_scale_get_gradients_and_the_zero_point_none():
     assert float(jnp.abs(first.b).max()) > 0
 
 
+def test_the_product_is_asked_for_in_full_precision():
+    """Devices that round factors to fewer bits by default would merge other codes than were trained."""
+    asked = str(jax.make_jaxpr(product)(update("conv")))
+    assert "Precision.HIGHEST" in asked
+
+
 def test_a_rank_below_one_is_refused():
     with pytest.raises(ValueError, match="rank at least 1"):
         init_low_rank(jax.random.key(0), (3, 4), 0)

@@ -144,6 +144,17 @@ class TestTraining:
         prediction = full({"params": chain.model().params}, data().x, data().t)
         return data().replace(eps_fp=np.asarray(prediction)[..., :3])
 
+    def test_a_rotation_rests(self):
+        """It has no gradient, and decay would make it none; a divisor has one and is trained."""
+        own = chain.model()
+        layer = {"rotation": np.ones((3, 2), np.float32), "divisor": np.ones(6, np.float32)}
+        block = {"conv": {**own.params["a"]["conv"], **layer}}
+        turned = own._replace(params={**own.params, "a": block})
+        stage = train_time_scales(turned, data(), chain.TIMESTEPS, self.config)
+        others = stage.init(self.state(), None).work["trainable"]["others"]
+        assert "a/conv/rotation" not in others
+        assert {"a/conv/divisor", "a/conv/bias"} <= set(others)
+
     def test_the_loss_falls_codes_are_decided_and_a_kill_changes_nothing(self, tmp_path):
         stage = train_time_scales(chain.model(), self.targets(), chain.TIMESTEPS, self.config)
         state, report = run_stage(stage, self.state(), chunk=5)
