@@ -108,7 +108,8 @@ class TimeEmbedding(nn.Module):
 
 
 class TimeProjection(nn.Module):
-    """g_i: SiLU -> dense, the temporal feature [B, features] added inside one residual block."""
+    """g_i: SiLU -> dense, the temporal feature [B, features] of one residual block: what is added to its
+    channels, or (latent and guided diffusion) their scales and then their shifts."""
 
     features: int
 
@@ -118,6 +119,8 @@ class TimeProjection(nn.Module):
 
 
 class ConvIn(nn.Module):
+    """The first 3x3 convolution, [B, H, W, C] to [B, H, W, features] in the compute type."""
+
     features: int
     dtype: str
 
@@ -175,6 +178,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest neighbour, then a 3x3 convolution: [B, H, W, C] to [B, 2 H, 2 W, C]."""
+
     @nn.compact
     def __call__(self, x, train=False):
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

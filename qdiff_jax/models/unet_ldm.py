@@ -24,15 +24,13 @@ from qdiff_jax.models.attention import (
     TransformerOut,
 )
 from qdiff_jax.models.program import Node, run_program, validate
+from qdiff_jax.models.unet_ddpm import ConvIn, TimeProjection, Upsample
 from qdiff_jax.models.unet_ldm_blocks import (
     ClassEmbedder,
-    ConvIn,
     ConvOut,
     Downsample,
     ResBlock,
     TimeEmbedding,
-    TimeProjection,
-    Upsample,
 )
 
 

@@ -37,17 +37,6 @@ class TimeEmbedding(nn.Module):
         return emb
 
 
-class TimeProjection(nn.Module):
-    """g_i: SiLU -> dense, the temporal feature [B, features] of one residual block: what is added to its
-    channels, or their scales and then their shifts."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, emb, train=False):
-        return dense(self, "dense", nn.silu(emb), self.features)
-
-
 class ClassEmbedder(nn.Module):
     """Labels [B] as a context [B, 1, D]; row `rows - 1` of the table is the null class."""
 
@@ -59,15 +48,6 @@ class ClassEmbedder(nn.Module):
     def __call__(self, y, train=False):
         table = nn.Embed(self.rows, self.features, name="embedding")
         return table(y)[:, None, :].astype(self.dtype)
-
-
-class ConvIn(nn.Module):
-    features: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        return conv(self, "conv", x.astype(self.dtype), self.features)
 
 
 class ResBlock(nn.Module):
@@ -109,12 +89,6 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         return conv(self, "op", x, x.shape[-1], operator=same_conv(3, stride=2))
-
-
-class Upsample(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-        return conv(self, "conv", _resampled(x, "up"), x.shape[-1])
 
 
 class ConvOut(nn.Module):

@@ -10,8 +10,8 @@ from flax import linen as nn
 from qdiff_jax.models.attention import attend, geglu, layer_norm, split_qkv
 from qdiff_jax.models.dit import timestep_embedding
 from qdiff_jax.models.layers import dense
-from qdiff_jax.models.unet_ddpm import group_norm
-from qdiff_jax.models.unet_ldm_blocks import Downsample, Upsample, _resampled
+from qdiff_jax.models.unet_ddpm import Upsample, group_norm
+from qdiff_jax.models.unet_ldm_blocks import Downsample, _resampled
 from qdiff_jax.policy import WEIGHT
 from qdiff_jax.sites import SiteQuant
 
