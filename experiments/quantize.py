@@ -126,9 +126,8 @@ def prepare(config: Any) -> Job:
     job = Job(config, diffusion, sites, plans, settings, sampler)
     source = settings.efficientdm.source
     if source.kind == "online" and "efficientdm" in methods:
-        make_source(
-            source, sampler.steps, sampling_of(job), None
-        )  # a grid that cannot be is found here
+        # A grid that cannot be is found here.
+        make_source(source, sampler.steps, sampling_of(job), None)
     return job
 
 
