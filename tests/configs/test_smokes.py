@@ -155,6 +155,15 @@ def test_a_prompt_becomes_a_picture_in_a_file(tmp_path):
     assert (changed > 0).mean() > 0.2
     shard = load_arrays(tmp_path / "one" / "shards" / "0000000.npz", Shard)
     assert shard.labels.tolist() == [0, 1, 0, 1]  # prompts in turn
+    (tmp_path / "one" / "shards" / "0000000.npz").unlink()
+    prompts = {"prompts": str(tmp_path / "one.txt")}
+    evaluate(load_config(f"{path}:smoke", prompts), tmp_path / "one")
+    again = load_arrays(tmp_path / "one" / "shards" / "0000000.npz", Shard)
+    np.testing.assert_array_equal(again.images, shard.images)
+    # Other prompts at the same path are other samples.
+    (tmp_path / "one.txt").write_text("snow\n")
+    with pytest.raises(ValueError, match="holds samples of other weights .* or other prompts were"):
+        evaluate(load_config(f"{path}:smoke", prompts), tmp_path / "one")
 
 
 def test_every_config_is_run_here():
