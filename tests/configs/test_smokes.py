@@ -18,6 +18,8 @@ from experiments.train import train
 from qdiff_jax.config import flatten, load_config
 from qdiff_jax.diffusion.protocols import PROTOCOLS
 from qdiff_jax.eval.shards import Shard
+from qdiff_jax.export.bundle import save_bundle
+from qdiff_jax.models import registry
 from qdiff_jax.models.published import PUBLISHED
 from qdiff_jax.observe.archive import load_arrays
 from qdiff_jax.runtime.weights import load_weights
@@ -164,6 +166,29 @@ def test_a_prompt_becomes_a_picture_in_a_file(tmp_path):
     (tmp_path / "one.txt").write_text("snow\n")
     with pytest.raises(ValueError, match="holds samples of other weights .* or other prompts were"):
         evaluate(load_config(f"{path}:smoke", prompts), tmp_path / "one")
+
+
+def test_a_bundle_is_sampled_with_the_rest_of_its_pipeline(tmp_path):
+    """A bundle holds a network alone: prompts and pictures go through the parts of the config's model."""
+    smoke = f"{ROWS[0].with_name('sd14_plms50_cfg7p5.py')}:smoke"
+    model = registry.load("random:sd")
+    save_bundle(
+        tmp_path / "bundle",
+        params=model.model.params,
+        quant={},
+        plan_json=[],
+        model_config=model.config,
+        schedule_config=model.source["schedule"],
+        sampler_config=read_config(load_config(smoke)).sampler.as_json(),
+        source={"sha256": model.source["sha256"], "name": "random:sd"},
+    )
+    for name, bundle in (("w", ""), ("b", str(tmp_path / "bundle"))):
+        evaluate(load_config(smoke, {"bundle": bundle}), tmp_path / name)
+    one, other = (load_arrays(tmp_path / w / "shards" / "0000000.npz", Shard).images for w in "wb")
+    np.testing.assert_array_equal(one, other)
+    evaluate(load_config(smoke, {"paired": str(tmp_path / "w")}), tmp_path / "w")
+    metrics = json.loads((tmp_path / "w" / "metrics.json").read_text())["metrics"]
+    assert metrics["mse"]["value"] == 0
 
 
 def test_every_config_is_run_here():
