@@ -175,6 +175,11 @@ def _layout(row: Published, tensors: Mapping, path: Any, network: str) -> str:
     for layout, (mark, _) in _LAYOUTS[family].items():
         if mark in tensors:
             return layout
+    if any(key.startswith("model_ema.") for key in tensors):
+        raise ValueError(
+            f"{path} has moving averages and not the weights that they are of, by whose names they are told "
+            "apart; take the whole checkpoint."
+        )
     other = [
         name
         for name, layouts in _LAYOUTS.items()

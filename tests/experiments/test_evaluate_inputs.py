@@ -304,6 +304,7 @@ def test_what_does_not_fit_is_refused_before_drawing(stub, tmp_path, overrides, 
     ("lines", "overrides", "message"),
     [
         (None, {}, "config.prompts is '', and random:sd reads prompts: name a text file"),
+        (None, {"model": "x.ckpt", "parts__network": "sd-v1-4"}, "and x.ckpt reads prompts"),
         ("", {}, r"the prompts .*prompts\.txt are an empty file; write one prompt a line"),
         ("a\n\nb\n", {}, r"line 2 of the prompts .*prompts\.txt is empty"),
         (b"\xff\xfe", {}, r"prompts\.txt cannot be read"),

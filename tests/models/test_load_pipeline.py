@@ -15,6 +15,7 @@ from qdiff_jax.models.clip import TextConfig, TowerConfig
 from qdiff_jax.models.clip_tokenizer import END, START, byte_symbols
 from qdiff_jax.models.load_pipeline import Parts, load_pipeline
 from qdiff_jax.models.pipeline import conditions
+from qdiff_jax.models.places import beside, find_place, part_of
 from qdiff_jax.models.port.first_stage import diffusers_config
 from qdiff_jax.models.port.t5 import t5_config
 from qdiff_jax.models.port.unet_ldm import BUFFERS
@@ -283,6 +284,7 @@ def test_pixart_with_t5(tmp_path):
             {"network": "tiny-dit"},
             "is of the family unet_ldm .* of the family dit; give",
         ),
+        ("averages.ckpt", {}, "has moving averages and not the weights .*; take the whole"),
         ("page.ckpt", {}, "web page"),
         ("other.ckpt", {}, "has tensors of no network that is known here .such as odd.weight"),
         ("sd.ckpt", {"network": "ddpm_cifar10", "text": "x"}, "ddpm_cifar10 has no text; leave"),
@@ -293,6 +295,7 @@ def test_pixart_with_t5(tmp_path):
 def test_what_cannot_be_loaded_is_one_sentence(files, tmp_path, model, parts, message):
     (tmp_path / "sd.ckpt").symlink_to(files / "native" / "sd.ckpt")
     (tmp_path / "page.ckpt").write_text("<!DOCTYPE html><html>not found</html>" * 20)
+    save({"model_ema.diffusion_modelout2bias": np.zeros(3, np.float32)}, tmp_path / "averages.ckpt")
     save({"odd.weight": np.zeros(3, np.float32)}, tmp_path / "other.ckpt")
     given = Parts(**{"network": "tiny-sd", "folder": str(tmp_path), **parts})
     with pytest.raises(ValueError, match=message) as error:
@@ -305,6 +308,24 @@ def test_a_file_without_a_vocabulary_beside_it_says_what_to_give(files, tmp_path
     (tmp_path / "sd.ckpt").symlink_to(files / "native" / "sd.ckpt")
     with pytest.raises(ValueError, match="no vocabulary beside .*sd.ckpt: give the place of vocab"):
         load_pipeline(str(tmp_path / "sd.ckpt"), Parts(network="tiny-sd"))
+
+
+def test_a_repository_of_one_network_has_it_in_shards_at_its_root(files, hub):
+    root = files / "t5"
+    save({"a": np.zeros(2, np.float32)}, root / "model-1.safetensors")
+    save({"b": np.zeros(2, np.float32)}, root / "model-2.safetensors")
+    shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (root / "model.safetensors.index.json").write_text(json.dumps(shards))
+    (root / "config.json").write_text("{}")
+    (root / "spiece.model").write_text("pieces")
+    place = find_place("hub:owner/t5", "", "it")
+    assert place.is_pipeline
+    assert part_of(place, ("text_encoder",), "text encoder") == root
+    assert {"config.json", "model-1.safetensors", "model-2.safetensors"} <= set(hub)
+    assert beside(place, ("spiece.model",)) == root
+    assert find_place("hub:owner/t5", "", "it", files=("spiece.model",)).path == root
+    with pytest.raises(ValueError, match="the repository has none of"):
+        beside(place, ("vocab.json", "merges.txt"))
 
 
 def test_models_of_this_project_are_pipelines_by_name():
