@@ -131,6 +131,11 @@ _MINIATURES = {
 }
 
 
+def names() -> tuple[str, ...]:
+    """What `load` knows by name: the shipped models and the miniatures."""
+    return (*_DIFFUSION, *_MINIATURES)
+
+
 @functools.cache
 def miniature(name: str = "random:miniature") -> DiffusionModel:
     """A class-conditional U-Net (DDPM's, or latent diffusion's with transformers) or DiT on 8x8 images, with
