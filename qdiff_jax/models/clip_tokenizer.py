@@ -54,15 +54,11 @@ def load_tokenizer(path) -> ClipTokenizer:
             raw = path.read_bytes()
             text = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
             merges = _merges(text.decode("utf-8"))[:_OPENAI_MERGES]
-            letters = _byte_letters().values()
-            symbols = [*letters, *(c + _SUFFIX for c in letters), *map("".join, merges), START, END]
+            symbols = [*byte_symbols(), *map("".join, merges), START, END]
             ids = {symbol: i for i, symbol in enumerate(symbols)}
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"the CLIP vocabulary {path} cannot be read ({error}).") from error
-    needed = [START, END]
-    for letter in _byte_letters().values():
-        needed += [letter, letter + _SUFFIX]
-    needed += map("".join, merges)
+    needed = [START, END, *byte_symbols(), *map("".join, merges)]
     lacking = [symbol for symbol in needed if symbol not in ids]
     if lacking:
         raise ValueError(
@@ -107,6 +103,12 @@ def _merges(text: str) -> list[tuple[str, str]]:
             left, right = line.split()
             pairs.append((left, right))
     return pairs
+
+
+def byte_symbols() -> list[str]:
+    """The symbols before any merge, in the order of the vocabulary: of every byte, inside and ending a word."""
+    letters = _byte_letters().values()
+    return [*letters, *(letter + _SUFFIX for letter in letters)]
 
 
 def _byte_letters() -> dict[int, str]:

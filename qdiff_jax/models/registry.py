@@ -27,6 +27,7 @@ from qdiff_jax.models.families import (
     parse_model,
     program_of,
 )
+from qdiff_jax.models.pixart import PixArtConfig
 from qdiff_jax.models.unet_ddpm import UNetConfig
 from qdiff_jax.models.unet_ldm import UNetLDMConfig
 from qdiff_jax.quant.timed import StepContext, select
@@ -70,8 +71,9 @@ class DiffusionModel(NamedTuple):
 def load(name_or_path: str) -> DiffusionModel:
     """A shipped diffusion model by name, or one that `experiments.train` wrote, by path.
 
-    "random:miniature" and "random:ldm" are tiny untrained U-Nets and "random:dit" a tiny untrained DiT, for
-    smoke runs and tests.
+    The names that begin with "random:" are tiny untrained models of each family, for smoke runs and tests;
+    "random:ldm", "random:dit_latent", "random:sd" and "random:pixart" have the other parts of a pipeline in
+    `miniature_pipelines`.
 
     Raises ValueError for an unknown name (listing those there are), a damaged file, or parameters that
     do not fit the config in its header.
@@ -84,7 +86,7 @@ def load(name_or_path: str) -> DiffusionModel:
     model_config = parse_model({"family": "unet_ddpm", **header["model"]}, str(path))
     fitted = fit_weights(params, parameter_shapes(model_config), path)
     schedule = header["schedule"]
-    return _assembled(
+    return assembled(
         model_config,
         jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), fitted),
         {"name": name_or_path, "sha256": file_sha256(path), "schedule": schedule},
@@ -128,6 +130,32 @@ _MINIATURES = {
         context_dim=8,
         groups=4,
     ),
+    "random:dit_latent": DiTConfig(
+        width=16, depth=2, heads=2, patch=2, resolution=8, in_channels=4, num_classes=10
+    ),
+    "random:sd": UNetLDMConfig(
+        channels=8,
+        multipliers=(1, 1),
+        res_blocks=1,
+        attention_downsampling=(2,),
+        resolution=8,
+        in_channels=4,
+        out_channels=4,
+        heads=2,
+        head_channels=None,
+        context_dim=8,
+        context_length=16,
+        groups=4,
+    ),
+    "random:pixart": PixArtConfig(
+        width=24,
+        depth=2,
+        heads=2,
+        resolution=8,
+        caption_dim=8,
+        caption_length=12,
+        micro_conditions=True,
+    ),
 }
 
 
@@ -138,21 +166,23 @@ def names() -> tuple[str, ...]:
 
 @functools.cache
 def miniature(name: str = "random:miniature") -> DiffusionModel:
-    """A class-conditional U-Net (DDPM's, or latent diffusion's with transformers) or DiT on 8x8 images, with
-    random weights (seed 0).
+    """A U-Net (DDPM's, or latent diffusion's with transformers), DiT or PixArt on 8x8 images or latents, with
+    random weights (seed 0): conditional on ten classes, or on prompts ("random:sd", "random:pixart").
 
     Every kind of block of the real ones is in it; equal widths, so that blocks share compiles.
     """
     config = _MINIATURES[name]
-    params = _random_params(parameter_shapes(config), seed=0)
+    params = random_params(parameter_shapes(config), seed=0)
     digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params)))
     schedule = {"schedule": "linear", "timesteps": 1000}
-    return _assembled(
+    return assembled(
         config, params, {"name": name, "sha256": digest.hexdigest(), "schedule": schedule}
     )
 
 
-def _assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
+def assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
+    """The model of a family's config and its parameters. source: JSON with "name", "sha256" of the weights,
+    and "schedule", as `schedule_of` takes it."""
     schedule = source["schedule"]
     return DiffusionModel(
         Model(make_module(config), program_of(config), params),
@@ -163,7 +193,7 @@ def _assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
     )
 
 
-def _random_params(shapes, seed: int) -> dict:
+def random_params(shapes, seed: int) -> dict:
     """Parameters that keep activations near 1. Drawn by NumPy: compiling the module's own initializers
     takes longer than everything else about a miniature."""
     rng = np.random.default_rng(seed)
