@@ -7,7 +7,8 @@
 
 Samples are drawn in shards of uint8 images (`W/shards`): killed at any moment, the same command goes on
 with the next shard, and more samples continue fewer. `metrics.json` has every value with its 95 % interval, the
-floor of every distance, and the protocol; `report.html` needs no other file. `--compare` refuses
+floor of every distance, and the protocol; `report.html` needs no other file. `config.pictures` of the
+samples are also written one by one (`W/pictures`) and as a contact sheet. `--compare` refuses
 evaluations whose protocols differ, and says in what. `--statistics` writes `W/statistics.npz`: the
 moments of the reference split alone, made in one pass, for `--config.data.published` of other evaluations.
 """
@@ -34,6 +35,7 @@ from experiments.evaluate_config import (
     read_result,
 )
 from experiments.evaluate_paired import load_partner, load_perceptual, measure_pairs
+from experiments.evaluate_pictures import write_pictures
 from experiments.evaluate_real import (
     Judge,
     Real,
@@ -81,31 +83,34 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     plan = make_sampler(subject.schedule, sampler_of(config, subject))
     hooks_of(subject.correction, plan)
     check_schedule(subject.variables["quant"], plan.timesteps)
-    partner = load_partner(config, subject.schedule, subject.classes)
+    partner = load_partner(config, subject.schedule, subject.wanted)
     perceptual = load_perceptual(config.lpips, subject.shape)
-    judge = load_judge(config, subject.shape)
-    captions = load_captions(config.clip, subject.classes, subject.shape, config.data.source)
+    judge = load_judge(config, subject.shape) if config.network else None
+    captions = load_captions(
+        config.clip, subject.classes, subject.shape, config.data.source, subject.prompts
+    )
     claim_workdir(workdir, config, FREE_TO_CHANGE, write=False)
     check_unchanged(workdir, subject)
-    real = load_real(config, judge)
+    real = None if judge is None else load_real(config, judge)
     claim_workdir(workdir, config, FREE_TO_CHANGE)
     claim_shards(workdir / "shards", subject_digest(subject.origin))
     paths = _draw(config, subject, plan, workdir)
 
     began = time.monotonic()
-    metrics = _measure(config, subject, judge, real, paths)
+    metrics = {} if judge is None else _measure(config, subject, judge, real, paths)
     if partner is not None:
         metrics.update(measure_pairs(partner, paths, perceptual))
     if captions is not None:
         metrics["clip_score"] = _captioned(config, captions, paths)
     judged = protocol(
         config,
-        judge.network.fingerprint,
-        real.reference.digest if real.reference else "",
+        "" if judge is None else judge.network.fingerprint,
+        real.reference.digest if real and real.reference else "",
         subject.schedule,
     )
     further = {
-        "published_sha256": real.published_sha256,
+        "prompts_sha256": subject.origin.get("prompts_sha256"),
+        "published_sha256": real and real.published_sha256,
         "paired_sha256": partner and partner.sha256,
         "lpips": perceptual and perceptual.protocol,
         "clip": captions and captions.protocol,
@@ -126,6 +131,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     }
     save_record(workdir / "metrics.json", result)
     write_report(result, next(read_shards(paths)), workdir)
+    write_pictures(read_shards(paths), config.pictures, subject.prompts, workdir)
     return result
 
 
@@ -168,7 +174,7 @@ def _measure(config: EvaluateConfig, subject: Subject, judge: Judge, real: Real,
 
 def _captioned(config: EvaluateConfig, captions: Captions, paths) -> dict:
     real = None
-    if config.data.source:
+    if config.data.source and captions.real:
         real = real_images(config, captions.judge, config.data.reference, None).described
     return measure_captions(captions, described(captions.judge, _stream(paths)), real)
 
@@ -191,8 +197,7 @@ def _draw(config: EvaluateConfig, subject: Subject, plan: SamplerPlan, workdir: 
             count=config.samples,
             size=config.shard,
             batch_size=config.batch,
-            shape=subject.shape,
-            classes=subject.classes,
+            **subject.sampling(config.sampler.guidance_scale, config.batch),
             guidance_scale=config.sampler.guidance_scale,
             guided_channels=config.sampler.guided_channels,
             hooks=hooks_of(subject.correction, plan),

@@ -1,4 +1,4 @@
-"""CLIP score of a class-conditional model: how well an image fits the caption of the class asked for."""
+"""CLIP score: how well an image fits the prompt, or the caption of the class, that it was asked for by."""
 
 from __future__ import annotations
 
@@ -11,43 +11,42 @@ import numpy as np
 from experiments.evaluate_config import ClipConfig
 from experiments.evaluate_real import Judge, judge_by
 from qdiff_jax.eval import backends
+from qdiff_jax.eval.backends import CaptionNetwork
 from qdiff_jax.eval.clip_score import cosines
 from qdiff_jax.eval.described import Described
 from qdiff_jax.eval.hub import PREFIX
 from qdiff_jax.eval.intervals import mean_interval
 
+_TEXTS_AT_ONCE = 256
+
 
 class Captions(NamedTuple):
-    """judge: CLIP's image tower, whose "pool" is the embedding. texts: [classes, D], the embedding of each
-    class's caption. protocol: JSON that identifies both towers and the captions."""
+    """judge: CLIP's image tower, whose "pool" is the embedding. texts: [K, D], the embedding of each class's
+    caption or of each prompt. protocol: JSON that identifies both towers and the captions. real: whether
+    labels of real images have captions."""
 
     judge: Judge
     texts: np.ndarray
     protocol: dict
+    real: bool = True
 
 
 def load_captions(
-    config: ClipConfig, classes: int | None, shape: tuple[int, int, int], source: str
+    config: ClipConfig,
+    classes: int | None,
+    shape: tuple[int, int, int],
+    source: str,
+    prompts: tuple[str, ...] = (),
 ) -> Captions | None:
     """Both towers and the captions; None if the config has none.
 
     The captions file has one line for each class, in the order of the labels. source: of the real images,
-    for messages. Raises ValueError for a
+    for messages. prompts: the captions of a model that reads prompts. Raises ValueError for a
     model without classes, another number of lines, and as `backends` does.
     """
-    if not config.captions:
+    if not config.weights:
         return None
-    if classes is None:
-        raise ValueError(
-            "config.clip.captions has a caption for each class, and the model draws no classes; a CLIP "
-            'score needs to know what was asked for: set config.clip.captions="".'
-        )
-    lines = _lines(pathlib.Path(config.captions))
-    if len(lines) != classes:
-        raise ValueError(
-            f"{config.captions} has {len(lines)} lines and the model {classes} classes; write one "
-            "caption a line, in the order of the labels."
-        )
+    lines = list(prompts) or _of_classes(config.captions, classes)
     image = backends.feature_network(config.network, config.weights)
     text = backends.caption_network(
         config.network, config.weights, config.vocabulary or _folder(config.weights)
@@ -58,14 +57,35 @@ def load_captions(
     judge = judge_by(embed, backends.preparation(image), shape, source)
     return Captions(
         judge,
-        np.asarray(text.apply(lines)["embedding"]),
+        _embedded(text, lines),
         {
             "network": config.network,
             "image_sha256": image.fingerprint,
             "text_sha256": text.fingerprint,
             "captions_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         },
+        not prompts,
     )
+
+
+def _of_classes(captions: str, classes: int | None) -> list[str]:
+    if classes is None:
+        raise ValueError(
+            "config.clip.captions has a caption for each class, and the model draws no classes; a CLIP "
+            'score needs to know what was asked for: set config.clip.captions="".'
+        )
+    lines = _lines(pathlib.Path(captions))
+    if len(lines) != classes:
+        raise ValueError(
+            f"{captions} has {len(lines)} lines and the model {classes} classes; write one "
+            "caption a line, in the order of the labels."
+        )
+    return lines
+
+
+def _embedded(text: CaptionNetwork, lines: list[str]) -> np.ndarray:
+    parts = (lines[i : i + _TEXTS_AT_ONCE] for i in range(0, len(lines), _TEXTS_AT_ONCE))
+    return np.concatenate([np.asarray(text.apply(part)["embedding"]) for part in parts])
 
 
 def _folder(weights: str) -> str:

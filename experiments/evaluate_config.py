@@ -12,6 +12,7 @@ from experiments.quantize_config import SamplerConfig
 from qdiff_jax.config import to_dataclass
 from qdiff_jax.data.images import UINT8_RULES
 from qdiff_jax.eval.resize import CROPS
+from qdiff_jax.models.load_pipeline import Parts
 from qdiff_jax.observe.archive import load_record
 
 HALVES = "halves"  # a floor between the halves of one split
@@ -68,9 +69,12 @@ class ClipConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """model: shipped name or .safetensors path; bundle: a folder that is judged instead. paired: the
+    """model: shipped name or .safetensors path, or the place of a published one; parts: which that is, and
+    where its first stage and text encoder are (`models.load_pipeline`). prompts: a text file with one a
+    line, for a model that reads them. bundle: a folder whose network is judged instead. paired: the
     workdir of another evaluation whose samples come from the same noise ("" for none). samples, shard,
-    batch: how many, per file and per network call. network: see `eval.backends`; tool: whose resizing
+    batch: how many, per file and per network call; pictures: how many of them also become PNG files.
+    network: see `eval.backends`, "" to draw and compare with no real images; tool: whose resizing
     ("" where the network needs none). neighbours: k of precision and recall. extrapolate: also report the
     Frechet distance at infinitely many samples. cache: folder for the features of real images ("" for
     none). uint8: the rule by which samples become bytes, see `data.images.to_uint8`."""
@@ -93,6 +97,9 @@ class EvaluateConfig:
     uint8: str = "round"
     lpips: LpipsConfig = LpipsConfig()
     clip: ClipConfig = ClipConfig()
+    parts: Parts = Parts()
+    prompts: str = ""
+    pictures: int = 0
 
 
 # Sizes of files and batches, and what a result is set beside, leave the samples as they are.
@@ -108,6 +115,7 @@ FREE_TO_CHANGE = (
     "cache",
     "lpips",
     "clip",
+    "pictures",
 )
 
 
@@ -120,11 +128,21 @@ def read_config(config: Any) -> EvaluateConfig:
         )
     if config.batch < 1 or config.neighbours < 1:
         raise ValueError("config.batch and config.neighbours must be at least 1.")
+    if not 0 <= config.pictures <= config.samples:
+        raise ValueError(
+            f"config.pictures is {config.pictures}; it counts some of the {config.samples} samples."
+        )
     if config.uint8 not in UINT8_RULES:
         raise ValueError(
             f"config.uint8={config.uint8!r} is not known; use one of {list(UINT8_RULES)}."
         )
-    _check_data(config.data)
+    if config.network:
+        _check_data(config.data)
+    elif config.data.source or config.data.published:
+        raise ValueError(
+            "config.data names real images and config.network is empty, which compares samples with none; "
+            "name a network, or leave data.source and data.published empty."
+        )
     lpips = config.lpips
     if lpips.net and not (lpips.trunk and lpips.linear):
         raise ValueError(
@@ -140,12 +158,16 @@ def read_config(config: Any) -> EvaluateConfig:
             "config.lpips compares with the samples of another evaluation; set config.paired to its "
             "workdir."
         )
+    if config.clip.captions and config.prompts:
+        raise ValueError(
+            "config.clip.captions is for classes: the captions of prompts are the prompts; leave it empty."
+        )
     if config.clip.captions and not config.clip.weights:
         raise ValueError(
             "config.clip.captions needs config.clip.weights (and config.clip.vocabulary where they are no "
             "folder with both)."
         )
-    if config.clip.weights and not config.clip.captions:
+    if config.clip.weights and not (config.clip.captions or config.prompts):
         raise ValueError(
             "config.clip.weights without config.clip.captions, a text file with one line for each class, "
             "would measure nothing."
@@ -155,7 +177,10 @@ def read_config(config: Any) -> EvaluateConfig:
 
 def _check_data(data: RealConfig) -> None:
     if not data.source and not data.published:
-        raise ValueError("config.data.source is empty; name real images, or config.data.published.")
+        raise ValueError(
+            "config.data.source is empty; name real images, or config.data.published, or set "
+            'config.network="" to draw samples alone.'
+        )
     if bool(data.crop) != bool(data.size):
         raise ValueError(
             f"config.data.crop and config.data.size go together: got {data.crop!r} and {data.size}."

@@ -18,7 +18,6 @@ from qdiff_jax.eval.hub import on_disk
 from qdiff_jax.eval.lpips import load_lpips, lpips
 from qdiff_jax.eval.networks.state_dict import fingerprint
 from qdiff_jax.eval.paired import paired_metrics
-from qdiff_jax.eval.samples import labels
 from qdiff_jax.eval.shards import read_shards, shard_paths
 
 _SMALLEST = 32  # side of images that LPIPS takes
@@ -39,11 +38,13 @@ class Perceptual(NamedTuple):
     protocol: dict
 
 
-def load_partner(config: EvaluateConfig, schedule: Mapping, classes: int | None) -> Partner | None:
+def load_partner(
+    config: EvaluateConfig, schedule: Mapping, wanted: Callable[[range], np.ndarray | None]
+) -> Partner | None:
     """The evaluation that `config.paired` names, if it was drawn from the same noise by the same rule.
 
-    schedule, classes: of what is judged now. Raises ValueError if it is none, was sampled otherwise, or
-    lacks samples or has them in other shards.
+    schedule: of what is judged now; wanted: what its samples of global indices are asked for by. Raises
+    ValueError if it is none, was sampled otherwise, or lacks samples or has them in other shards.
     """
     if not config.paired:
         return None
@@ -70,12 +71,12 @@ def load_partner(config: EvaluateConfig, schedule: Mapping, classes: int | None)
                 f"{where}: {path} is missing; evaluate that model with samples={config.samples} and "
                 f"shard={config.shard} first."
             )
-        wanted = labels(classes, indices)
-        wanted = np.full(len(indices), -1, np.int32) if wanted is None else wanted
-        if not np.array_equal(_labels(path), wanted):
+        asked = wanted(indices)
+        asked = np.full(len(indices), -1, np.int32) if asked is None else asked
+        if not np.array_equal(_labels(path), asked):
             raise ValueError(
                 f"{where}: {path} has other labels or another number of samples than are drawn here; "
-                f"evaluate that model with shard={config.shard}, and one of as many classes."
+                f"evaluate that model with shard={config.shard}, and one of as many classes or prompts."
             )
         paths.append(path)
     return Partner(paths, subject_digest(result["subject"]))

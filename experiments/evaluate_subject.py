@@ -8,40 +8,109 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments.evaluate_config import EvaluateConfig
-from qdiff_jax.eval.shards import claim_shards
+from qdiff_jax.eval.samples import labels
+from qdiff_jax.eval.shards import FIRST_INDEX, claim_shards
 from qdiff_jax.methods.run import load_for_sampling
 from qdiff_jax.models import registry
+from qdiff_jax.models.families import parse_model
+from qdiff_jax.models.load_pipeline import load_pipeline
+from qdiff_jax.models.pipeline import Pipeline, conditions, decode, null_condition
 from qdiff_jax.observe.archive import load_record
 
 # What of a bundle's manifest decides its samples; library versions and notes do not.
 _DECIDING = ("model", "schedule", "trees", "tensors")
+# What of an origin decides its samples besides the network.
+_FURTHER = ("first_stage_sha256", "text_sha256", "prompts_sha256")
 
 
 class Subject(NamedTuple):
-    """What is judged. variables: {"params", "quant"}; origin: JSON for the report. correction: of a bundle's
-    sampling, and sampler: the one that it was made for, with "tensors" if it quantizes them too."""
+    """What is judged. variables: {"params", "quant"}; origin: JSON for the report. pipeline: the network with
+    its first stage and text encoder; prompts: what it is asked for, where it reads prompts. correction: of a
+    bundle's sampling, and sampler: the one that it was made for, with "tensors" if it quantizes them too."""
 
     module: Any
     variables: dict
-    model_config: dict
     schedule: dict
     origin: dict
+    pipeline: Pipeline
+    prompts: tuple[str, ...] = ()
     correction: Any = None
     sampler: dict | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        model = self.model_config
-        return (model["resolution"], model["resolution"], model["in_channels"])
+        """Of the images."""
+        return self.pipeline.image_shape
 
     @property
     def classes(self) -> int | None:
-        return self.model_config.get("num_classes")
+        return self.pipeline.diffusion.classes
+
+    def wanted(self, indices: range) -> np.ndarray | None:
+        """What the samples of these global indices are asked for by: classes or prompts in turn, int32."""
+        if not self.prompts:
+            return labels(self.classes, indices)
+        return (np.arange(len(indices)) + indices.start - FIRST_INDEX).astype(np.int32) % np.int32(
+            len(self.prompts)
+        )
+
+    def sampling(self, scale: float, batch: int) -> dict:
+        """The arguments of `sample_shards` that say what is drawn and how it becomes images."""
+        found: dict[str, Any] = {"shape": self.pipeline.latent_shape, "classes": self.classes}
+        found["wanted"] = self.wanted
+        if self.pipeline.first_stage is not None:
+            found["decode"] = lambda x: decode(self.pipeline, x, batch)
+        if self.prompts:
+            found["condition"] = self._encoded
+            found["null"] = null_condition(self.pipeline) if scale >= 0 else None
+        return found
+
+    def _encoded(self, numbers: np.ndarray) -> Any:
+        return conditions(self.pipeline, [self.prompts[number] for number in numbers])
+
+
+def read_prompts(path: str) -> tuple[str, ...]:
+    """The prompts of a text file, one a line. Raises ValueError if it cannot be read, or has none or an
+    empty line."""
+    try:
+        lines = [line.strip() for line in pathlib.Path(path).read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompts {path} cannot be read ({error}).") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise ValueError(f"the prompts {path} are an empty file; write one prompt a line.")
+    if "" in lines:
+        number = lines.index("") + 1
+        raise ValueError(f"line {number} of the prompts {path} is empty; every line is a prompt.")
+    return tuple(lines)
 
 
 def load_subject(config: EvaluateConfig) -> Subject:
-    """The model, or the bundle where one is named. Raises ValueError or BundleError as they do."""
+    """The model, or the bundle where one is named, with the rest of its pipeline and its prompts.
+
+    Raises ValueError or BundleError as they do, and for prompts that are missing or not read.
+    """
+    prompts = read_prompts(config.prompts) if config.prompts else ()
+    subject = _network(config, prompts)
+    if (subject.pipeline.takes == "prompts") != bool(prompts):
+        raise ValueError(
+            f"config.prompts is {config.prompts!r}, and {config.bundle or config.model} reads prompts: name a "
+            "text file with one a line."
+            if not prompts
+            else f"config.prompts is {config.prompts}, and {config.bundle or config.model} reads none; "
+            "leave it empty."
+        )
+    return subject
+
+
+def _network(config: EvaluateConfig, prompts: tuple[str, ...]) -> Subject:
+    further = {}
+    if prompts:
+        further["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     if config.bundle:
         loaded = load_for_sampling(pathlib.Path(config.bundle))
         manifest = loaded.manifest
@@ -51,22 +120,30 @@ def load_subject(config: EvaluateConfig) -> Subject:
             **(manifest["extra"] or {}),
             "bundle_sha256": _bundle_digest(manifest),
         }
+        model = parse_model(manifest["model"])
+        source = {**manifest["source"], "schedule": manifest["schedule"]}
+        diffusion = registry.assembled(model, loaded.variables["params"], source)
+        pipeline = load_pipeline(config.model, config.parts, diffusion)
         return Subject(
             loaded.module,
             loaded.variables,
-            manifest["model"],
             manifest["schedule"],
-            origin,
+            {**origin, **pipeline.source, **further},
+            pipeline,
+            prompts,
             loaded.correction,
             manifest["sampler"],
         )
-    diffusion = registry.load(config.model)
+    pipeline = load_pipeline(config.model, config.parts)
+    diffusion = pipeline.diffusion
+    origin = {"name": diffusion.source["name"], "sha256": diffusion.source["sha256"]}
     return Subject(
         diffusion.model.module,
         {"params": diffusion.model.params, "quant": {}},
-        diffusion.config,
         diffusion.source["schedule"],
-        {"name": diffusion.source["name"], "sha256": diffusion.source["sha256"]},
+        {**origin, **pipeline.source, **further},
+        pipeline,
+        prompts,
     )
 
 
@@ -77,9 +154,14 @@ def _bundle_digest(manifest: Mapping) -> str:
 
 
 def subject_digest(origin: Mapping) -> str | None:
-    """sha256 of what was judged, from a result's "subject"; None for a bundle of an earlier version,
-    whose "sha256" is that of the model it was made from."""
-    return origin.get("bundle_sha256", None if "bundle" in origin else origin.get("sha256"))
+    """sha256 of what was judged, from a result's "subject": of the network's weights, and of the first stage,
+    text encoder and prompts where there are any. None for a bundle of an earlier version, whose "sha256" is
+    that of the model it was made from."""
+    digest = origin.get("bundle_sha256", None if "bundle" in origin else origin.get("sha256"))
+    further = [origin[name] for name in _FURTHER if name in origin]
+    if digest is None or not further:
+        return digest
+    return hashlib.sha256(" ".join((digest, *further)).encode()).hexdigest()
 
 
 def check_unchanged(workdir: pathlib.Path, subject: Subject) -> None:
@@ -93,7 +175,8 @@ def check_unchanged(workdir: pathlib.Path, subject: Subject) -> None:
     if known is not None and known != digest:
         raise ValueError(
             f"{workdir} was finished with other weights ({known[:12]}..., and these are {digest[:12]}...): "
-            "a model or bundle was remade at the same path; use a new workdir, or delete this one."
+            "a model or bundle was remade at the same path, or other prompts were written there; use a new "
+            "workdir, or delete this one."
         )
 
 

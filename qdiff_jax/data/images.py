@@ -9,6 +9,7 @@ sees the same batches as one that was not, on any number of devices.
     npz:FILE       arrays images, labels; or encoded: jpeg (all bytes), offsets (N+1), labels
     folder:DIR     image files in one folder per class, or flat (then every label is 0)
     synthetic:N    N drawn shapes of ten classes, for smoke runs and tests; no file needed
+    synthetic_rgb:N    the same in colour
 
 A path may hold `{split}`, replaced by the split's name: `npz:/data/cifar10_{split}.npz`.
 """

@@ -172,6 +172,13 @@ def _read_synthetic(where: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     return (inside * brightness).astype(np.uint8)[..., None], labels
 
 
+def _read_synthetic_rgb(where: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same shapes in red, green, blue and what lies between."""
+    images, labels = _read_synthetic(where, split)
+    tint = np.random.default_rng(2 + SPLITS.index(split)).uniform(0.2, 1.0, (len(images), 1, 1, 3))
+    return (images * tint).astype(np.uint8), labels
+
+
 # kind -> (where, split) -> (images, labels), neither checked yet.
 READERS = {
     "tfds": _read_tfds,
@@ -179,4 +186,5 @@ READERS = {
     "npz": _read_npz,
     "folder": _read_folder,
     "synthetic": _read_synthetic,
+    "synthetic_rgb": _read_synthetic_rgb,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib.resources
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 CLIP_CONFIGS = {"clip-vit-b32": VIT_B32, "clip-vit-l14": VIT_L14}
 _CLASSIFIER = "classifier_fashion"
+_GRID = 4
 
 # Where weights that are not shipped come from.
 _SOURCES = {
@@ -79,6 +81,8 @@ def feature_network(name: str, weights=None) -> FeatureNetwork:
       `efficientnet` if none are given.
     - "classifier_fashion", the shipped classifier: 32 x 32 x 1 in [-1, 1]; "pool", "logits". Other
       weights of `experiments.train`'s classifier may be given.
+    - "thumbnail": images of any size in [-1, 1]; "pool", the means of a 4x4 grid. No network and no
+      weights, for smoke runs: it sees colours and layout alone.
 
     Args:
       name: one of the above.
@@ -247,10 +251,27 @@ def _classifier(name: str, weights) -> FeatureNetwork:
     return FeatureNetwork(name, fingerprint(params), side, apply)
 
 
+def _thumbnail(name: str, weights) -> FeatureNetwork:
+    if weights is not None:
+        raise ValueError(f"{name} has no weights, and {weights} was given; leave it out.")
+    digest = hashlib.sha256(f"means of a {_GRID}x{_GRID} grid".encode()).hexdigest()
+    return FeatureNetwork(name, digest, None, _grid_means)
+
+
+@jax.jit
+def _grid_means(images: jax.Array) -> dict[str, jax.Array]:
+    batch, height, width, channels = images.shape
+    if height % _GRID or width % _GRID:
+        raise ValueError(f"thumbnail takes sides divisible by {_GRID}, got {images.shape}.")
+    cells = images.reshape(batch, _GRID, height // _GRID, _GRID, width // _GRID, channels)
+    return {"pool": cells.mean(axis=(2, 4)).reshape(batch, -1)}
+
+
 _NETWORKS: dict[str, Callable[[str, Any], FeatureNetwork]] = {
     "inception-fid": _inception,
     "clip-vit-b32": _clip,
     "clip-vit-l14": _clip,
     "efficientnet-lite0": _efficientnet,
     _CLASSIFIER: _classifier,
+    "thumbnail": _thumbnail,
 }

@@ -60,6 +60,8 @@ def draw_samples(
     classes: int | None,
     guidance_scale: float,
     guided_channels: int = 0,
+    y: Any = None,
+    null: Any = None,
     first: int = FIRST_INDEX,
     hooks: Hooks = IDENTITY,
     on_batch: Callable[[int], None] | None = None,
@@ -67,11 +69,14 @@ def draw_samples(
 ) -> np.ndarray:
     """x_0 of `count` samples, [count, *shape] float32: of global indices first, first + 1, ...
 
+    shape: of what the network sees, of latents where there is a first stage.
+
     guided_channels: how many leading channels are guided, 0 for all of the noise estimate (DiT's code: 3).
     A learned variance is never guided.
     classes: number of classes, None for a model without labels; the null class is the module's own
-    (`config.null_class`). hooks: of `methods.run.load_for_sampling`. mesh: as in
-    `diffusion.sample.sample`.
+    (`config.null_class`). y, null: conditions in place of labels and of the null class, a row of y for
+    each sample (`models.pipeline`'s `conditions` and `null_condition`).
+    hooks: of `methods.run.load_for_sampling`. mesh: as in `diffusion.sample.sample`.
     Raises ValueError for guidance of a model without a null class, and as `diffusion.sample.sample` does,
     above all for a step of the plan that the step tables of `variables["quant"]` were never calibrated for.
     """
@@ -86,8 +91,10 @@ def draw_samples(
         noise_key(seed),
         list(indices),
         shape=shape,
-        y=labels(classes, indices),
-        guidance=guidance_of(guidance_scale, module.config.null_class, channels),
+        y=labels(classes, indices) if y is None else y,
+        guidance=guidance_of(
+            guidance_scale, module.config.null_class if null is None else null, channels
+        ),
         hooks=hooks,
         batch_size=batch_size,
         on_batch=on_batch,

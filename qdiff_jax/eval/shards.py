@@ -27,7 +27,8 @@ FIRST_INDEX = 2_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """images: uint8 [N, H, W, C]. labels: int32 [N], the classes asked for; -1 if unconditional.
+    """images: uint8 [N, H, W, C]. labels: int32 [N], the classes asked for, or the prompts by their numbers;
+    -1 if unconditional.
     seconds: of sampling, [] float64."""
 
     images: np.ndarray
@@ -67,7 +68,8 @@ def claim_shards(directory: pathlib.Path, digest: str, *, write: bool = True) ->
     if stored != digest:
         raise ValueError(
             f"{directory} holds samples of other weights ({str(stored)[:12]}..., and these are "
-            f"{digest[:12]}...): a model or bundle was remade at the same path; use a new workdir, or "
+            f"{digest[:12]}...): a model or bundle was remade at the same path, or other prompts were "
+            f"written there; use a new workdir, or "
             f"delete {directory} to draw anew."
         )
 
@@ -90,19 +92,27 @@ def sample_shards(
     mesh: Mesh | None = None,
     uint8_rule: str = "round",
     guided_channels: int = 0,
+    wanted: Callable[[Sequence[int]], np.ndarray | None] | None = None,
+    condition: Callable[[np.ndarray], Any] | None = None,
+    null: Any = None,
+    decode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[pathlib.Path]:
     """Draws the shards that are not on disk yet; returns the files of all of them, in order.
 
     Classes come in turn, so that every shard of a multiple of them is balanced. on_shard: called with
     the number of samples there are after each shard. mesh: as in `sample`.
-    uint8_rule: of `data.images.to_uint8`. guided_channels: as in `draw_samples`. Raises ValueError as
-    `sample` and `shard_paths` do and for samples that are not finite, and OSError for a full disk.
+    uint8_rule: of `data.images.to_uint8`. guided_channels, null: as in `draw_samples`. wanted: what the
+    samples of global indices are asked for by, int32 [N]; by default the classes in turn. condition: that as
+    the network's y; by default labels as they are. decode: samples to images in [-1, 1], by default the
+    samples themselves. Raises ValueError as `sample` and `shard_paths` do and for samples that are not
+    finite, and OSError for a full disk.
     """
     to_uint8(np.zeros(1), uint8_rule)  # an unknown rule is refused before anything is drawn
     paths = shard_paths(directory, count, size)
     for path, indices in paths:
         if not path.exists():
             began = time.monotonic()
+            asked = labels(classes, indices) if wanted is None else wanted(indices)
             x = draw_samples(
                 module,
                 variables,
@@ -114,10 +124,13 @@ def sample_shards(
                 classes=classes,
                 guidance_scale=guidance_scale,
                 guided_channels=guided_channels,
+                y=None if condition is None else condition(asked),
+                null=null,
                 first=indices.start,
                 hooks=hooks,
                 mesh=mesh,
             )
+            x = x if decode is None else decode(x)
             spent = np.asarray(time.monotonic() - began)
             # Rounded to bytes, NaN would pass for black.
             lost = int((~np.isfinite(x).all(axis=(1, 2, 3))).sum())
@@ -127,8 +140,7 @@ def sample_shards(
                     "there is nothing to evaluate; give its activations more bits, or check its "
                     "sampler and guidance. The shard was not written."
                 )
-            wanted = labels(classes, indices)
-            kept = np.full(len(indices), -1, np.int32) if wanted is None else wanted
+            kept = np.full(len(indices), -1, np.int32) if asked is None else asked
             save_arrays(path, Shard(to_uint8(x, uint8_rule), kept, spent))
         if on_shard is not None:
             on_shard(indices.stop - FIRST_INDEX)

@@ -93,6 +93,8 @@ def load(name_or_path: str) -> DiffusionModel:
     )
 
 
+RANDOM = "random:"  # what the names of miniatures begin with
+
 _MINIATURES = {
     "random:miniature": UNetConfig(
         channels=8,

@@ -1,0 +1,275 @@
+"""A published pipeline from its files: native checkpoints first, folders in diffusers' layout second.
+
+Every part may lie in the model's own file or folder (a whole CompVis checkpoint, a diffusers pipeline), or
+be given apart. Places are local paths, paths in a cache folder, or `hub:OWNER/REPO[/FILE]` (`eval.hub`).
+Names are mapped by the tables of `models.port`, strict both ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from qdiff_jax.eval.hub import PREFIX
+from qdiff_jax.eval.networks.state_dict import fingerprint
+from qdiff_jax.models import registry
+from qdiff_jax.models.autoencoder import AutoencoderConfig
+from qdiff_jax.models.clip import TextConfig
+from qdiff_jax.models.clip_tokenizer import load_tokenizer
+from qdiff_jax.models.families import model_json
+from qdiff_jax.models.miniature_pipelines import miniature_pipeline
+from qdiff_jax.models.pipeline import FirstStage, Pipeline, TextEncoder
+from qdiff_jax.models.places import Place, beside, find_place, part_of
+from qdiff_jax.models.port import dit, pixart, unet_ddpm, unet_ldm, unet_ldm_diffusers
+from qdiff_jax.models.port.clip import text_params
+from qdiff_jax.models.port.first_stage import first_stage_params
+from qdiff_jax.models.port.t5 import t5_config, t5_params
+from qdiff_jax.models.published import PUBLISHED, Published
+from qdiff_jax.models.t5_tokenizer import load_t5_tokenizer
+from qdiff_jax.runtime.state_dicts import load_config, load_state_dict
+
+_COMPVIS = "model.diffusion_model."
+_STAGE_IN_MODEL, _TEXT_IN_MODEL = "first_stage_model.", "cond_stage_model.transformer."
+
+# family -> {layout: (a tensor that files of it have, parameters of its state dict)}.
+_LAYOUTS: Mapping[str, Mapping[str, tuple[str, Callable]]] = {
+    "unet_ddpm": {
+        "native": ("temb.dense.0.weight", unet_ddpm.from_native),
+        "diffusers": ("time_embedding.linear_1.weight", unet_ddpm.from_diffusers),
+    },
+    "unet_ldm": {
+        "CompVis": (f"{_COMPVIS}time_embed.0.weight", unet_ldm.from_native),
+        "native": ("time_embed.0.weight", unet_ldm.from_native),
+        "diffusers": ("time_embedding.linear_1.weight", unet_ldm_diffusers.from_diffusers),
+    },
+    "dit": {
+        "native": ("y_embedder.embedding_table.weight", dit.from_official),
+        "diffusers": ("proj_out_1.weight", dit.from_diffusers),
+    },
+    "pixart": {
+        "native": ("y_embedder.y_proj.fc1.weight", pixart.from_official),
+        "diffusers": ("adaln_single.linear.weight", pixart.from_diffusers),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a published pipeline is made of, beside its model's place.
+
+    network: a name of `published.PUBLISHED`; "" for a model of this project (shipped, trained, random).
+    average: take the moving averages that the model's file keeps beside its weights. first_stage, text,
+    vocabulary: places of the other parts; "" where the model's own file or folder has them. folder: where
+    relative places are looked for besides the working directory.
+    """
+
+    network: str = ""
+    average: bool = False
+    first_stage: str = ""
+    text: str = ""
+    vocabulary: str = ""
+    folder: str = ""
+
+
+def load_pipeline(
+    model: str, parts: Parts = Parts(), diffusion: registry.DiffusionModel | None = None
+) -> Pipeline:
+    """The pipeline of a model: `registry.load`'s models by their names, published ones from their files.
+
+    Args:
+      model: the name of a model of this project, or the place of a published network or pipeline.
+      diffusion: use this network (one from a bundle, say) and read the other parts alone.
+
+    Raises ValueError for an unknown network, a place where nothing is, a file of another family, a part that
+    is missing or does not fit its network, or parts given to a model that has none.
+    """
+    if not parts.network:
+        return _own(model, parts, diffusion)
+    if parts.network not in PUBLISHED:
+        near = difflib.get_close_matches(parts.network, PUBLISHED, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"no published network is called {parts.network!r}; there are {', '.join(PUBLISHED)}.{hint}"
+        )
+    row = PUBLISHED[parts.network]
+    need = f"{parts.network} ({row.origin})"
+    place = find_place(model, parts.folder, f"the model {need}")
+    _check_parts(row, place, parts)
+    whole = None if place.is_pipeline else _state_dict(row, place.path, parts)
+    if diffusion is None:
+        diffusion = _network(row, place, whole, parts)
+    stage, digests = _first_stage(row, place, whole, parts), {}
+    if stage is not None:
+        digests["first_stage_sha256"] = fingerprint(stage.params)
+    text = None
+    if row.text is not None:
+        text = _text(row, place, whole, parts)
+        digests["text_sha256"] = fingerprint(text.params)
+    return _checked(Pipeline(diffusion, stage, text, digests), model)
+
+
+def _own(model: str, parts: Parts, diffusion: registry.DiffusionModel | None) -> Pipeline:
+    given = [
+        name for name in ("first_stage", "text", "vocabulary", "average") if getattr(parts, name)
+    ]
+    if given:
+        raise ValueError(
+            f"{given[0]} is given without a network; name the published network that it belongs to "
+            f"(such as {next(iter(PUBLISHED))!r}), or leave it out."
+        )
+    if diffusion is None and not model.startswith(registry.RANDOM):
+        return Pipeline(registry.load(model))
+    if not model.startswith(registry.RANDOM):
+        return Pipeline(diffusion)
+    registry.load(model)  # an unknown name is refused there
+    pipeline = miniature_pipeline(model)
+    return (
+        pipeline if diffusion is None else _checked(pipeline._replace(diffusion=diffusion), model)
+    )
+
+
+def _checked(pipeline: Pipeline, model: str) -> Pipeline:
+    channels = pipeline.latent_shape[-1]
+    stage = pipeline.first_stage
+    if stage is not None and stage.config.embed_dim != channels:
+        raise ValueError(
+            f"the network draws latents of {channels} channels and the first stage of {model} takes "
+            f"{stage.config.embed_dim}; they belong to different models."
+        )
+    return pipeline
+
+
+def _check_parts(row: Published, place: Place, parts: Parts) -> None:
+    for name, has in (
+        ("first_stage", row.first_stage),
+        ("text", row.text),
+        ("vocabulary", row.text),
+    ):
+        if getattr(parts, name) and has is None:
+            raise ValueError(f"{parts.network} has no {name}; leave {name} empty.")
+
+
+def _network(
+    row: Published, place: Place, whole: Mapping | None, parts: Parts
+) -> registry.DiffusionModel:
+    config, family = row.network, model_json(row.network)["family"]
+    path, tensors = place.path, whole
+    if tensors is None:
+        path = part_of(place, ("unet", "transformer"), "network")
+        tensors = _state_dict(row, path, parts)
+    layout = _layout(family, tensors, path, parts.network)
+    if layout == "CompVis":
+        tensors, _ = unet_ldm.unet_tensors(tensors, config, ema=parts.average, source=path)
+    params = _LAYOUTS[family][layout][1](tensors, config, path)
+    source = {"name": parts.network, "sha256": fingerprint(params), "schedule": row.schedule}
+    return registry.assembled(config, params, source)
+
+
+def _state_dict(row: Published, path: Any, parts: Parts) -> Mapping:
+    """Averages are an entry of their own in training checkpoints, and further tensors in CompVis's."""
+    apart = parts.average and model_json(row.network)["family"] != "unet_ldm"
+    return load_state_dict(path, entry="ema" if apart else None)
+
+
+def _layout(family: str, tensors: Mapping, path: Any, network: str) -> str:
+    """The layout of a state dict of the family. Raises ValueError if it is none, naming the one it is."""
+    for layout, (mark, _) in _LAYOUTS[family].items():
+        if mark in tensors:
+            return layout
+    other = [
+        name
+        for name, layouts in _LAYOUTS.items()
+        if name != family and any(mark in tensors for mark, _ in layouts.values())
+    ]
+    said = (
+        f"is of the family {other[0]}" if other else "has tensors of no network that is known here"
+    )
+    raise ValueError(
+        f"{path} {said} (such as {next(iter(tensors), 'none')}), and {network} is of the family {family}; "
+        "give its file, or name the network that this file holds."
+    )
+
+
+def _first_stage(
+    row: Published, place: Place, whole: Mapping | None, parts: Parts
+) -> FirstStage | None:
+    config: AutoencoderConfig | None = row.first_stage
+    if config is None:
+        return None
+    if whole is not None and "scale_factor" in whole:
+        scale = float(np.asarray(whole["scale_factor"]))
+        config = dataclasses.replace(config, scale_factor=scale)
+    if parts.first_stage:
+        at = find_place(parts.first_stage, parts.folder, f"the first stage of {parts.network}")
+        path = part_of(at, ("vae", "vqvae"), "first stage") if at.is_pipeline else at.path
+        tensors = load_state_dict(path)
+    elif whole is None:
+        path = part_of(place, ("vae", "vqvae"), "first stage")
+        tensors = load_state_dict(path)
+    elif any(key.startswith(_STAGE_IN_MODEL) for key in whole):
+        path, tensors = place.path, whole
+    else:
+        raise ValueError(
+            f"{place.path} has no first stage, and {parts.network} draws latents; give the place of its "
+            "autoencoder as first_stage."
+        )
+    params, config = first_stage_params(tensors, config, path)
+    return FirstStage(config, params)
+
+
+def _text(row: Published, place: Place, whole: Mapping | None, parts: Parts) -> TextEncoder:
+    clip = isinstance(row.text, TextConfig)
+    if parts.text:
+        at = find_place(parts.text, parts.folder, f"the text encoder of {parts.network}")
+        path = part_of(at, ("text_encoder",), "text encoder") if at.is_pipeline else at.path
+    elif whole is None:
+        at, path = place, part_of(place, ("text_encoder",), "text encoder")
+    elif clip and any(key.startswith(_TEXT_IN_MODEL) for key in whole):
+        at, path = place, place.path
+    else:
+        raise ValueError(
+            f"{place.path} has no text encoder, and {parts.network} reads prompts; give the place of its "
+            f"{'CLIP' if clip else 'T5'} as text."
+        )
+    vocabulary = _vocabulary(at, parts, clip)
+    if clip:
+        tokenizer = load_tokenizer(vocabulary)
+        symbols, config, length = len(tokenizer.ids), row.text, row.network.context_length
+    else:
+        tokenizer = load_t5_tokenizer(vocabulary)
+        config, length = t5_config(load_config(path), path), row.network.caption_length
+        symbols = tokenizer.vocab_size()
+    width = config.tower.width if clip else config.width
+    wanted = row.network.context_dim if clip else row.network.caption_dim
+    if width != wanted or (clip and symbols != config.vocabulary) or symbols > config.vocabulary:
+        raise ValueError(
+            f"{path} gives {width} features of {config.vocabulary} tokens, the vocabulary {vocabulary} has "
+            f"{symbols} symbols, and {parts.network} reads {wanted} features; they belong to different models."
+        )
+    tensors = whole if whole is not None and path == place.path else load_state_dict(path)
+    params = (text_params if clip else t5_params)(tensors, config, path)
+    return TextEncoder(config, params, tokenizer, length)
+
+
+def _vocabulary(at: Place, parts: Parts, clip: bool) -> pathlib.Path:
+    files = ("vocab.json", "merges.txt") if clip else ("spiece.model",)
+    if parts.vocabulary:
+        need = f"the vocabulary of {parts.network}"
+        if parts.vocabulary.startswith(PREFIX):
+            return find_place(parts.vocabulary, "", need, files=files).path
+        return find_place(parts.vocabulary, parts.folder, need).path
+    found = beside(at, files)
+    if found is None:
+        what = (
+            "vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz" if clip else "spiece.model"
+        )
+        raise ValueError(
+            f"{parts.network} reads prompts, and there is no vocabulary beside {at.path}: give the place of "
+            f"{what} as vocabulary."
+        )
+    return found
