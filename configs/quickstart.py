@@ -17,10 +17,13 @@ a 5,000-step activation phase for BRECQ: hours on a CPU. `quickstart.py:smoke` r
 Expected on two CPU cores: ten minutes with a cold compile cache, and 3 GiB; figures in the README.
 """
 
+import pathlib
+
 import ml_collections
 
 from qdiff_jax.config import parse_arg
 
+SMOKE_PROMPTS = pathlib.Path(__file__).parent / "eval" / "smoke_prompts.txt"
 FULL = ("rtn", "brecq", "tfmq", "closed_form", "qdiffusion", "tcaq", "ptqd")
 
 
@@ -30,6 +33,11 @@ def get_config(arg=None):
     config.model = "unet_fashion"
     config.classifier = "classifier_fashion"
     config.seed = 0
+    # Of a published pipeline: which, and where its other parts are; a text file with prompts.
+    config.parts = dict(
+        network="", average=False, first_stage="", text="", vocabulary="", folder=""
+    )
+    config.prompts = ""
     config.policy = "common"
     config.sampler = dict(name="ddim", spacing="quad", steps=20, eta=0.0, guidance_scale=-1.0)
     config.calibration = dict(samples=16, weight_steps=20)
@@ -86,6 +94,7 @@ def get_config(arg=None):
         config.reconstruct.activation_steps = 5_000
     if arg.smoke:
         config.model = "random:miniature"
+        config.prompts = str(SMOKE_PROMPTS)  # read by --config.model=random:sd
         config.classifier = ""
         config.sampler.steps = 4
         config.calibration = dict(samples=4, weight_steps=4)

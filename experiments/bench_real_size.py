@@ -195,6 +195,11 @@ def forward(bundle: pathlib.Path, sample: CalibrationSet) -> dict:
 
 def peak() -> float:
     """GiB of host memory at the peak of this process so far."""
+    status = pathlib.Path("/proc/self/status")
+    if (
+        status.is_file()
+    ):  # `getrusage` may answer with the peak of the process that started this one
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -252,10 +257,10 @@ def main(argv) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     log_progress()
     args = flags.FLAGS
-    measured = [name for name, config in PUBLISHED.items() if type(config) in FAMILIES]
+    measured = [name for name, row in PUBLISHED.items() if type(row.network) in FAMILIES]
     if args.model not in measured:
         raise ValueError(f"--model={args.model} is unknown here; there are {', '.join(measured)}.")
-    config, folder = PUBLISHED[args.model], pathlib.Path(args.folder)
+    config, folder = PUBLISHED[args.model].network, pathlib.Path(args.folder)
     bundle = folder / "bundle"
     if args.part:
         found = run_part(args.part, config, pathlib.Path(args.weights), bundle)

@@ -50,7 +50,7 @@ def config_of(name: str) -> Any:
     Raises ValueError for an unknown name, listing those there are.
     """
     if name in PUBLISHED:
-        return PUBLISHED[name]
+        return PUBLISHED[name].network
     if name in registry.names() or name.endswith(".safetensors"):
         return registry.load(name).model.module.config
     near = difflib.get_close_matches(name, [*PUBLISHED, *registry.names()], n=1)

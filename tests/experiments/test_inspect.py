@@ -141,4 +141,4 @@ def test_published_figures_of_real_sizes():
     sd, cin = (totals(config, sites, plan["common"]) for config, sites, plan in plans)
     assert round(sd.size / 1e6) == 3438
     assert cin.layer_bitops == pytest.approx(102.20e12, rel=1e-3)
-    assert set(PUBLISHED) >= {"sd-v1-4", "cin256-v2", "DiT-XL-2-256x256", "ddpm-cifar10-32"}
+    assert set(PUBLISHED) >= {"sd-v1-4", "cin256-v2", "DiT-XL-2-256x256", "ddpm_cifar10"}
