@@ -17,13 +17,10 @@ a 5,000-step activation phase for BRECQ: hours on a CPU. `quickstart.py:smoke` r
 Expected on two CPU cores: ten minutes with a cold compile cache, and 3 GiB; figures in the README.
 """
 
-import pathlib
-
 import ml_collections
 
 from qdiff_jax.config import parse_arg
 
-SMOKE_PROMPTS = pathlib.Path(__file__).parent / "eval" / "smoke_prompts.txt"
 FULL = ("rtn", "brecq", "tfmq", "closed_form", "qdiffusion", "tcaq", "ptqd")
 
 
@@ -94,7 +91,6 @@ def get_config(arg=None):
         config.reconstruct.activation_steps = 5_000
     if arg.smoke:
         config.model = "random:miniature"
-        config.prompts = str(SMOKE_PROMPTS)  # read by --config.model=random:sd
         config.classifier = ""
         config.sampler.steps = 4
         config.calibration = dict(samples=4, weight_steps=4)

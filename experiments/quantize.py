@@ -289,7 +289,7 @@ def quantize_one(
 
 def described(job: Job) -> dict:
     """What a bundle of a pipeline's network says of its other parts, so that it can be sampled alone."""
-    if job.asked.pipeline.first_stage is None:
+    if job.asked.pipeline.first_stage is None and job.asked.pipeline.text is None:
         return {}
     parts, prompts = dataclasses.asdict(job.config.parts), list(job.asked.prompts)
     return {"pipeline": {"model": job.config.model, "parts": parts, "prompts": prompts}}

@@ -127,7 +127,7 @@ def measure(
         "eps_rel_mse": forced.rel_mse,
         "eps_rel_mse_by_step": forced.rel_mse_rows.tolist(),
         **variant.rollout(full, samples, classify and (lambda images: classify(images)[1])),
-        **_temporal(loaded, asked.diffusion, held_out.t),
+        **_temporal(loaded, asked, held_out.t),
         "timesteps": held_out.t.tolist(),
         **{key: record[key] for key in ("calibrate_s", "reconstruct_s", "compile_s")},
     }
@@ -136,7 +136,7 @@ def measure(
     return result
 
 
-def _temporal(loaded: Loaded, diffusion, timesteps: np.ndarray) -> dict:
+def _temporal(loaded: Loaded, asked: Asked, timesteps: np.ndarray) -> dict:
     """The agreement of the temporal features; nothing of a variant whose factors are folded into them."""
     if is_modulation_folded(loaded.manifest):
         logging.info("temporal features: not compared, factors of channels are folded into them.")
@@ -147,11 +147,11 @@ def _temporal(loaded: Loaded, diffusion, timesteps: np.ndarray) -> dict:
             "temporal_mismatch": None,
         }
     found = variant.temporal(
-        diffusion.model,
+        asked.diffusion.model,
         loaded.variables["params"],
         loaded.variables["quant"],
         timesteps,
-        diffusion.feature_class,
+        asked.conditions(range(1)) if asked.prompts else asked.diffusion.feature_class,
     )
     return {
         "temporal_cosine": found.cosine,

@@ -1,5 +1,7 @@
 """What the configs of this folder share: their words for bits, model and size, and where they start from."""
 
+import pathlib
+
 import ml_collections
 
 from configs import quickstart
@@ -21,6 +23,7 @@ PIPELINES = {
     "ldm": ("cin256-v2", "imagenet_20_cfg3"),
     "sd": ("sd-v1-4", "sd14_plms50_cfg7p5"),
 }
+PROMPTS = pathlib.Path(__file__).parents[1] / "eval" / "smoke_prompts.txt"
 BITS = ("w4a8", "w8a8", "w4a4", "w4a32", "w6a6", "w8a4")
 
 
@@ -65,6 +68,7 @@ def _latent(config, smoke, network, row):
     config.classifier = ""
     if smoke:
         config.sampler.steps = steps
+        config.prompts = str(PROMPTS) if network == "sd-v1-4" else ""
     else:
         config.parts.network = network
 

@@ -47,9 +47,9 @@ class Asked(NamedTuple):
 
 
 def asked_of(pipeline: Pipeline, prompts: Sequence[str], name: str) -> Asked:
-    """Raises ValueError for a pipeline that reads prompts and gets none, which `name` names."""
-    if pipeline.takes != "prompts":
-        return Asked(pipeline)
-    if not prompts:
+    """Raises ValueError for a pipeline, called `name`, that reads prompts and gets none, or the reverse."""
+    if pipeline.takes != "prompts" and prompts:
+        raise ValueError(f"{name} reads no prompts, and got {len(prompts)}: leave them out.")
+    if pipeline.takes == "prompts" and not prompts:
         raise ValueError(f"{name} reads prompts and got none: name a text file with one a line.")
     return Asked(pipeline, tuple(prompts))

@@ -17,6 +17,7 @@ from experiments.bench_real_size import (
     write_random,
 )
 from qdiff_jax.models.dit import DiTConfig
+from qdiff_jax.models.published import PUBLISHED
 from qdiff_jax.runtime.state_dicts import load_state_dict
 from qdiff_jax.stages.stage import leaves_by_path
 
@@ -80,8 +81,6 @@ print(json.dumps({"before": before, "peak": peak()}))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_peaks_below_1_3_times_the_file(tmp_path):
-    from qdiff_jax.models.published import PUBLISHED
-
     config = dataclasses.replace(PUBLISHED["sd-v1-4"].network, channels=96)
     path = tmp_path / "weights.safetensors"
     size = write_random(config, path) / 2**30

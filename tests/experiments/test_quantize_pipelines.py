@@ -80,6 +80,7 @@ def test_prompts_are_read_before_anything_is_done(tmp_path):
 
     refused("random:sd reads prompts and got none", prompts="")
     refused("cannot be read", prompts=str(tmp_path / "none.txt"))
+    refused("random:ldm reads no prompts, and got 4", model="random:ldm")
 
 
 def test_a_published_pipeline_must_say_where_it_is(tmp_path):
