@@ -24,6 +24,7 @@ from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.methods.tfmq import VARIANTS
+from qdiff_jax.models.load_pipeline import Parts
 from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
@@ -164,7 +165,9 @@ class RoundingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
-    """model, classifier: shipped names or .safetensors paths (classifier "" for none). variants:
+    """model, classifier: shipped names or .safetensors paths (classifier "" for none); or model is the place of
+    a published network, parts which that is and where its first stage and text encoder are
+    (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. variants:
     {name: VariantConfig}, in the order of the report. rounding: how methods that reconstruct
     weights round them, "adaround" or "closed_form", the latter by the settings of that name, which the method
     closed_form has too."""
@@ -192,6 +195,8 @@ class QuantizeConfig:
     svdquant: SvdQuantConfig = SvdQuantConfig()
     efficientdm: EfficientDMConfig = EfficientDMConfig()
     binarydm: BinaryTrainConfig = BinaryTrainConfig()
+    parts: Parts = Parts()
+    prompts: str = ""
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.

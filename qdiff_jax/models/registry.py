@@ -161,6 +161,11 @@ _MINIATURES = {
 }
 
 
+def names() -> tuple[str, ...]:
+    """What `load` knows by name: the shipped models and the miniatures."""
+    return (*_DIFFUSION, *_MINIATURES)
+
+
 @functools.cache
 def miniature(name: str = "random:miniature") -> DiffusionModel:
     """A U-Net (DDPM's, or latent diffusion's with transformers), DiT or PixArt on 8x8 images or latents, with
