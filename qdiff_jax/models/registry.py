@@ -42,11 +42,11 @@ _CLASSIFIERS = {"classifier_fashion": "classifier_fashion.safetensors"}
 
 class DiffusionModel(NamedTuple):
     """module, params and the block program (`model`), the schedule it was trained with, its config as
-    JSON (`config`, with "family"), the null class (None if it has none: unconditional, or never trained
+    JSON (`config`, with "family"; the schedule is None for a flow model, which has no alpha_bar), the null class (None if it has none: unconditional, or never trained
     without its condition), and where it came from."""
 
     model: Model
-    schedule: NoiseSchedule
+    schedule: NoiseSchedule | None
     config: dict
     null_class: int | None
     source: dict
@@ -70,11 +70,12 @@ class DiffusionModel(NamedTuple):
 def load(name_or_path: str) -> DiffusionModel:
     """A shipped diffusion model by name, or one that `experiments.train` wrote, by path.
 
-    "random:miniature" and "random:ldm" are tiny untrained U-Nets and "random:dit" a tiny untrained DiT, for
-    smoke runs and tests.
+    "random:miniature" and "random:ldm" are tiny untrained U-Nets, "random:dit" and "random:flow" tiny untrained
+    DiTs, for smoke runs and tests. A model whose header has the schedule "flow" predicts the velocity and is
+    sampled by `flow_euler` alone (`diffusion.flow`); "random:flow" is one.
 
-    Raises ValueError for an unknown name (listing those there are), a damaged file, or parameters that
-    do not fit the config in its header.
+    Raises ValueError for an unknown name (listing those there are), a damaged file, parameters that do not
+    fit the config in its header, or a schedule that is none.
     """
     if name_or_path in _MINIATURES:
         return miniature(name_or_path)
@@ -114,6 +115,16 @@ _MINIATURES = {
         num_classes=10,
         learn_sigma=False,
     ),
+    "random:flow": DiTConfig(
+        width=16,
+        depth=2,
+        heads=2,
+        patch=2,
+        resolution=8,
+        in_channels=1,
+        num_classes=10,
+        learn_sigma=False,
+    ),
     "random:ldm": UNetLDMConfig(
         channels=8,
         multipliers=(1, 1),
@@ -133,15 +144,15 @@ _MINIATURES = {
 
 @functools.cache
 def miniature(name: str = "random:miniature") -> DiffusionModel:
-    """A class-conditional U-Net (DDPM's, or latent diffusion's with transformers) or DiT on 8x8 images, with
-    random weights (seed 0).
+    """A class-conditional U-Net (DDPM's, or latent diffusion's with transformers) or DiT, of noise or of a
+    flow, on 8x8 images, with random weights (seed 0).
 
     Every kind of block of the real ones is in it; equal widths, so that blocks share compiles.
     """
     config = _MINIATURES[name]
-    params = _random_params(parameter_shapes(config), seed=0)
+    params = random_params(parameter_shapes(config), seed=0)
     digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params)))
-    schedule = {"schedule": "linear", "timesteps": 1000}
+    schedule = {"schedule": "flow" if name == "random:flow" else "linear", "timesteps": 1000}
     return _assembled(
         config, params, {"name": name, "sha256": digest.hexdigest(), "schedule": schedule}
     )
@@ -151,14 +162,27 @@ def _assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
     schedule = source["schedule"]
     return DiffusionModel(
         Model(make_module(config), program_of(config), params),
-        schedule_of(schedule),
+        _noise_schedule(schedule, source["name"]),
         model_json(config),
         config.null_class,
         source,
     )
 
 
-def _random_params(shapes, seed: int) -> dict:
+def _noise_schedule(config: Mapping, where: str) -> NoiseSchedule | None:
+    """None for a flow model, which has a number of timesteps and nothing else."""
+    if config.get("schedule") != "flow":
+        return schedule_of(config)
+    timesteps, prediction = config.get("timesteps"), config.get("prediction", "velocity")
+    if not isinstance(timesteps, int) or timesteps < 1 or prediction != "velocity":
+        raise ValueError(
+            f"{where} is a flow model with timesteps={timesteps!r} and prediction={prediction!r}; give the "
+            "number that t = 1 is (1000) as timesteps, and 'velocity' or no prediction."
+        )
+    return None
+
+
+def random_params(shapes, seed: int) -> dict:
     """Parameters that keep activations near 1. Drawn by NumPy: compiling the module's own initializers
     takes longer than everything else about a miniature."""
     rng = np.random.default_rng(seed)
