@@ -44,9 +44,9 @@ class SamplerConfig:
     the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision. offset: added
     to every timestep (1 in the latent diffusion code). final, variance, start, interpolation: options of
     samplers that have them (the last two: Euler's, which on leading grids starts with "unit"), "" for the
-    sampler's own default. shift, mu: of `flow_euler` (`diffusion.flow.flow_sigmas`), 0 for none; its spacings are
-    "scheduler" and "trailing". guided_channels: how many leading channels are guided, 0 for all of the noise
-    estimate (DiT's code: 3)."""
+    sampler's own default. shift, mu: of `flow_euler` (`diffusion.flow.flow_sigmas`), 0 for none; its
+    spacings are "scheduler" and "trailing". guided_channels: how many leading channels are guided, 0 for
+    all of the noise estimate (DiT's code: 3)."""
 
     name: str = "ddim"
     spacing: str = "uniform"

@@ -41,9 +41,9 @@ _CLASSIFIERS = {"classifier_fashion": "classifier_fashion.safetensors"}
 
 
 class DiffusionModel(NamedTuple):
-    """module, params and the block program (`model`), the schedule it was trained with, its config as
-    JSON (`config`, with "family"; the schedule is None for a flow model, which has no alpha_bar), the null class (None if it has none: unconditional, or never trained
-    without its condition), and where it came from."""
+    """module, params and the block program (`model`), the schedule it was trained with (None for a flow
+    model, which has no alpha_bar), its config as JSON (`config`, with "family"), the null class (None if it
+    has none: unconditional, or never trained without its condition), and where it came from."""
 
     model: Model
     schedule: NoiseSchedule | None

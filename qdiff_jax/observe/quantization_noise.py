@@ -28,8 +28,8 @@ VARIANTS = ("fixed", "faithful")
 
 class Paired(NamedTuple):
     """Where pairs come from. trajectory: full precision, every step of the plan. guidance: as it was
-    sampled with. plan: the sampler. alpha_bar: [S] float64 at its timesteps, None for a flow model, whose plan has the rows
-    "signal" and "noise"."""
+    sampled with. plan: the sampler. alpha_bar: [S] float64 at its timesteps, None for a flow model, whose
+    plan has the rows "signal" and "noise"."""
 
     trajectory: Trajectory
     guidance: Guidance | None
@@ -43,7 +43,7 @@ def paired(
     plan: SamplerPlan,
     schedule: NoiseSchedule | None,
 ) -> Paired:
-    """schedule: None for a flow model. Raises ValueError if the trajectory does not hold every step of the plan."""
+    """schedule: None for a flow model. Raises ValueError if the trajectory does not hold every step."""
     if not np.array_equal(trajectory.t, np.asarray(plan.timesteps)):
         raise ValueError(
             f"a trajectory of {len(trajectory.t)} recorded steps does not hold the {plan.steps} steps "

@@ -60,11 +60,11 @@ class Source(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """What trajectories are made of beside the network. spacing, steps, grid: of the sampler's timesteps, as
-    `make_timesteps` takes them; steps None for as many as the sampler calls the network, which with PLMS is one
-    more. guidance: of the sampler. shape: of one sample. classes: number of classes, None for an unconditional
-    model. null_class: None for a model that has none. options: of DDIM beside eta (final, prediction). schedule: None for a flow model, which
-    has no online trajectories here."""
+    """What trajectories are made of beside the network. schedule: None for a flow model, which has no online
+    trajectories here. spacing, steps, grid: of the sampler's timesteps, as `make_timesteps` takes them; steps
+    None for as many as the sampler calls the network, which with PLMS is one more. guidance: of the sampler.
+    shape: of one sample. classes: number of classes, None for an unconditional model. null_class: None for a
+    model that has none. options: of DDIM beside eta (final, prediction)."""
 
     schedule: NoiseSchedule | None
     spacing: str

@@ -87,11 +87,13 @@ def test_full_precision_is_the_euler_method_by_hand():
 
 
 def test_what_needs_a_noise_schedule_is_refused():
-    with pytest.raises(ValueError, match="'ddim' does not sample a model with the schedule 'flow'"):
-        prepare({**config("rtn"), "sampler": dict(name="ddim", steps=4)})
+    made = config("rtn")
+    made.model = "random:dit"
     with pytest.raises(ValueError, match="'flow_euler' belongs to 'flow' models"):
-        made = config("rtn")
-        made.model = "random:dit"
+        prepare(made)
+    made = config("rtn")
+    made.sampler = dict(name="ddim", steps=4)
+    with pytest.raises(ValueError, match="'ddim' does not sample a model with the schedule 'flow'"):
         prepare(made)
     with pytest.raises(ValueError, match="an online source samples the teacher by DDIM"):
         prepare(config("efficientdm"))

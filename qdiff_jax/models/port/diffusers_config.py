@@ -51,8 +51,8 @@ def network_config(fields: Mapping[str, Any], source: object = "config.json") ->
     other = {name: fields.get(name, value) for name, value in known.fixed.items()}
     _refuse({n: v for n, v in other.items() if v != known.fixed[n]}, kind, source)
     read = {name: fields.get(name, default) for name, default in known.read.items()}
-    lacking = [name for name, value in read.items() if value is NEEDED]
-    lacking += [n for n in ("sample_size",) if read[n] is None]
+    needed = {"sample_size", *(name for name, default in known.read.items() if default is NEEDED)}
+    lacking = [name for name, value in read.items() if name in needed and value in (None, NEEDED)]
     if lacking:
         raise ValueError(
             f"{source} lacks {', '.join(lacking)}: it is cut or of another kind of model; download it again."
