@@ -17,6 +17,7 @@ import numpy as np
 from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.samplers import LEARNED_RANGE, SamplerPlan
 from qdiff_jax.diffusion.schedule import NoiseSchedule, schedule_of
+from qdiff_jax.eval.hub import PREFIX
 from qdiff_jax.export.bundle import file_sha256
 from qdiff_jax.models.classifier import Classifier, ClassifierConfig
 from qdiff_jax.models.dit import DiTConfig
@@ -68,7 +69,8 @@ class DiffusionModel(NamedTuple):
 
 
 def load(name_or_path: str) -> DiffusionModel:
-    """A shipped diffusion model by name, or one that `experiments.train` wrote, by path.
+    """A shipped diffusion model by name, one that `experiments.train` wrote, by path, or a network in Hugging
+    Face's layout with its scheduler: a folder or `hub:OWNER/REPO[/SUBFOLDER]` (`port.hub_folder`).
 
     "random:miniature" and "random:ldm" are tiny untrained U-Nets, "random:dit" and "random:flow" tiny untrained
     DiTs, for smoke runs and tests. A model whose header has the schedule "flow" predicts the velocity and is
@@ -79,13 +81,17 @@ def load(name_or_path: str) -> DiffusionModel:
     """
     if name_or_path in _MINIATURES:
         return miniature(name_or_path)
+    if name_or_path.startswith(PREFIX) or pathlib.Path(name_or_path).is_dir():
+        from qdiff_jax.models.port import hub_folder  # which assembles its model here
+
+        return hub_folder.load_diffusion(name_or_path)
     path = _resolve(name_or_path, _DIFFUSION)
     params, header = _described(path, "diffusion", ("model", "schedule"))
     # Files written when there was one family do not name it.
     model_config = parse_model({"family": "unet_ddpm", **header["model"]}, str(path))
     fitted = fit_weights(params, parameter_shapes(model_config), path)
     schedule = header["schedule"]
-    return _assembled(
+    return assembled(
         model_config,
         jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), fitted),
         {"name": name_or_path, "sha256": file_sha256(path), "schedule": schedule},
@@ -153,12 +159,14 @@ def miniature(name: str = "random:miniature") -> DiffusionModel:
     params = random_params(parameter_shapes(config), seed=0)
     digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params)))
     schedule = {"schedule": "flow" if name == "random:flow" else "linear", "timesteps": 1000}
-    return _assembled(
+    return assembled(
         config, params, {"name": name, "sha256": digest.hexdigest(), "schedule": schedule}
     )
 
 
-def _assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
+def assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
+    """The model of a family's config and its parameters. source: JSON with "name", "sha256" of the weights,
+    and "schedule", as `schedule_of` takes it."""
     schedule = source["schedule"]
     return DiffusionModel(
         Model(make_module(config), program_of(config), params),

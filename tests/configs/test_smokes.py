@@ -57,5 +57,5 @@ def test_the_smoke_variant_shows_the_damage_of_rounding(tmp_path):
 
 def test_every_config_is_run_here():
     # Their smokes are subjects of tests/experiments: test_evaluate.py and so on.
-    elsewhere = {"quickstart", "damage", "evaluate", "bench_rounding", "claims"}
+    elsewhere = {"quickstart", "damage", "evaluate", "bench_rounding", "claims", "terrain"}
     assert {path.stem for path in CONFIGS} == elsewhere | {path.stem for path in TRAINED}

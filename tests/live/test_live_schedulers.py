@@ -3,7 +3,7 @@
 import pytest
 
 from ..diffusion.test_schedulers import LINEAR, SCALED, follow, follow_with_noise, plan
-from .references import need
+from .references import need, quietly
 
 _, diffusers = need("torch", "diffusers")
 from qdiff_jax.diffusion.flow import flow_euler, flow_sigmas  # noqa: E402
@@ -77,10 +77,14 @@ STOCHASTIC = {
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_a_deterministic_sampler(name):
     ours, theirs, steps = DETERMINISTIC[name]
-    follow(ours(), run(theirs(), steps))
+    with quietly():
+        reference = run(theirs(), steps)
+    follow(ours(), reference)
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_a_stochastic_sampler(name):
     ours, theirs, options = STOCHASTIC[name]
-    follow_with_noise(ours(), run(theirs(), 20, stochastic=True, **options))
+    with quietly():
+        reference = run(theirs(), 20, stochastic=True, **options)
+    follow_with_noise(ours(), reference)

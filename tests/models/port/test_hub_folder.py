@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from qdiff_jax.models import registry
 from qdiff_jax.models.dit import DiTConfig
 from qdiff_jax.models.pixart import PixArtConfig
 from qdiff_jax.models.port.diffusers_config import network_config
-from qdiff_jax.models.port.hub_folder import component_config, component_folder, load_component
+from qdiff_jax.models.port.hub_folder import (
+    component_config,
+    component_folder,
+    load_component,
+    schedule_json,
+)
 from qdiff_jax.models.port.unet_ldm_diffusers import from_diffusers
 from qdiff_jax.models.unet_ddpm import UNetConfig
 from qdiff_jax.models.unet_ldm import UNetLDMConfig
@@ -266,6 +272,44 @@ def test_a_folder_on_the_hub_is_fetched_file_by_file(tmp_path, monkeypatch, shar
     (remote / "unet" / "config.json").rename(remote / "config.json")
     with pytest.raises(ValueError, match="names no file and the repository has none of"):
         load_component("hub:owner/repo")
+
+
+def test_the_registry_loads_a_folder_with_its_scheduler(tmp_path):
+    folder = small_folder(tmp_path / "pipeline" / "unet")
+    with pytest.raises(
+        ValueError, match="there is no scheduler_config.json in .*unet or .*scheduler"
+    ):
+        registry.load(str(folder))
+    (tmp_path / "pipeline" / "scheduler").mkdir()
+    place = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    fields = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_end": 0.012}
+    place.write_text(json.dumps({**fields, "beta_start": 0.00085}))
+    model = registry.load(str(folder))
+    assert (model.classes, model.image_shape) == (5, (8, 8, 3))
+    ends = {"beta_start": 0.00085, "beta_end": 0.012}
+    expected = {"schedule": "scaled_linear", "timesteps": 1000, "options": ends}
+    assert model.source["schedule"] == expected
+    assert model.schedule.betas[0] == pytest.approx(0.00085)
+    assert registry.load(str(folder)).source["sha256"] == model.source["sha256"]
+    # One that lies beside the network goes before.
+    (folder / "scheduler_config.json").write_text(
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler"}'
+    )
+    assert registry.load(str(folder)).schedule is None
+
+
+def test_schedules_of_schedulers():
+    assert schedule_json({})["options"] == {"beta_start": 1e-4, "beta_end": 0.02}
+    cosine = schedule_json(
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    )
+    assert cosine == {"schedule": "cosine", "timesteps": 1000, "prediction": "v"}
+    for changed in ({"beta_schedule": "sigmoid"}, {"prediction_type": "sample"}):
+        ((name, value),) = changed.items()
+        with pytest.raises(ValueError, match=f"not built here: {name}='{value}'"):
+            schedule_json(changed)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr=True"):
+        schedule_json({"rescale_betas_zero_snr": True})
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
