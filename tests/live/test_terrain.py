@@ -18,6 +18,7 @@ from qdiff_jax.diffusion.consistency import denoised, preconditioning
 from qdiff_jax.models.families import make_module, program_of
 from qdiff_jax.models.port.terrain import CONFIG, MEMBER, load_terrain, onnx_file
 from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.runtime.onnx_files import load_onnx
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage
 from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
@@ -110,9 +111,59 @@ def test_rounding_to_nearest_leaves_little_at_4_bits():
 
 @wheel
 def test_every_tensor_of_the_file_is_a_parameter_and_the_other_way_round():
-    assert sum(leaf.size for leaf in jax.tree.leaves(parameters())) == 10_456_113 + 0
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameters())) == 10_456_545
     with pytest.raises(ValueError, match="parameters without a tensor: .*input_blocks_1_1/norm"):
         load_terrain(WHEEL, dataclasses.replace(CONFIG, attention_downsampling=(1, 4, 8, 16)))
+
+
+def norm_graph(path, convolution="a.out.2", ones=1.0):
+    """A group norm as PyTorch's exporter writes it, before a convolution of that name."""
+    helper = onnx.helper
+    node = helper.make_node
+    values = {
+        "val_1": np.full(2, ones, np.float32),
+        "val_2": np.zeros(2, np.float32),
+        "val_3": np.float32([3, 4, 5, 6]).reshape(4, 1, 1),
+        "val_4": np.float32([7, 8, 9, 10]).reshape(4, 1, 1),
+        "shape": np.int64([0, 2, -1]),
+        "back": np.int64([0, 4, 1, 1]),
+        f"net.{convolution}.weight": np.zeros((1, 4, 1, 1), np.float32),
+        f"net.{convolution}.bias": np.zeros(1, np.float32),
+        "forgotten": np.zeros(3, np.float32),
+        "number": np.float32(1.0),
+    }
+    nodes = [
+        node("Reshape", ["x", "shape"], ["x2"]),
+        node("InstanceNormalization", ["x2", "val_1", "val_2"], ["n"]),
+        node("Reshape", ["n", "back"], ["n2"]),
+        node("Mul", ["n2", "val_3"], ["m"]),
+        node("Add", ["m", "val_4"], ["g"]),
+        node("Sigmoid", ["g"], ["s"]),
+        node("Mul", ["g", "s"], ["h"]),
+        node("Conv", ["h", f"net.{convolution}.weight", f"net.{convolution}.bias"], ["y"]),
+    ]
+    ends = [
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4, 1, 1])] for name in "xy"
+    ]
+    tensors = [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in values.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", *ends, tensors))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_group_norms_are_named_after_the_convolution_behind(tmp_path):
+    found = load_onnx(norm_graph(tmp_path / "a.onnx"), {"out.2": "out.0"}, prefix="net.")
+    np.testing.assert_array_equal(found["a.out.0.weight"], [3, 4, 5, 6])
+    np.testing.assert_array_equal(found["a.out.0.bias"], [7, 8, 9, 10])
+    # What is no parameter of the norm stays under its own name, for a strict table to refuse.
+    own = {"a.out.0.weight", "a.out.0.bias", "a.out.2.weight", "a.out.2.bias", "forgotten"}
+    assert set(found) == own
+    other = norm_graph(tmp_path / "b.onnx", convolution="a.skip")
+    with pytest.raises(ValueError, match="the group norm before 'a.skip' is not named in norms"):
+        load_onnx(other, {"out.2": "out.0"}, prefix="net.")
+    other = norm_graph(tmp_path / "c.onnx", ones=2.0)
+    with pytest.raises(ValueError, match="is no group norm: it has weights of its own"):
+        load_onnx(other, {"out.2": "out.0"})
 
 
 def test_what_is_no_such_file(tmp_path):
