@@ -81,7 +81,8 @@ def load(name_or_path: str) -> DiffusionModel:
     """
     if name_or_path in _MINIATURES:
         return miniature(name_or_path)
-    if name_or_path.startswith(PREFIX) or pathlib.Path(name_or_path).is_dir():
+    shipped = name_or_path in _DIFFUSION
+    if name_or_path.startswith(PREFIX) or (not shipped and pathlib.Path(name_or_path).is_dir()):
         from qdiff_jax.models.port import hub_folder  # which assembles its model here
 
         return hub_folder.load_diffusion(name_or_path)

@@ -17,13 +17,17 @@ import numpy as np
 _BETWEEN = ("Mul", "Add", "Sigmoid", "Resize", "AveragePool")
 
 
-def load_onnx(path, norms: Mapping[str, str], prefix: str = "") -> dict[str, np.ndarray]:
+def load_onnx(
+    file, norms: Mapping[str, str], prefix: str = "", source: object = None
+) -> dict[str, np.ndarray]:
     """{name: array} of the parameters in an ONNX file, without `prefix`, group norms among them.
 
     Args:
+      file: a path, or an open binary file.
       norms: {end of a convolution's module name: end of the name of the norm before it}, such as
         {"in_layers.2": "in_layers.0"}.
       prefix: what the names of parameters begin with; a group norm is named like its convolution.
+      source: where the file is from, for messages; None for `file` itself.
 
     Numbers that are no parameters are left out: scalars, integers, the scales of a Resize, the ones and
     zeros of an InstanceNormalization. All else without the prefix is kept under its own name, so that a
@@ -32,7 +36,8 @@ def load_onnx(path, norms: Mapping[str, str], prefix: str = "") -> dict[str, np.
     Raises ValueError: no such file, no ONNX file, a norm with an affine part of its own or whose
     convolution `norms` does not name; ModuleNotFoundError without the package onnx.
     """
-    graph = _graph(path)
+    path = file if source is None else source
+    graph = _graph(file, path)
     values = {tensor.name: _array(tensor) for tensor in graph.initializer}
     readers = collections.defaultdict(list)
     for node in graph.node:
@@ -63,11 +68,11 @@ def load_onnx(path, norms: Mapping[str, str], prefix: str = "") -> dict[str, np.
     return found
 
 
-def _graph(path) -> Any:
+def _graph(file, path) -> Any:
     import onnx  # an extra, needed nowhere else
 
     try:
-        return onnx.load(path).graph
+        return onnx.load(file).graph
     except FileNotFoundError as error:
         raise ValueError(f"there is no ONNX file {path}; check the path.") from error
     except Exception as error:  # protobuf's own DecodeError, whatever its package calls it

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import json
 import pathlib
 import warnings
 
@@ -11,6 +10,7 @@ import pytest
 
 from ..parity.networks import seeded
 
+BUFFERS = ("pos_embed.pos_embed",)  # floats that are computed, not learned
 COMMAND = "pip install 'qdiff_jax[parity]'"
 
 
@@ -51,15 +51,10 @@ def build(library, name, **options):
     return model.eval()
 
 
-BUFFERS = ("pos_embed.pos_embed",)
-
-
 def saved(model, folder: pathlib.Path) -> pathlib.Path:
     """The folder that `save_pretrained` makes of it."""
     with quietly():
         model.save_pretrained(folder)
-    # DiT's blocks share one embedder in the released files, while a class makes one for each.
-    assert json.loads((folder / "config.json").read_text())
     return folder
 
 

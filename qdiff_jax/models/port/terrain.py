@@ -53,7 +53,7 @@ def load_terrain(path, config: UNetLDMConfig = CONFIG) -> dict:
     Raises ValueError: no such file, no such member in it, or all that is missing, left over or of another
     shape; ModuleNotFoundError without the package onnx.
     """
-    tensors = load_onnx(onnx_file(path), _NORMS, prefix="network.")
+    tensors = load_onnx(onnx_file(path), _NORMS, prefix="network.", source=path)
     frequencies = tensors.get(_FREQUENCIES)
     half = config.channels // 2
     wanted = 10000.0 ** (-np.arange(half) / half)
