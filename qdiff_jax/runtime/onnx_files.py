@@ -34,7 +34,7 @@ def load_onnx(
     strict table refuses what it does not know.
 
     Raises ValueError: no such file, no ONNX file, a norm with an affine part of its own or whose
-    convolution `norms` does not name; ModuleNotFoundError without the package onnx.
+    convolution `norms` does not name, or the package onnx is not installed.
     """
     path = file if source is None else source
     graph = _graph(file, path)
@@ -69,8 +69,12 @@ def load_onnx(
 
 
 def _graph(file, path) -> Any:
-    import onnx  # an extra, needed nowhere else
-
+    try:
+        import onnx  # an extra, needed nowhere else
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is read by the package onnx, which is not installed; pip install 'qdiff_jax[parity]'."
+        ) from error
     try:
         return onnx.load(file).graph
     except FileNotFoundError as error:

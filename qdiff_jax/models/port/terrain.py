@@ -51,7 +51,7 @@ def load_terrain(path, config: UNetLDMConfig = CONFIG) -> dict:
     """Parameters of `UNetLDM(config)` from the wheel or the ONNX file in it.
 
     Raises ValueError: no such file, no such member in it, or all that is missing, left over or of another
-    shape; ModuleNotFoundError without the package onnx.
+    shape; or the package onnx is not installed.
     """
     tensors = load_onnx(onnx_file(path), _NORMS, prefix="network.", source=path)
     frequencies = tensors.get(_FREQUENCIES)
