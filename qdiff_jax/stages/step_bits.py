@@ -170,7 +170,10 @@ def step_bits(
             with np.errstate(divide="ignore"):
                 # An estimate that is not finite is never good enough.
                 snr[width] = np.where(np.isfinite(error), power / error, 0.0)
-        forward = forward_snr(source.alpha_bar)
+        if source.alpha_bar is None:  # a flow
+            forward = np.square(np.float64(source.plan.rows["signal"]) / source.plan.rows["noise"])
+        else:
+            forward = forward_snr(source.alpha_bar)
         bits = allocate_bits(snr, forward)
         entries = target_entries(carry.state.plan)
         quant = quant_at_bits(carry.state.quant, entries, bits, timesteps)
