@@ -30,6 +30,11 @@ def get_config(arg=None):
     config.model = "unet_fashion"
     config.classifier = "classifier_fashion"
     config.seed = 0
+    # Of a published pipeline: which, and where its other parts are; a text file with prompts.
+    config.parts = dict(
+        network="", average=False, first_stage="", text="", vocabulary="", folder=""
+    )
+    config.prompts = ""
     config.policy = "common"
     config.sampler = dict(name="ddim", spacing="quad", steps=20, eta=0.0, guidance_scale=-1.0)
     config.calibration = dict(samples=16, weight_steps=20)

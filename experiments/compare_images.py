@@ -44,6 +44,7 @@ def evaluation(config: QuantizeConfig, bundle: str, judging: Judging) -> ConfigD
     with made.unlocked():
         made.model, made.bundle, made.seed = config.model, bundle, config.seed
         made.sampler = dataclasses.asdict(config.sampler)
+        made.parts, made.prompts = dataclasses.asdict(config.parts), config.prompts
     read_config(made)
     return made
 

@@ -9,6 +9,7 @@ started again with the same command, it goes on with the unit and step where it 
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import resource
 import shlex
@@ -21,6 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
+from experiments.evaluate_subject import read_prompts
 from experiments.quantize_config import (
     DRAWING,
     FREE_TO_CHANGE,
@@ -31,13 +33,16 @@ from experiments.quantize_config import (
 )
 from experiments.quantize_report import draw, is_measured, measure, provenance, reference
 from qdiff_jax.config import claim_workdir
+from qdiff_jax.diffusion.guidance import Guidance
 from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
-from qdiff_jax.eval.samples import guidance_of, labels, noise_key
+from qdiff_jax.eval.asked import Asked, asked_of
+from qdiff_jax.eval.samples import noise_key
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
 from qdiff_jax.methods.run import make_sampler, run_method
 from qdiff_jax.models import registry
+from qdiff_jax.models.load_pipeline import load_pipeline
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
 from qdiff_jax.observe.quantization_noise import Paired, paired
 from qdiff_jax.observe.selectors import every_step, select_calibration
@@ -52,14 +57,20 @@ from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
 
 
 class Job(NamedTuple):
-    """A config that was found in order, and what it names: the model, its sites, a plan per variant."""
+    """A config that was found in order, and what it names: the model, with its first stage and text encoder,
+    and what it is asked for; its sites, a plan per variant. guidance: of the sampler."""
 
     config: QuantizeConfig
-    diffusion: registry.DiffusionModel
+    asked: Asked
+    guidance: Guidance | None
     sites: tuple[Site, ...]
     plans: dict[str, SitePlan]
     settings: MethodSettings
     sampler: SamplerPlan
+
+    @property
+    def diffusion(self) -> registry.DiffusionModel:
+        return self.asked.diffusion
 
 
 def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
@@ -69,7 +80,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     one, naming the keys that differ.
     """
     job = prepare(config)
-    config, diffusion = job.config, job.diffusion
+    config, diffusion, asked = job.config, job.diffusion, job.asked
     claim_workdir(workdir, config, FREE_TO_CHANGE)
     with phases(phase_weights(config, workdir)) as enter, compile_account() as account:
         enter("trajectories")
@@ -80,12 +91,12 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
             step_weights=step_weights(job, workdir),
         )
         enter("fp32")
-        records = [reference(config, diffusion, workdir)]
+        records = [reference(config, asked, workdir)]
         for name, v in config.variants.items():
             enter(name)
             record = quantize_one(job, name, sets, workdir / "variants" / name, calibration)
-            records.append(measure(config, name, v, record, diffusion, held_out, workdir))
-        pictures = draw(config, diffusion, job.sites, calibration, records, workdir)
+            records.append(measure(config, name, v, record, asked, held_out, workdir))
+        pictures = draw(config, asked, job.sites, calibration, records, workdir)
     logging.info(
         "programs compiled: %d, found in the cache: %d, %.0f s; peak memory %.0f MiB",
         account.backend_compiles,
@@ -102,7 +113,9 @@ def prepare(config: Any) -> Job:
     """Everything a config can get wrong, found out before the first minute of work."""
     config = read_config(config)
     settings = method_settings(config)
-    diffusion = registry.load(config.model)
+    prompts = read_prompts(config.prompts) if config.prompts else ()
+    asked = asked_of(load_pipeline(config.model, config.parts), prompts, config.model)
+    diffusion = asked.diffusion
     methods = {
         config.ptqd.base if v.method == "ptqd" else v.method for v in config.variants.values()
     }
@@ -112,23 +125,27 @@ def prepare(config: Any) -> Job:
         registry.classifier(config.classifier)
     sampler = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
     check_sizes(config, sampler.steps)
-    guidance_of(config.sampler.guidance_scale, diffusion.null_class)  # refused here, if at all
+    guidance = asked.guidance(config.sampler.guidance_scale)  # refused here, if at all
     example = (
         np.zeros((2, *diffusion.image_shape), np.float32),
         np.zeros((2,), np.float32),
-        labels(diffusion.classes, range(2)),
+        asked.conditions(range(2)),
     )
     sites = list_sites(diffusion.model.module, *example)
     plans = {
         name: make_plan(sites, policy(config.policy, sites, *v.targets))
         for name, v in config.variants.items()
     }
-    job = Job(config, diffusion, sites, plans, settings, sampler)
+    job = Job(config, asked, guidance, sites, plans, settings, sampler)
     source = settings.efficientdm.source
+    if source.kind == "online" and "efficientdm" in methods and asked.prompts:
+        raise ValueError(
+            f"an online source draws classes for its trajectories, and {config.model} reads prompts: set "
+            "efficientdm.source.kind=cached, which takes the recorded ones."
+        )
     if source.kind == "online" and "efficientdm" in methods:
-        make_source(
-            source, sampler.steps, sampling_of(job), None
-        )  # a grid that cannot be is found here
+        # A grid that cannot be is found here.
+        make_source(source, sampler.steps, sampling_of(job), None)
     return job
 
 
@@ -160,8 +177,8 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
                     noise_key(config.seed),
                     list(indices),
                     shape=diffusion.image_shape,
-                    y=labels(diffusion.classes, indices),
-                    guidance=guidance_of(config.sampler.guidance_scale, diffusion.null_class),
+                    y=job.asked.conditions(indices),
+                    guidance=job.guidance,
                     batch_size=config.evaluation.batch,
                     on_batch=tell,
                 )
@@ -202,8 +219,8 @@ def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
             noise_key(config.seed),
             indices,
             shape=diffusion.image_shape,
-            y=labels(diffusion.classes, indices),
-            guidance=guidance_of(config.sampler.guidance_scale, diffusion.null_class),
+            y=job.asked.conditions(indices),
+            guidance=job.guidance,
             batch_size=min(config.evaluation.batch, len(indices)),
         )
         save_record(path, {"importance": importance.tolist()})
@@ -212,8 +229,7 @@ def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
 
 def pairs_of(job: Job, calibration: Trajectory) -> Paired:
     """The calibration trajectories as pairs, for methods that correct the sampling."""
-    guidance = guidance_of(job.config.sampler.guidance_scale, job.diffusion.null_class)
-    return paired(calibration, guidance, job.sampler, job.diffusion.schedule)
+    return paired(calibration, job.guidance, job.sampler, job.diffusion.schedule)
 
 
 def sampling_of(job: Job) -> Sampling:
@@ -225,7 +241,7 @@ def sampling_of(job: Job) -> Sampling:
     return Sampling(
         diffusion.schedule,
         config.spacing,
-        guidance_of(config.guidance_scale, diffusion.null_class),
+        job.guidance,
         diffusion.image_shape,
         diffusion.classes,
         diffusion.null_class,
@@ -240,8 +256,7 @@ def sampler_config(job: Job, calibration: Trajectory) -> dict:
     config, as_json = job.config.sampler, job.config.sampler.as_json()
     if not config.tensor_bits:
         return as_json
-    guidance = guidance_of(config.guidance_scale, job.diffusion.null_class)
-    ranges = tensor_ranges(job.sampler, calibration, guidance)
+    ranges = tensor_ranges(job.sampler, calibration, job.guidance)
     return {**as_json, "tensors": {"bits": config.tensor_bits, "ranges": ranges}}
 
 
@@ -263,11 +278,20 @@ def quantize_one(
                 "samples": config.evaluation.samples,
                 "batch": config.evaluation.batch,
                 "policy": config.policy,
+                **described(job),
                 "w_bits": v.w_bits,
                 "a_bits": v.a_bits,
             },
             on_stage=lambda stage: logging.info("%s: %s", name, stage),
         )
+
+
+def described(job: Job) -> dict:
+    """What a bundle of a pipeline's network says of its other parts, so that it can be sampled alone."""
+    if job.asked.pipeline.first_stage is None and job.asked.pipeline.text is None:
+        return {}
+    parts, prompts = dataclasses.asdict(job.config.parts), list(job.asked.prompts)
+    return {"pipeline": {"model": job.config.model, "parts": parts, "prompts": prompts}}
 
 
 def main(argv) -> None:

@@ -24,6 +24,7 @@ from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.methods.tfmq import VARIANTS
+from qdiff_jax.models.load_pipeline import Parts
 from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
@@ -44,8 +45,9 @@ class SamplerConfig:
     the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision. offset: added
     to every timestep (1 in the latent diffusion code). final, variance, start, interpolation: options of
     samplers that have them (the last two: Euler's, which on leading grids starts with "unit"), "" for the
-    sampler's own default. guided_channels: how many leading channels are guided, 0 for all of the noise
-    estimate (DiT's code: 3)."""
+    sampler's own default. shift, mu: of `flow_euler` (`diffusion.flow.flow_sigmas`), 0 for none; its
+    spacings are "scheduler" and "trailing". guided_channels: how many leading channels are guided, 0 for
+    all of the noise estimate (DiT's code: 3)."""
 
     name: str = "ddim"
     spacing: str = "uniform"
@@ -59,11 +61,14 @@ class SamplerConfig:
     guided_channels: int = 0
     start: str = ""
     interpolation: str = ""
+    shift: float = 0.0
+    mu: float = 0.0
 
     def as_json(self) -> dict:
         options = {"eta": self.eta} if self.name == "ddim" else {}
         given = {
-            name: getattr(self, name) for name in ("final", "variance", "start", "interpolation")
+            name: getattr(self, name)
+            for name in ("final", "variance", "start", "interpolation", "shift", "mu")
         }
         options.update({name: value for name, value in given.items() if value})
         # What is at its default is not written, so that older bundles and results compare equal.
@@ -164,7 +169,9 @@ class RoundingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
-    """model, classifier: shipped names or .safetensors paths (classifier "" for none). variants:
+    """model, classifier: shipped names or .safetensors paths (classifier "" for none); or model is the place of
+    a published network, parts which that is and where its first stage and text encoder are
+    (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. variants:
     {name: VariantConfig}, in the order of the report. rounding: how methods that reconstruct
     weights round them, "adaround" or "closed_form", the latter by the settings of that name, which the method
     closed_form has too."""
@@ -192,6 +199,8 @@ class QuantizeConfig:
     svdquant: SvdQuantConfig = SvdQuantConfig()
     efficientdm: EfficientDMConfig = EfficientDMConfig()
     binarydm: BinaryTrainConfig = BinaryTrainConfig()
+    parts: Parts = Parts()
+    prompts: str = ""
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.

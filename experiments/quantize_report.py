@@ -15,7 +15,8 @@ from experiments.quantize_config import QuantizeConfig, VariantConfig
 from qdiff_jax.config import fingerprint
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.eval import plots, report, variant
-from qdiff_jax.eval.samples import Samples, draw_samples
+from qdiff_jax.eval.asked import Asked
+from qdiff_jax.eval.samples import FIRST_INDEX, Samples, draw_samples
 from qdiff_jax.export.bundle import stored_bytes
 from qdiff_jax.methods.run import Loaded, is_modulation_folded, load_for_sampling, make_sampler
 from qdiff_jax.models import registry
@@ -36,32 +37,42 @@ def is_measured(folder: pathlib.Path) -> bool:
 
 
 def rollout(
-    config: QuantizeConfig, diffusion, variables, plan, module, name: str, hooks: Hooks = IDENTITY
+    config: QuantizeConfig,
+    asked: Asked,
+    variables,
+    plan,
+    module,
+    name: str,
+    hooks: Hooks = IDENTITY,
 ) -> np.ndarray:
     """x_0 of all evaluation samples of a variant, telling how far it is."""
-    with progress(f"{name}: sampling", config.evaluation.samples) as tell:
+    count, scale = config.evaluation.samples, config.sampler.guidance_scale
+    with progress(f"{name}: sampling", count) as tell:
         return draw_samples(
             module,
             variables,
             plan,
             seed=config.seed,
-            count=config.evaluation.samples,
+            count=count,
             batch_size=config.evaluation.batch,
-            shape=diffusion.image_shape,
-            classes=diffusion.classes,
-            guidance_scale=config.sampler.guidance_scale,
+            shape=asked.diffusion.image_shape,
+            classes=asked.diffusion.classes,
+            guidance_scale=scale,
+            y=asked.conditions(range(FIRST_INDEX, FIRST_INDEX + count)),
+            null=asked.null(scale),
             hooks=hooks,
             on_batch=tell,
         )
 
 
-def reference(config: QuantizeConfig, diffusion, workdir: pathlib.Path) -> dict:
+def reference(config: QuantizeConfig, asked: Asked, workdir: pathlib.Path) -> dict:
     """The full-precision record, and its samples on disk."""
+    diffusion = asked.diffusion
     path = workdir / "variants" / "fp32" / "samples.npz"
     if not path.exists():
         plan = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
         variables = {"params": diffusion.model.params, "quant": {}}
-        x = rollout(config, diffusion, variables, plan, diffusion.model.module, "fp32")
+        x = rollout(config, asked, variables, plan, diffusion.model.module, "fp32")
         save_arrays(path, Samples(x))
     return {
         "name": "fp32",
@@ -80,23 +91,25 @@ def measure(
     name: str,
     v: VariantConfig,
     record: dict,
-    diffusion,
+    asked: Asked,
     held_out: Trajectory,
     workdir: pathlib.Path,
 ) -> dict:
     """Sample the variant's bundle and compare with full precision; read back if done already.
 
-    record: of `methods.run.run_method`. Leaves samples.npz and metrics.json in the variant's folder.
+    record: of `methods.run.run_method`. Leaves samples.npz and metrics.json in the variant's folder. Samples
+    are kept as the network draws them, and compared as images.
     """
     folder = workdir / "variants" / name
     if is_measured(folder):
         return load_record(folder / "metrics.json")
     loaded = load_for_sampling(folder / "bundle")
     samples = rollout(
-        config, diffusion, loaded.variables, loaded.plan, loaded.module, name, loaded.hooks
+        config, asked, loaded.variables, loaded.plan, loaded.module, name, loaded.hooks
     )
     save_arrays(folder / "samples.npz", Samples(samples))
     full = load_arrays(workdir / "variants" / "fp32" / "samples.npz", Samples).x
+    full, samples = (asked.images(x, config.evaluation.batch) for x in (full, samples))
     classify = registry.classifier(config.classifier) if config.classifier else None
     with progress(f"{name}: teacher-forced error", len(held_out.t)) as tell:
         forced = variant.teacher_forced(
@@ -114,7 +127,7 @@ def measure(
         "eps_rel_mse": forced.rel_mse,
         "eps_rel_mse_by_step": forced.rel_mse_rows.tolist(),
         **variant.rollout(full, samples, classify and (lambda images: classify(images)[1])),
-        **_temporal(loaded, diffusion, held_out.t),
+        **_temporal(loaded, asked, held_out.t),
         "timesteps": held_out.t.tolist(),
         **{key: record[key] for key in ("calibrate_s", "reconstruct_s", "compile_s")},
     }
@@ -123,7 +136,7 @@ def measure(
     return result
 
 
-def _temporal(loaded: Loaded, diffusion, timesteps: np.ndarray) -> dict:
+def _temporal(loaded: Loaded, asked: Asked, timesteps: np.ndarray) -> dict:
     """The agreement of the temporal features; nothing of a variant whose factors are folded into them."""
     if is_modulation_folded(loaded.manifest):
         logging.info("temporal features: not compared, factors of channels are folded into them.")
@@ -134,11 +147,11 @@ def _temporal(loaded: Loaded, diffusion, timesteps: np.ndarray) -> dict:
             "temporal_mismatch": None,
         }
     found = variant.temporal(
-        diffusion.model,
+        asked.diffusion.model,
         loaded.variables["params"],
         loaded.variables["quant"],
         timesteps,
-        diffusion.feature_class,
+        asked.conditions(range(1)) if asked.prompts else asked.diffusion.feature_class,
     )
     return {
         "temporal_cosine": found.cosine,
@@ -149,7 +162,7 @@ def _temporal(loaded: Loaded, diffusion, timesteps: np.ndarray) -> dict:
 
 def draw(
     config: QuantizeConfig,
-    diffusion,
+    asked: Asked,
     sites,
     calibration: Trajectory,
     records: list[dict],
@@ -159,7 +172,10 @@ def draw(
     folder = workdir / "pictures"
     steps = calibration.t
     images = {
-        r["name"]: load_arrays(workdir / "variants" / r["name"] / "samples.npz", Samples).x[:_SHOWN]
+        r["name"]: asked.images(
+            load_arrays(workdir / "variants" / r["name"] / "samples.npz", Samples).x[:_SHOWN],
+            config.evaluation.batch,
+        )
         for r in records
     }
 
@@ -169,7 +185,7 @@ def draw(
         return {r["name"]: np.asarray(r.get(key, zeros), np.float64) for r in records}
 
     ranges = ranges_by_step(
-        diffusion.model,
+        asked.diffusion.model,
         every_step(jax.random.key(config.seed), calibration),
         steps,
         make_plan(sites, policy("official:qdiffusion", sites, None, 8)),

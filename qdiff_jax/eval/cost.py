@@ -15,6 +15,7 @@ import numpy as np
 
 from qdiff_jax.branch import LowRank
 from qdiff_jax.export.qtensor import QTensor
+from qdiff_jax.policy import SitePlan
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.rounding import SoftRounding
 from qdiff_jax.quant.timed import TimeIndexed
@@ -108,6 +109,17 @@ def network_cost(sites: Sequence[Site], quant: Mapping) -> Cost:
         branches += branch_macs(site, entry)
     macs = sum(macs for macs, _, _ in by_site.values()) + branches
     return Cost(macs, bitops + branches * float(BRANCH_BITS**2), by_site)
+
+
+def planned_cost(sites: Sequence[Site], plan: SitePlan) -> Cost:
+    """The cost of a model's sites with the widths that a plan asks for, before anything is quantized."""
+    bits = {(e.site, e.operand): FULL_BITS if e.bits is None else e.bits for e in plan.entries}
+    by_site = {
+        site.name: (site_macs(site), *(float(bits[site.name, o]) for o in site.operands))
+        for site in sites
+    }
+    bitops = sum(macs * left * right for macs, left, right in by_site.values())
+    return Cost(sum(macs for macs, _, _ in by_site.values()), bitops, by_site)
 
 
 def branch_macs(site: Site, entry: SiteQuant) -> int:

@@ -103,18 +103,25 @@ def rollout(
 
 
 def temporal_features(
-    model: Model, params: Mapping, quant: Mapping, timesteps: np.ndarray, label: int | None
+    model: Model, params: Mapping, quant: Mapping, timesteps: np.ndarray, label: Any
 ) -> dict[str, np.ndarray]:
     """{projection: [S, C]}: every temporal feature of the network at every step of the schedule.
 
-    label: the class they are taken for (the null class, usually), None for an unconditional model.
+    label: the class they are taken for (the null class, usually), one row of y for a model conditioned on
+    something else (leaves [1, ...]), None for an unconditional model.
     """
     time: Unit = units_with_time_block(model.program)[0]
     count = len(timesteps)
     ctx = step_context(timesteps, np.arange(count), np.zeros(count))
+
+    def rows(leaf):
+        if np.ndim(leaf) == 0:
+            return jnp.full((count,), leaf, jnp.int32)
+        return jnp.broadcast_to(leaf, (count, *leaf.shape[1:]))
+
     given = {
         "t": jnp.asarray(timesteps, jnp.float32),
-        "y": None if label is None else jnp.full((count,), label, jnp.int32),
+        "y": jax.tree.map(rows, label),
     }
     outputs = run_unit(
         time.signature,
@@ -127,7 +134,7 @@ def temporal_features(
 
 
 def temporal(
-    model: Model, params: Mapping, quant: Mapping, timesteps: np.ndarray, label: int | None
+    model: Model, params: Mapping, quant: Mapping, timesteps: np.ndarray, label: Any
 ) -> TemporalAgreement:
     """Temporal features of (folded) quantized parameters against the model's own."""
     return temporal_agreement(

@@ -7,7 +7,7 @@ import io
 import json
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,17 @@ from qdiff_jax.eval.files import write_atomic
 
 
 def save_arrays(path: pathlib.Path, record: Any) -> None:
-    """Write the fields of a dataclass of arrays (None fields are left out). Raises OSError (disk full)
-    without leaving a file behind."""
-    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    """Write the fields of a dataclass of arrays, or of dicts of arrays (None fields are left out). Raises
+    OSError (disk full) without leaving a file behind."""
+    values = {}
+    for field in dataclasses.fields(record):
+        held = getattr(record, field.name)
+        if isinstance(held, Mapping):
+            values |= {f"{field.name}/{key}": leaf for key, leaf in held.items()}
+        elif held is not None:
+            values[field.name] = held
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: v for name, v in values.items() if v is not None})
+    np.savez(buffer, **values)
     write_atomic(path, buffer.getvalue())
 
 
@@ -33,12 +39,20 @@ def load_arrays(path: pathlib.Path, kind: type, optional: Sequence[str] = ()) ->
     try:
         # Opened here, because np.load leaves a damaged file open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            odd = set(stored.files) ^ set(names)
+            odd = {name.partition("/")[0] for name in stored.files} ^ set(names)
             if odd - set(optional):
                 raise ValueError(f"its fields {stored.files} are not those of {kind.__name__}")
-            return kind(**{name: stored[name] if name in stored.files else None for name in names})
+            return kind(**{name: _field(stored, name) for name in names})
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(_damaged(path, error)) from error
+
+
+def _field(stored: Any, name: str) -> Any:
+    """An array, a dict of arrays, or None for a field that is not there."""
+    if name in stored.files:
+        return stored[name]
+    parts = [key for key in stored.files if key.startswith(f"{name}/")]
+    return {key.removeprefix(f"{name}/"): stored[key] for key in parts} or None
 
 
 def save_record(path: pathlib.Path, record: dict) -> None:

@@ -193,5 +193,5 @@ def test_a_bundle_is_sampled_with_the_rest_of_its_pipeline(tmp_path):
 
 def test_every_config_is_run_here():
     # Their smokes are subjects of tests/experiments: test_evaluate.py and so on.
-    elsewhere = {"quickstart", "damage", "evaluate", "bench_rounding", "claims"}
+    elsewhere = {"quickstart", "damage", "evaluate", "bench_rounding", "claims", "terrain"}
     assert {path.stem for path in CONFIGS} == elsewhere | {path.stem for path in TRAINED}

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdiff_jax.eval.cost import network_cost, operand_bits, site_macs
+from qdiff_jax.eval.cost import network_cost, operand_bits, planned_cost, site_macs
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.registry import miniature
 from qdiff_jax.operators import DENSE, PV, QK, plain, same_conv
-from qdiff_jax.policy import ACTIVATION
+from qdiff_jax.policy import ACTIVATION, make_plan, policy
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.timed import from_ranges
 from qdiff_jax.sites import Site, SiteQuant, list_sites, nest_sites
@@ -62,6 +62,26 @@ def test_bitops_weigh_macs_with_both_widths():
     wanted = {"qk": 4 * 8, "dense": 8 * 32, "conv": 32 * 32}
     assert cost.bitops == sum(COUNTED[kind] * bits for kind, bits in wanted.items())
     assert cost.by_site["a/dense"] == (COUNTED["dense"], 8, 32)
+
+
+def test_a_plan_costs_what_its_quantizers_will():
+    sites = tuple(SITES.values())
+    plan = make_plan(sites, policy("common", sites, 4, 6))
+
+    def held(entry):
+        return from_range(entry.spec, 0.0, 1.0, *entry.codes)
+
+    quant = nest_sites(
+        {
+            site.name: SiteQuant(*(held(plan.of(site.name)[o]) for o in site.operands))
+            for site in sites
+        }
+    )
+    planned, made = planned_cost(sites, plan), network_cost(sites, quant)
+    assert planned == made
+    assert planned.by_site["a/pv"] == (COUNTED["pv"], 8, 6)
+    free = planned_cost(sites, make_plan(sites, policy("common", sites, None, None)))
+    assert free == network_cost(sites, {})
 
 
 def test_widths_by_step_are_averaged_over_steps():

@@ -8,7 +8,8 @@ from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.diffusion.samplers import ddim
 from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.diffusion.timesteps import make_timesteps
-from qdiff_jax.observe.trajectory import record_trajectories
+from qdiff_jax.observe.archive import load_arrays, save_arrays
+from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
 
 GRID = make_timesteps("uniform", 1000, 5)
 PLAN = ddim(make_schedule("linear"), GRID)
@@ -73,3 +74,15 @@ def test_one_branch_only():
         np.testing.assert_array_equal(trajectory.index, [0, 4])
         np.testing.assert_array_equal(trajectory.t, GRID[[0, 4]])
         assert trajectory.eps.shape == (2, 2, *SHAPE)
+
+
+@pytest.mark.parametrize("y", [None, np.arange(3), {"context": np.ones((3, 2)), "mask": np.eye(3)}])
+def test_conditions_of_any_kind_are_kept_on_disk(y, tmp_path):
+    arrays = [np.full((2, 3), i, np.float32) for i in range(6)]
+    made = Trajectory(*arrays[:3], y, *arrays[3:])
+    save_arrays(tmp_path / "t.npz", made)
+    found = load_arrays(tmp_path / "t.npz", Trajectory, optional=("y",))
+    jax.tree.map(np.testing.assert_array_equal, made, found)
+    if y is None:
+        with pytest.raises(ValueError, match="not those of Trajectory"):
+            load_arrays(tmp_path / "t.npz", Trajectory)
