@@ -28,7 +28,6 @@ def get_config(arg=None):
         protocol="sd14_plms50_cfg7p5",
         network="sd-v1-4",
         model="sd-v1-4.ckpt",
-        vocabulary="bpe_simple_vocab_16e6.txt.gz",
         prompts="coco_val2014_captions.txt",
         tool="adm",
         data=dict(source="folder:val2014", crop="lsun", size=512),
