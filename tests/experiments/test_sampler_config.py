@@ -64,11 +64,14 @@ def test_a_config_can_ask_for_a_published_sampler():
 def test_euler_starts_and_interpolates_as_the_config_says():
     asked = SamplerConfig(name="euler", spacing="leading", steps=10, offset=1)
     own = dataclasses.replace(asked, start="unit", interpolation="log_sigma")
-    plain, made = (make_sampler(LINEAR, config.as_json()) for config in (asked, own))
+    noise = dataclasses.replace(asked, start="noise")
+    plain, made = (make_sampler(LINEAR, config.as_json()) for config in (noise, own))
     grid = make_timesteps("leading", 1000, 10, offset=1)
     wanted = euler(make_schedule("linear"), grid, start="unit", interpolation="log_sigma")
     jax.tree.map(np.testing.assert_array_equal, made, wanted)
     assert plain.start_scale < made.start_scale == 1.0
+    with pytest.raises(ValueError, match="spacing 'leading' starts with .*: say which"):
+        make_sampler(LINEAR, asked.as_json())
     with pytest.raises(ValueError, match=r"'ddim' has no option \['start'\]"):
         make_sampler(LINEAR, SamplerConfig(start="unit").as_json())
 
