@@ -96,7 +96,9 @@ def test_a_source_of_training_batches_samples_as_the_config_says():
     more = make_source(SourceConfig(sampling_steps=20), job.sampler.steps, own, None)
     np.testing.assert_array_equal(more.timesteps, make_timesteps("uniform", 1000, 20, offset=1))
     velocity = {**job.diffusion.source["schedule"], "prediction": "v"}
-    job = job._replace(diffusion=job.diffusion._replace(source={"schedule": velocity}))
+    diffusion = job.diffusion._replace(source={"schedule": velocity})
+    pipeline = job.asked.pipeline._replace(diffusion=diffusion)
+    job = job._replace(asked=job.asked._replace(pipeline=pipeline))
     source = make_source(SourceConfig(), 11, sampling_of(job), None)
     assert source.data.sampler is ddim(job.diffusion.schedule, grid, prediction="v").sampler
 
