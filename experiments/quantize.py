@@ -35,7 +35,13 @@ from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.samples import guidance_of, labels, noise_key
-from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
+from qdiff_jax.methods.registry import (
+    CalibrationSets,
+    MethodSettings,
+    build,
+    check_network,
+    methods_of,
+)
 from qdiff_jax.methods.run import make_sampler, run_method
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
@@ -103,9 +109,8 @@ def prepare(config: Any) -> Job:
     config = read_config(config)
     settings = method_settings(config)
     diffusion = registry.load(config.model)
-    methods = {
-        config.ptqd.base if v.method == "ptqd" else v.method for v in config.variants.values()
-    }
+    base = config.ptqd.base
+    methods = {part for v in config.variants.values() for part in methods_of(v.method, base)}
     for method in methods:
         check_network(method, diffusion.model)
     if config.classifier:

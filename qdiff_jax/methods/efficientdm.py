@@ -145,7 +145,7 @@ def efficientdm(
         calibrate_activations(
             model, activation_calibration, timesteps, activations, on_progress=on_progress
         ),
-        deferred("efficientdm", build),
+        deferred("efficientdm", build, "training"),
     )
     notes = f"{config.variant}, source={config.source.kind}, steps={config.steps}"
     return Method("efficientdm", stages, notes=notes)

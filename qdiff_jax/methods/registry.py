@@ -11,10 +11,12 @@ from qdiff_jax.methods.binarydm import binarydm
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
 from qdiff_jax.methods.efficientdm import EfficientDMConfig, efficientdm
+from qdiff_jax.methods.par import par
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, check_transformer, ptq4dit
 from qdiff_jax.methods.ptq4dm import ptq4dm
 from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
 from qdiff_jax.methods.qdiffusion import qdiffusion
+from qdiff_jax.methods.recipes import JOIN, PARTS, check_order, compose, parts_of
 from qdiff_jax.methods.rtn import rtn
 from qdiff_jax.methods.svdquant import SvdQuantConfig, svdquant
 from qdiff_jax.methods.tcaq import TcaqConfig, tcaq
@@ -46,13 +48,14 @@ class CalibrationSets(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MethodSettings:
-    """Every knob of the methods here; a method reads those it has.
+    """Every knob of the methods here; a method reads those it has, and so do its parts in a recipe.
 
     weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it.
     variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code); tiar, fsc: its parts.
     rounding: how methods that reconstruct weights round them, "adaround" (the papers, by `weights`) or
     "closed_form" (by `closed_form`).
-    tune_steps: of end-to-end tuning after the method closed_form. split: which layers Q-Diffusion splits
+    rounds: how often a recipe's PAR will decide the weights again after a method that reconstructs them (`build`
+    sets it). tune_steps: of end-to-end tuning after the method closed_form. split: which layers Q-Diffusion splits
     at a skip, "both", "shortcut" or "none". batch_ranges: PTQ4DM's search of activation ranges, but for
     its batch size, which is that of `activations`.
     """
@@ -67,6 +70,7 @@ class MethodSettings:
     fsc: bool = True
     rounding: str = "adaround"
     closed_form: ClosedFormConfig = ClosedFormConfig()
+    rounds: int = 0
     tune_steps: int = 0
     split: str = "both"
     batch_ranges: BatchRangeConfig = BatchRangeConfig()
@@ -92,6 +96,11 @@ def _rounded(sets, settings):
         closed_form=settings.closed_form,
         step_weights=sets.step_weights,
     )
+
+
+def _repeated(settings):
+    """What methods take whose reconstruction PAR can repeat."""
+    return dict(rounds=settings.rounds, round_share=settings.tcaq.round_share)
 
 
 def _second_phase(settings):
@@ -127,6 +136,7 @@ def _qdiffusion(model, sets, settings, **own):
         activations=settings.activations,
         activation_steps=_second_phase(settings),
         **_rounded(sets, settings),
+        **_repeated(settings),
         **own,
     )
 
@@ -144,6 +154,7 @@ def _brecq(model, sets, settings, **own):
         activations=settings.activations,
         activation_steps=_second_phase(settings),
         **_rounded(sets, settings),
+        **_repeated(settings),
         **own,
     )
 
@@ -157,6 +168,7 @@ def _tfmq(model, sets, settings, **own):
         fsc=settings.fsc,
         activations=settings.activations,
         **_rounded(sets, settings),
+        **_repeated(settings),
         **own,
     )
 
@@ -174,16 +186,32 @@ def _closed_form(model, sets, settings, **own):
     )
 
 
-def _ptqd(model, sets, settings, **own):
+def _correction(model, sets, settings, base=Method("nothing", ()), **own):
     if sets.paired is None:
         raise ValueError("PTQD needs paired estimates: give CalibrationSets.paired.")
+    return ptqd(model, base, sets.paired, settings.ptqd, **own)
+
+
+def _ptqd(model, sets, settings, **own):
     if settings.ptqd.base not in set(METHODS) - {"ptqd"}:
         raise ValueError(
             f"PTQD goes on top of another method, not of {settings.ptqd.base!r}; there are "
             f"{sorted(set(METHODS) - {'ptqd'})}."
         )
     base = METHODS[settings.ptqd.base](model, sets, settings, **own)
-    return ptqd(model, base, sets.paired, settings.ptqd, **own)
+    return _correction(model, sets, settings, base, **own)
+
+
+def _par(model, sets, settings, base, **own):
+    return par(
+        model,
+        base,
+        sets.paired,
+        sets.weights,
+        settings.tcaq.rounds,
+        batch_size=settings.activations.batch_size,
+        **own,
+    )
 
 
 def _tdq(model, sets, settings, **own):
@@ -280,11 +308,34 @@ METHODS: dict[str, Callable[..., Method]] = {
 # Methods that can make weights of one bit; all others round on uniform grids.
 BINARY = ("rtn", "binarydm")
 # Methods that not every network has layers for: what raises ValueError for one that has none.
-_NEEDS: dict[str, Callable[[Model], None]] = {"ptq4dit": check_transformer}
+_NEEDS: dict[str, Callable[[Model], None]] = {
+    "ptq4dit": check_transformer,
+    "csb": check_transformer,
+}
+
+
+def methods_of(name: str, base: str = "rtn") -> tuple[str, ...]:
+    """The methods, or the parts of a recipe, that a name stands for. base: PTQD's, which comes before it.
+
+    Raises ValueError for an unknown name, with those there are, and for a recipe in an impossible order.
+    """
+    if JOIN in name:
+        check_order(name)
+        return parts_of(name)
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        part = (
+            f" {name!r} is a part: put it in a recipe, {name + JOIN + 'rtn'!r}."
+            if name in PARTS
+            else ""
+        )
+        raise ValueError(f"Method {name!r} is unknown; there are {sorted(METHODS)}.{hint}{part}")
+    return (base, name) if name == "ptqd" else (name,)
 
 
 def check_network(name: str, model: Model) -> None:
-    """Raise ValueError for a method that this network has no layers for, before any work."""
+    """Raise ValueError for a method or part that this network has no layers for, before any work."""
     if name in _NEEDS:
         _NEEDS[name](model)
 
@@ -296,9 +347,22 @@ def build(
     settings: MethodSettings,
     on_progress: Callable | None = None,
 ) -> Method:
-    """The method of that name on a model. Raises ValueError for an unknown name, with those there are."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Method {name!r} is unknown; there are {sorted(METHODS)}.{hint}")
-    return METHODS[name](model, sets, settings, on_progress=on_progress)
+    """The method of that name on a model, or the recipe of parts ("csb+svdquant+efficientdm", `methods.recipes`).
+
+    Raises ValueError as `methods_of` does.
+    """
+    names = methods_of(name)
+    if JOIN not in name:
+        return METHODS[name](model, sets, settings, on_progress=on_progress)
+    if "par" in names:
+        settings = dataclasses.replace(settings, rounds=settings.tcaq.rounds)
+    own = dict(on_progress=on_progress)
+
+    def builder(word: str):
+        if word == "par":
+            return lambda model, before: _par(model, sets, settings, before, **own)
+        if word == "ptqd":
+            return lambda model, before: _correction(model, sets, settings, **own)
+        return lambda model, before: METHODS[PARTS[word].method](model, sets, settings, **own)
+
+    return compose(name, model, {word: builder(word) for word in names})
