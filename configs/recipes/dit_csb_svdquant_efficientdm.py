@@ -1,19 +1,20 @@
-"""A recipe of three papers on the DiT: PTQ4DiT's CSB, SVDQuant's branch, EfficientDM's fine-tuning, and each alone.
+"""A recipe of three papers on the DiT, and each part alone: PTQ4DiT's CSB, SVDQuant's branch, EfficientDM.
 
-    python -m experiments.quantize --config=configs/recipes/dit_csb_svdquant_efficientdm.py:w4a4 --workdir=/tmp/recipe
+    python -m experiments.quantize --config=configs/recipes/dit_csb_svdquant_efficientdm.py:w4a4 --workdir=W
 
-Papers: PTQ4DiT (Wu et al. 2024, arXiv:2405.16005), SVDQuant (Li et al. 2024, arXiv:2411.05007), EfficientDM (He et
-al. 2024, arXiv:2310.03270). CSB balances the channels and folds the factors into the modulation; the branch takes up
-what is left of the outliers, with groups of 64; fine-tuning then moves the codes of what the branch leaves, together
-with their scales, beside the branch as it is. Who is quantized is SVDQuant's table (`official:svdquant`), or all with
-`policy=common`. Each part alone has the same table, calibration and seed: CSB with round-to-nearest, SVDQuant,
-EfficientDM (whose activations have a table by step in place of ranges measured at run time).
-Words behind the colon: bits `w4a4` (default), `w4a8`, `w8a8`; `no_csb`, `no_svdquant`, `no_efficientdm` leave a part
-out of the recipe; `only` runs the recipe without its parts beside it; `gptq` and `smoothing=full`, `fast`, `none` as in
-configs/methods/svdquant.py; `parts=closed_form+efficientdm` is another recipe (`qdiff_jax/methods/recipes.py`), which
-`rounding=closed_form` makes round without steps where it has a reconstruction. The papers' sizes (16,000 steps: hours
-on a CPU) unless `laptop`, which trains 300 steps of 8 and searches ten smoothings; `smoke` runs in seconds
-(`dit_csb_svdquant_efficientdm.py:smoke`).
+Papers: PTQ4DiT (Wu et al. 2024, arXiv:2405.16005), SVDQuant (Li et al. 2024, arXiv:2411.05007), EfficientDM (He
+et al. 2024, arXiv:2310.03270). CSB balances the channels and folds the factors into the modulation; the branch
+takes up what is left of the outliers, with groups of 64; fine-tuning then moves the codes of what the branch
+leaves, together with their scales, beside the branch as it is. Who is quantized is SVDQuant's table
+(`official:svdquant`), or all with `policy=common`. Each part alone has the same table, calibration and seed:
+CSB with round-to-nearest, SVDQuant, EfficientDM (whose activations have a table by step in place of ranges
+measured at run time).
+Words behind the colon: bits `w4a4` (default), `w4a8`, `w8a8`; `no_csb`, `no_svdquant`,
+`no_efficientdm` leave a part out of the recipe; `only` runs the recipe without its parts beside it; `gptq` and
+`smoothing=full`, `fast`, `none` as in configs/methods/svdquant.py; `parts=closed_form+efficientdm` is another
+recipe (`qdiff_jax/methods/recipes.py`), which `rounding=closed_form` makes round without steps where it has a
+reconstruction. The papers' sizes (16,000 steps: hours on a CPU) unless `laptop`, which trains 300 steps of 8
+and searches ten smoothings; `smoke` runs in seconds (`dit_csb_svdquant_efficientdm.py:smoke`).
 
 Expected of `w4a4,laptop`: the table of recipes in the README.
 """

@@ -125,7 +125,7 @@ def decided_again(
     step_weights: np.ndarray | None = None,
     on_progress: Callable | None = None,
 ) -> Callable[[QuantState, int], tuple[Stage, QuantState]]:
-    """`Method.again` of a method that rounds `units` in this way. configs: of all rounds, see `round_configs`."""
+    """`Method.again` of a method that rounds `units` in this way. configs: of all rounds (`round_configs`)."""
 
     def again(state: QuantState, i: int) -> tuple[Stage, QuantState]:
         own = model._replace(params=tuned_params(model.params, state.aux))

@@ -1,8 +1,8 @@
 """PAR on another paper's rounding: the quantized sampler's states, the same decision on them, and again.
 
 Source: TCAQ-DM (Huang et al. 2024), whose own reconstruction it repeats in `methods.tcaq`; `stages.progressive`
-says how. Here it repeats that of the method before it in a recipe: of AdaRound with the alphas that the round before
-has left, of the closed form anew. Ranges stay as the method has calibrated them.
+says how. Here it repeats that of the method before it in a recipe: of AdaRound with the alphas that the round
+before has left, of the closed form anew. Ranges stay as the method has calibrated them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def par(
     """
     if base.again is None:
         raise ValueError(
-            f"par repeats a reconstruction of weights, and {base.name or 'what stands before it'!r} has none that "
-            "can be repeated; put it behind brecq, qdiffusion, tfmq or closed_form."
+            f"par repeats a reconstruction of weights, and {base.name!r} before it has none to repeat; put "
+            "it behind brecq, qdiffusion, tfmq or closed_form."
         )
     if source is None:
         raise ValueError("par samples the quantized network: give CalibrationSets.paired.")

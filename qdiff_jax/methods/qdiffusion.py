@@ -51,8 +51,8 @@ def qdiffusion(
     """Split, ranges, block reconstruction, running-mean activation ranges, learned activation steps.
 
     calibration: one set for weights and activations, from the selector `uniform` (20 steps x 256). timesteps:
-    [S], the sampler's schedule by step index. split: "both", "shortcut" or "none". activation_steps: None
-    skips the last phase. rounding, closed_form, step_weights, rounds: as in `brecq`; the two parts of a split weight
+    [S], the sampler's schedule by step index. split: "both", "shortcut" or "none". activation_steps: None skips
+    the last phase. rounding, closed_form, step_weights, rounds: as in `brecq`; the two parts of a split weight
     keep their own scales in closed form too.
 
     Raises ValueError for an unknown rounding or split.

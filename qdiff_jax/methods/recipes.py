@@ -1,8 +1,9 @@
 """Recipes: parts of different papers in one method, "csb+svdquant+efficientdm".
 
-A part is a method's builder and the kinds of its stages that the part takes (`stages.stage.KINDS`): all that the
-method has under its own name, or one of them under the name that its paper gives it (PTQ4DiT's CSB, TCAQ-DM's TCR
-and PAR). Parts have the settings of their methods and nothing of their own. They stand in the order of the work:
+A part is a method's builder and the kinds of its stages that the part takes (`stages.stage.KINDS`): all that
+the method has under its own name, or one of them under the name that its paper gives it (PTQ4DiT's CSB,
+TCAQ-DM's TCR and PAR). Parts have the settings of their methods and nothing of their own. They stand in the
+order of the work:
 
     transform   other parameters of the same function      csb, tcr
     plan        other grids                                svdquant's groups, qdiffusion's split
@@ -11,10 +12,10 @@ and PAR). Parts have the settings of their methods and nothing of their own. The
     training    the network as a whole                     efficientdm, binarydm
     correction  of sampling                                ptqd
 
-Codes are decided by one part: two that round are refused. What trains after it goes on from its codes and leaves its
-own ranges out, so that the last word on the codes is the training's; how the rounding part rounds (its
-steps or the closed form) is its own setting. After a transform every later part is built on the
-parameters that the transform has left.
+Codes are decided by one part: two that round are refused. What trains after it goes on from its codes and
+leaves its own ranges out, so that the last word on the codes is the training's; how the rounding part rounds
+(its steps or the closed form) is its own setting. After a transform every later part is built on the parameters
+that the transform has left.
 """
 
 from __future__ import annotations
@@ -80,47 +81,51 @@ def check_order(name: str) -> None:
     """Raise ValueError for a recipe whose parts are in an order that makes no sense, in one sentence."""
     names = parts_of(name)
     placed: list[tuple[str, str]] = []  # (kind, part) of the parts before
-    for word in names:
-        part = PARTS[word]
-        before = {kind: other for kind, other in reversed(placed)}
-        decided = next((other for _, other in placed if other in _DECIDES), None)
-        kinds = _taken(part, bool({"codes", "training"} & set(before)))
-        first = min(kinds, key=KINDS.index)
-        late = next((p for p in placed if _place(p[0]) > _place(first)), None)
-        if names.count(word) > 1:
+    for i, word in enumerate(names):
+        if word in names[:i]:
             raise ValueError(f"Recipe {name!r} has {word!r} twice; a part works once.")
-        if decided is not None and word in _DECIDES:
-            raise ValueError(
-                f"Recipe {name!r}: {decided!r} and {word!r} both decide the codes of the weights; keep one of "
-                f"them (codes may be followed by {', '.join(sorted(set(PARTS) - _DECIDES - _TRANSFORMS))})."
-            )
-        if "training" in before and "training" in kinds:
-            raise ValueError(
-                f"Recipe {name!r}: {before['training']!r} and {word!r} both train the network as a whole; keep one "
-                "of them."
-            )
-        if late is not None:
-            raise ValueError(
-                f"Recipe {name!r}: {word!r} {_DOES[first]}, and {late[1]!r} before it {_DOES[late[0]]} already; "
-                f"put {word!r} first."
-            )
-        if not _DECIDED & {*before, *kinds} and first in ("rounds", "correction"):
-            raise ValueError(
-                f"Recipe {name!r}: {word!r} {_DOES[first]}, and nothing before it has quantized any weights; "
-                "put a part that does before it, such as 'brecq'."
-            )
-        if first == "rounds" and not PARTS[before["codes"]].repeats:
-            able = ", ".join(n for n, p in PARTS.items() if p.repeats)
-            raise ValueError(
-                f"Recipe {name!r}: {word!r} {_DOES[first]}, which {before['codes']!r} cannot; put it behind one of "
-                f"{able}."
-            )
-        placed += [(kind, word) for kind in kinds]
-    if not _DECIDED & {kind for kind, _ in placed}:
+        fault = _fault(word, placed)
+        if fault:
+            raise ValueError(f"Recipe {name!r}: {fault}.")
+        placed += [(kind, word) for kind in _taken(PARTS[word], _coded(placed))]
+    if not _coded(placed):
         raise ValueError(
             f"Recipe {name!r} quantizes no weights; end it with a part that does, such as "
             f"{name + JOIN + 'rtn'!r}."
         )
+
+
+def _fault(word: str, placed: list[tuple[str, str]]) -> str:
+    """What is wrong with a part behind those placed, "" for nothing."""
+    kinds = _taken(PARTS[word], _coded(placed))
+    first = min(kinds, key=KINDS.index)
+    says = f"{word!r} {_DOES[first]}"
+    decided = next((part for _, part in placed if part in _DECIDES), None)
+    trained = next((part for kind, part in placed if kind == "training"), None)
+    late = next((p for p in placed if _place(p[0]) > _place(first)), None)
+    if decided and word in _DECIDES:
+        after = ", ".join(sorted(set(PARTS) - _DECIDES - _TRANSFORMS))
+        return (
+            f"{decided!r} and {word!r} both decide the codes of the weights; keep one of them (codes may be "
+            f"followed by {after})"
+        )
+    if trained and "training" in kinds:
+        return f"{trained!r} and {word!r} both train the network as a whole; keep one of them"
+    if late:
+        return f"{says}, and {late[1]!r} before it {_DOES[late[0]]} already; put {word!r} first"
+    if first in ("rounds", "correction") and not _coded(placed):
+        return (
+            f"{says}, and nothing before it has quantized any weights; put a part that does before it, such as "
+            "'brecq'"
+        )
+    if first == "rounds" and not PARTS[decided].repeats:
+        able = ", ".join(name for name, part in PARTS.items() if part.repeats)
+        return f"{says}, which {decided!r} cannot; put it behind one of {able}"
+    return ""
+
+
+def _coded(placed: list[tuple[str, str]]) -> bool:
+    return any(kind in _DECIDED for kind, _ in placed)
 
 
 _DOES = {
@@ -165,13 +170,13 @@ def compose(
         left = [s for s in whole.stages if s.kind not in part.kinds]
         if left and part.method == word:
             raise ValueError(
-                f"Recipe {name!r}: the settings of {word!r} give it the stage {left[0].name!r}, which has no place "
-                "in a recipe; switch it off."
+                f"Recipe {name!r}: the settings of {word!r} give it the stage {left[0].name!r}, which has no "
+                "place in a recipe; switch it off."
             )
         if not taken:
             raise ValueError(
-                f"Recipe {name!r}: the settings of {part.method} leave nothing of its part {word!r}; switch it on "
-                "or leave the part out."
+                f"Recipe {name!r}: the settings of {part.method} leave nothing of its part {word!r}; switch it "
+                "on or leave the part out."
             )
         notes = "; ".join(
             filter(None, (made.notes, f"{word}: {whole.notes}" if whole.notes else ""))

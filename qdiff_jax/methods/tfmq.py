@@ -55,9 +55,9 @@ def tfmq(
 
     tiar, fsc: False for the ablations: without TIAR every block owns its projection of the time embedding, as
     in BRECQ; without FSC the temporal sites have one range for all steps. activation_calibration must visit
-    every step of `timesteps` (selector `every_step`). rounding: "adaround" (the paper), or "closed_form",
-    which solves the same blocks by `closed_form` instead of `weights` and calibrates activations first, with
-    the steps weighted by `step_weights`. rounds, round_share: of `methods.par` after it, whose steps are planned
+    every step of `timesteps` (selector `every_step`). rounding: "adaround" (the paper), or "closed_form", which
+    solves the same blocks by `closed_form` instead of `weights` and calibrates activations first, with the
+    steps weighted by `step_weights`. rounds, round_share: of `methods.par` after it, whose steps are planned
     with those of the first reconstruction. Raises ValueError for an unknown variant.
     """
     if variant not in VARIANTS:

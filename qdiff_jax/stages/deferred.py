@@ -21,7 +21,8 @@ class Carry(NamedTuple):
 def deferred(
     name: str, build: Callable[[QuantState], tuple[Stage, QuantState]], kind: str = "codes"
 ) -> Stage:
-    """The stage that runs `stage` from `state`, where (stage, state) = build(state it was given). kind: its own.
+    """The stage that runs `stage` from `state`, where (stage, state) = build(state it was given). kind: its
+    own.
 
     build is called once for each start of the stage and must be a function of the state alone, so that
     a resumed run builds the same one.
@@ -46,8 +47,8 @@ def deferred(
 def on_left_parameters(
     model: Model, build: Callable[[Model], Sequence[Stage]]
 ) -> tuple[Stage, ...]:
-    """The stages build(model), but each is built when its turn comes, on the parameters that the stages before it
-    have left: after a transform nothing may read those of the checkpoint.
+    """The stages build(model), but each is built when its turn comes, on the parameters that the stages before
+    it have left: after a transform nothing may read those of the checkpoint.
 
     build must give stages of the same number, names and kinds for any parameters.
     """

@@ -6,8 +6,9 @@ update smaller than half a step changes no code, and steps differ between layers
 the rate of a layer's update is proportional to its mean delta_w (scale-aware LoRA). With Adam that must
 multiply the update: a factor on the gradient would be normalised away.
 
-Where an earlier stage has decided codes already, W0 is those, delta_w starts from their scale, and what the site
-holds beside them (a low-rank branch, a refitted bias) stays as it is and is part of the network that is trained.
+Where an earlier stage has decided codes already, W0 is those, delta_w starts from their scale, and what the
+site holds beside them (a low-rank branch, a refitted bias) stays as it is and is part of the network that is
+trained.
 """
 
 from __future__ import annotations
@@ -181,8 +182,8 @@ def _check_begun(site: str, held: Any, base: str) -> None:
         raise ValueError(f"{site} has no range to train from; run calibrate_weights first.")
     if isinstance(held, QTensor) and base == "full_precision":
         raise ValueError(
-            f"{site} has codes already, and base='full_precision' would begin from the weight they were decided "
-            "for: set student.base='quantized', which begins from the codes."
+            f"{site} has codes already, and base='full_precision' would begin from the weight they were "
+            "decided for: set student.base='quantized', which begins from the codes."
         )
 
 

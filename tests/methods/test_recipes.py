@@ -3,7 +3,6 @@
 import inspect
 import runpy
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,11 +11,10 @@ from experiments.quantize_config import read_config
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.report import read_report
 from qdiff_jax.export.qtensor import QTensor, codes
+from qdiff_jax.methods.par import par
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, ptq4dit
 from qdiff_jax.methods.recipes import PARTS, check_order, compose
 from qdiff_jax.methods.registry import METHODS, CalibrationSets, MethodSettings, build, methods_of
-from qdiff_jax.models.registry import predictor
-from qdiff_jax.quant.timed import step_context
 from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.qalora import QALoRAConfig, qalora
@@ -139,11 +137,10 @@ def test_training_goes_on_from_the_codes_and_the_branch_before_it():
     begun = student.variables(trainable, fixed, model.params)
     params, quant = fold_weights(model.params, before.quant)
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
-    y, predict = np.zeros(2, np.int32), jax.jit(predictor(model.module))
-    found, wanted = (
-        np.asarray(predict(v, x, step_context(500.0, 1), y))
-        for v in (begun, {"params": params, "quant": quant})
-    )
+    at = (x, np.full(2, 500.0, np.float32), np.zeros(2, np.int32))
+    forward = cases.forward("unet")
+    wanted = np.asarray(forward({"params": params, "quant": quant}, *at))
+    found = np.asarray(forward(begun, *at))
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="has codes already, and base='full_precision'"):
         qalora(model, QALoRAConfig(base="full_precision"), cases.TIMESTEPS, cases.TIMESTEPS).begin(
@@ -192,25 +189,14 @@ def test_settings_that_leave_nothing_of_a_part_are_named():
     settings = MethodSettings(ptq4dit=PTQ4DiTConfig(csb=False))
     with pytest.raises(ValueError, match="settings of ptq4dit leave nothing of its part 'csb'"):
         build("csb+rtn", cases.model("dit"), sets(), settings)
-    tuned = MethodSettings(tune_steps=3)
+    tuned = cases.settings("closed_form", 3)
     with pytest.raises(ValueError, match="give it the stage 'tune', which has no place"):
         build("closed_form+ptqd", cases.model(), sets(), tuned)
-    nothing = compose  # a base that cannot repeat itself
-    with pytest.raises(ValueError, match="par repeats a reconstruction"):
-        nothing(
-            "brecq+par",
-            cases.model(),
-            {
-                "brecq": lambda m, b: Method("brecq", cases.method("brecq", 0).stages),
-                "par": lambda m, b: _par(m, b),
-            },
-        )
-
-
-def _par(model, before):
-    from qdiff_jax.methods.par import par
-
-    return par(model, before, cases.pairs(), cases.calibration(), 1)
+    base = Method("brecq", cases.method("brecq", 0).stages)
+    with pytest.raises(
+        ValueError, match="par repeats a reconstruction of weights, and 'brecq' before it has none"
+    ):
+        par(cases.model(), base, cases.pairs(), cases.calibration(), 1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
