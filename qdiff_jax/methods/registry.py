@@ -129,20 +129,26 @@ def _closed_form(model, sets, settings, **own):
     )
 
 
-def _correction(model, sets, settings, base=Method("nothing", ()), **own):
-    if sets.paired is None:
-        raise ValueError("PTQD needs paired estimates: give CalibrationSets.paired.")
-    return ptqd(model, base, sets.paired, settings.ptqd, **own)
-
-
 def _ptqd(model, sets, settings, **own):
+    _check_paired(sets)
     if settings.ptqd.base not in set(METHODS) - {"ptqd"}:
         raise ValueError(
             f"PTQD goes on top of another method, not of {settings.ptqd.base!r}; there are "
             f"{sorted(set(METHODS) - {'ptqd'})}."
         )
     base = METHODS[settings.ptqd.base](model, sets, settings, **own)
-    return _correction(model, sets, settings, base, **own)
+    return ptqd(model, base, sets.paired, settings.ptqd, **own)
+
+
+def _correction(model, sets, settings, **own):
+    """PTQD's own stages, for what stands before them in a recipe."""
+    _check_paired(sets)
+    return ptqd(model, Method("recipe", ()), sets.paired, settings.ptqd, **own)
+
+
+def _check_paired(sets):
+    if sets.paired is None:
+        raise ValueError("PTQD needs paired estimates: give CalibrationSets.paired.")
 
 
 def _par(model, sets, settings, base, **own):
