@@ -8,13 +8,14 @@ takes up what is left of the outliers, with groups of 64; fine-tuning then moves
 leaves, together with their scales, beside the branch as it is. Who is quantized is SVDQuant's table
 (`official:svdquant`), or all with `policy=common`. Each part alone has the same table, calibration and seed:
 CSB with round-to-nearest, SVDQuant, EfficientDM (whose activations have a table by step in place of ranges
-measured at run time).
-Words behind the colon: bits `w4a4` (default), `w4a8`, `w8a8`; `no_csb`, `no_svdquant`,
+measured at run time). Words behind the colon: bits `w4a4` (default), `w4a8`, `w8a8`; `no_csb`, `no_svdquant`,
 `no_efficientdm` leave a part out of the recipe; `only` runs the recipe without its parts beside it; `gptq` and
-`smoothing=full`, `fast`, `none` as in configs/methods/svdquant.py; `parts=closed_form+efficientdm` is another
-recipe (`qdiff_jax/methods/recipes.py`), which `rounding=closed_form` makes round without steps where it has a
-reconstruction. The papers' sizes (16,000 steps: hours on a CPU) unless `laptop`, which trains 300 steps of 8
-and searches ten smoothings; `smoke` runs in seconds (`dit_csb_svdquant_efficientdm.py:smoke`).
+`smoothing=full`, `fast`, `none` as in configs/methods/svdquant.py; `weights=eps_coefficient` or `sensitivity`
+lets the errors of a step count in training by what they do to the sample (`stages/row_weights.py`), not all
+alike; `parts=closed_form+efficientdm` is another recipe (`qdiff_jax/methods/recipes.py`), which
+`rounding=closed_form` makes round without steps where it has a reconstruction. The papers' sizes (16,000 steps:
+hours on a CPU) unless `laptop`, which trains 300 steps of 8 and searches ten smoothings; `smoke` runs in
+seconds (`dit_csb_svdquant_efficientdm.py:smoke`).
 
 Expected of `w4a4,laptop`: the table of recipes in the README.
 """
@@ -38,6 +39,7 @@ def get_config(arg=None):
         only=False,
         gptq=False,
         smoothing=("", "full", "fast", "none"),
+        weights=("", "eps_coefficient", "sensitivity"),
         parts="",
         **ROUNDING,
     )
@@ -52,6 +54,9 @@ def get_config(arg=None):
     config.policy = POLICIES[arg.policy]
     config.activations = trained.activations
     config.efficientdm = trained.efficientdm
+    if arg.weights:
+        config.closed_form.step_weights = arg.weights
+        config.efficientdm.weighted = True
     config.svdquant = branch.svdquant
     config.svdquant.branch.gptq = arg.gptq
     if arg.policy == "common":  # the patches of these images have fewer channels than a group

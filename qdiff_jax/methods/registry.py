@@ -224,6 +224,7 @@ def _efficientdm(model, sets, settings, **own):
         recorded=sets.paired,
         config=settings.efficientdm,
         activations=settings.activations,
+        step_weights=sets.step_weights,
         **own,
     )
 
