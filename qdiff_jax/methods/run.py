@@ -132,8 +132,8 @@ def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPl
         )
         if name == "euler" and sampler_config["spacing"] == "leading" and "start" not in options:
             raise ValueError(
-                "Euler on a grid with the spacing 'leading' starts with the option start='unit' in diffusers, and "
-                "with 'noise' in k-diffusion's terms: say which."
+                "Euler on the spacing 'leading' starts with the option start='unit' in diffusers and with "
+                "'noise' in k-diffusion: say which."
             )
         if prediction != "eps":
             options["prediction"] = prediction
