@@ -28,8 +28,9 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.compare import Run, run_once
 from experiments.quantize_config import read_config
-from qdiff_jax.analysis.column import column, dress, legend, line_style, plain_log, save
+from qdiff_jax.analysis.column import column, dress, line_style, plain_log, save
 from qdiff_jax.analysis.subject import parse_bits
+from qdiff_jax.eval.curves import COLOURS
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.report import read_report
 from qdiff_jax.eval.tables import ABSENT, significant
@@ -123,30 +124,63 @@ def summaries(rows: Iterable[Mapping]) -> list[dict]:
     return sorted(found, key=lambda e: (e["model"], e["bits"], e["eps_rel_mse"] or np.inf))
 
 
-def pareto(entries: Sequence[Mapping]) -> set[str]:
-    """Recipes that no other beats in both eps error and CPU seconds."""
-    sound = [e for e in entries if e["eps_rel_mse"] is not None]
+def pareto(entries: Sequence[Mapping], error: str = "eps_rel_mse") -> set[str]:
+    """Recipes that no other beats in both this error and CPU seconds."""
+    sound = [e for e in entries if e[error] is not None]
     return {
         e["recipe"]
         for e in sound
-        if not any(
-            o["eps_rel_mse"] <= e["eps_rel_mse"] and o["cpu_s"] < e["cpu_s"]
-            for o in sound
-            if o is not e
-        )
+        if not any(o[error] <= e[error] and o["cpu_s"] < e["cpu_s"] for o in sound if o is not e)
     }
 
 
-def _draw(entries: Sequence[Mapping], stem: pathlib.Path) -> pathlib.Path:
-    figure, (axes,) = column((2.8,))
-    for i, entry in enumerate(e for e in entries if e["eps_rel_mse"]):
-        style = {**line_style(i), "linestyle": "none", "markersize": 4.5}
-        axes.plot(max(entry["cpu_s"], 0.1), entry["eps_rel_mse"], label=entry["recipe"], **style)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    dress(axes, "CPU seconds (compiling apart)", "eps error (relative MSE)")
-    plain_log(axes)
-    legend(axes, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=2)
+def curves(entries: Iterable[Mapping]) -> dict[str, list[Mapping]]:
+    """{label: entries by CPU seconds}: AdaRound's lengths at one rate are one curve, all others points."""
+    found: dict[str, list[Mapping]] = {}
+    for entry in sorted(entries, key=lambda e: e["cpu_s"]):
+        label = re.sub(r"^adaround \d+ at (.*)", r"adaround at \1, more steps", entry["recipe"])
+        found.setdefault(label, []).append(entry)
+    return dict(sorted(found.items()))
+
+
+def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path) -> pathlib.Path:
+    """Both errors over CPU seconds. labels: of all pictures, so that a recipe looks the same in each."""
+    errors = {"eps_rel_mse": "eps error (relative MSE)", "rollout_mse": "rollout MSE"}
+    figure, panels = column((2.1, 2.1))
+    for axes, (error, title) in zip(panels, errors.items(), strict=True):
+        sound = [e for e in entries if e[error]]
+        front = pareto(sound, error)
+        for label, held in curves(sound).items():
+            position = labels.index(label)
+            style = {**line_style(position), "markersize": 4.0, "linewidth": 0.8}
+            if len(held) == 1:
+                style["linestyle"] = "none"
+            if position >= len(COLOURS):  # colours begin again
+                style["markerfacecolor"] = "white"
+            axes.plot(
+                [max(e["cpu_s"], 0.1) for e in held], [e[error] for e in held], label=label, **style
+            )
+        best = sorted((e["cpu_s"], e[error]) for e in sound if e["recipe"] in front)
+        axes.step(
+            [max(x, 0.1) for x, _ in best],
+            [y for _, y in best],
+            where="post",
+            color="#BBBBBB",
+            linewidth=2.5,
+            zorder=0.5,
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        dress(axes, "CPU seconds (compiling apart)" if axes is panels[-1] else "", title)
+        plain_log(axes)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        fontsize=6,
+        frameon=False,
+        columnspacing=1.0,
+    )
     return save(figure, stem)[0]
 
 
@@ -171,6 +205,7 @@ def write_results(out: pathlib.Path, command: str) -> pathlib.Path:
         "seconds. Seconds are of the stages that decide weights.",
     ]
     entries = summaries(rows)
+    labels = list(curves(entries))
     for model, bits in dict.fromkeys((e["model"], e["bits"]) for e in entries):
         mine = [e for e in entries if (e["model"], e["bits"]) == (model, bits)]
         front = pareto(mine)
@@ -183,7 +218,7 @@ def write_results(out: pathlib.Path, command: str) -> pathlib.Path:
             shown = (cell(e, key) for key in KEYS[4:])
             lines.append(f"| {name} | " + " | ".join(shown) + f" | {e['seeds'] or ABSENT} |")
         stem = re.sub(r"\W+", "_", f"rounding_{pathlib.Path(model).stem}_{bits}")
-        picture = _draw(mine, out / "pictures" / stem)
+        picture = _draw(mine, labels, out / "pictures" / stem)
         parts += [f"## {model}, {bits}", "\n".join(lines), f"![]({picture.relative_to(out)})"]
     made = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}"
     parts.append(f"Made by `{command}` on {made}.")

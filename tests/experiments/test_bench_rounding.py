@@ -6,6 +6,7 @@ import pytest
 
 from experiments.bench_rounding import (
     cells,
+    curves,
     pareto,
     read_cells,
     run_cells,
@@ -28,6 +29,18 @@ def test_the_front_keeps_what_nothing_beats_in_both():
         [entry("a", 0.5, 1.0), entry("b", 0.3, 4.0), entry("c", 0.4, 5.0), entry("d", None, 0.1)]
     )
     assert found == {"a", "b"}
+
+
+def test_lengths_of_adaround_at_one_rate_are_one_curve():
+    names = ["asym1", "adaround 200 at 1e-2", "adaround 50 at 1e-2", "adaround 50 at 1e-3"]
+    given = [{"recipe": name, "cpu_s": float(4 - i)} for i, name in enumerate(names)]
+    found = curves(given)
+    assert {label: len(held) for label, held in found.items()} == {
+        "adaround at 1e-2, more steps": 2,
+        "adaround at 1e-3, more steps": 1,
+        "asym1": 1,
+    }
+    assert found["adaround at 1e-2, more steps"][0]["recipe"] == names[2]
 
 
 def test_a_summary_is_a_mean_with_its_range_and_a_divergence_comes_last():
