@@ -6,8 +6,9 @@
 Papers: PTQ4DM (arXiv:2211.15736), Q-Diffusion (2302.04304), TFMQ-DM (2311.16503), TDQ (2306.02316), TCAQ-DM
 (2412.16700), PTQD (2305.10657), PTQ4DiT (2405.16005, `model=dit`), SVDQuant (2411.05007), EfficientDM
 (2310.03270), BinaryDM (2404.05662). Every run is a config of configs/methods at its `laptop` size, measured on
-256 samples from shared noise over 20 steps, with three seeds; a run that two claims share is made once. Hours
-in all on two cores, resumable. Expected: experiments/results/claims.md once it has been run in full.
+256 samples from shared noise over 20 steps without guidance, with three seeds; a run that two claims share is
+made once. Hours in all on two cores, resumable. Expected: experiments/results/claims.md once it has been run
+in full.
 `claims.py:smoke` pairs two runs on a miniature.
 """
 
@@ -438,6 +439,8 @@ def get_config(arg=None):
     config = ml_collections.ConfigDict()
     config.seeds = tuple(range(arg.seeds))
     config.samples = 256
+    # Without guidance, as the papers' pixel and LSUN models are sampled, and at half the cost.
+    config.guidance_scale = -1.0
     words = f",model={arg.model}"
     names = tuple(CLAIMS) if arg.claim == "all" else (arg.claim,)
     names = tuple(name for name in names if _serves(name, arg.model))

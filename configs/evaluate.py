@@ -35,6 +35,11 @@ def get_config(arg=None):
     config.model = arg.model
     config.bundle = ""
     config.paired = ""
+    config.parts = dict(
+        network="", average=False, first_stage="", text="", vocabulary="", folder=""
+    )
+    config.prompts = ""
+    config.pictures = 0
     config.seed = 0
     config.samples = samples
     config.shard = 500

@@ -53,7 +53,11 @@ def runs_of(claim: Claim, config: ConfigDict) -> list[tuple[Run, Run]]:
     """(with the part, without it) for every seed. Raises ValueError for a config that is wrong."""
     pairs = []
     for seed in config.seeds:
-        overrides = {"evaluation.samples": int(config.samples), "seed": int(seed)}
+        overrides = {
+            "evaluation.samples": int(config.samples),
+            "sampler.guidance_scale": float(config.guidance_scale),
+            "seed": int(seed),
+        }
         pair = (make_run(path, overrides) for path in (claim.with_it, claim.without))
         pairs.append(tuple(_alone(run, f"{run.name}-seed{seed}") for run in pair))
     return pairs
@@ -107,6 +111,7 @@ def measure(
         "effects": [effect._asdict() for effect in effects],
         "seeds": [int(seed) for seed in config.seeds],
         "samples": int(config.samples),
+        "guidance_scale": float(config.guidance_scale),
         **{key: float(np.exp(np.mean(np.log(v)))) if v else None for key, v in ratios.items()},
     }
 
@@ -129,11 +134,13 @@ def write_ledger(rows: list[dict], out: pathlib.Path, command: str) -> pathlib.P
             f"**{row['verdict']}** | {row['published']} |"
         )
     seeds = sorted({len(row["seeds"]) for row in rows})
+    scales = sorted({row["guidance_scale"] for row in rows})
+    guidance = ", ".join("none" if scale < 0 else significant(scale) for scale in scales)
     parts = [
         "# Claims of the papers, measured here",
         "Ratios below 1 mean that the part lowers the error. A verdict asks of every seed that the 95 % "
         f"interval of the paired rollout error leaves 1 out; seeds: {', '.join(map(str, seeds))}, samples: "
-        f"{rows[0]['samples'] if rows else 0}.",
+        f"{rows[0]['samples'] if rows else 0}, guidance: {guidance}.",
         "\n".join(lines),
         f"Made by `{command}` on {platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}.",
     ]

@@ -30,8 +30,8 @@ MEANINGS = {
     "sqnr_db": "signal-to-quantization-noise ratio against the paired samples, in dB.",
     "lpips": "distance to the paired samples in the layers of the named trunk, weighted as people judge "
     "it; 0 is equal.",
-    "clip_score": "mean cosine of image and caption of its class in the named CLIP's space; under "
-    "'real', the same of real images.",
+    "clip_score": "mean cosine of image and prompt, or caption of its class, in the named CLIP's space; "
+    "under 'real', the same of real images by their classes.",
 }
 _PLAIN = {
     "class_agreement": "class agreement",
@@ -97,14 +97,13 @@ def write_report(result: Mapping, first: Shard, workdir: pathlib.Path) -> None:
     ]
     values = [[shown(entry["value"]) for entry in result["metrics"].values()]]
     sampler = result["protocol"]["sampler"]
-    lead = (
-        f"{result['protocol']['samples']} samples, {sampler['name']} with {sampler['steps']} steps, "
-        f"features of {result['protocol']['network']}."
-    )
+    network = measured["network"]
+    lead = f"{measured['samples']} samples, {sampler['name']} with {sampler['steps']} steps, "
+    lead += f"features of {network}." if network else "compared with no real images."
     html = page.page(
         f"Evaluation of {result['subject'].get('name', 'a model')}",
         lead,
-        [("Metrics", _COLUMNS, cells), ("What they mean", terms, values)],
+        [("Metrics", _COLUMNS, cells), ("What they mean", terms, values)] if cells else [],
         {"The first samples; one column a class where there are ten": picture},
         {
             **{key: str(value) for key, value in result["subject"].items()},

@@ -18,6 +18,7 @@ from qdiff_jax.models import registry
 from qdiff_jax.models.families import parse_model
 from qdiff_jax.models.load_pipeline import load_pipeline
 from qdiff_jax.models.pipeline import Pipeline, conditions, decode, null_condition
+from qdiff_jax.models.published import PUBLISHED
 from qdiff_jax.observe.archive import load_record
 
 # What of a bundle's manifest decides its samples; library versions and notes do not.
@@ -95,16 +96,23 @@ def load_subject(config: EvaluateConfig) -> Subject:
     Raises ValueError or BundleError as they do, and for prompts that are missing or not read.
     """
     prompts = read_prompts(config.prompts) if config.prompts else ()
+    if config.parts.network in PUBLISHED:  # before gigabytes are read
+        _check_prompts(config, PUBLISHED[config.parts.network].text is not None)
     subject = _network(config, prompts)
-    if (subject.pipeline.takes == "prompts") != bool(prompts):
-        raise ValueError(
-            f"config.prompts is {config.prompts!r}, and {config.bundle or config.model} reads prompts: name a "
-            "text file with one a line."
-            if not prompts
-            else f"config.prompts is {config.prompts}, and {config.bundle or config.model} reads none; "
-            "leave it empty."
-        )
+    _check_prompts(config, subject.pipeline.takes == "prompts")
     return subject
+
+
+def _check_prompts(config: EvaluateConfig, reads: bool) -> None:
+    name = config.bundle or config.model
+    if reads and not config.prompts:
+        raise ValueError(
+            f"config.prompts is '', and {name} reads prompts: name a text file with one a line."
+        )
+    if config.prompts and not reads:
+        raise ValueError(
+            f"config.prompts is {config.prompts}, and {name} reads none; leave it empty."
+        )
 
 
 def _network(config: EvaluateConfig, prompts: tuple[str, ...]) -> Subject:

@@ -147,9 +147,8 @@ def prepare(config: Any) -> Job:
             "efficientdm.source.kind=cached, which takes the recorded ones."
         )
     if source.kind == "online" and "efficientdm" in methods:
-        make_source(
-            source, sampler.steps, sampling_of(job), None
-        )  # a grid that cannot be is found here
+        # A grid that cannot be is found here.
+        make_source(source, sampler.steps, sampling_of(job), None)
     return job
 
 

@@ -45,8 +45,9 @@ class SamplerConfig:
     the sampler's own tensors under every quantized variant (PTQ4DM), 0 for full precision. offset: added
     to every timestep (1 in the latent diffusion code). final, variance, start, interpolation: options of
     samplers that have them (the last two: Euler's, which on leading grids starts with "unit"), "" for the
-    sampler's own default. guided_channels: how many leading channels are guided, 0 for all of the noise
-    estimate (DiT's code: 3)."""
+    sampler's own default. shift, mu: of `flow_euler` (`diffusion.flow.flow_sigmas`), 0 for none; its
+    spacings are "scheduler" and "trailing". guided_channels: how many leading channels are guided, 0 for
+    all of the noise estimate (DiT's code: 3)."""
 
     name: str = "ddim"
     spacing: str = "uniform"
@@ -60,11 +61,14 @@ class SamplerConfig:
     guided_channels: int = 0
     start: str = ""
     interpolation: str = ""
+    shift: float = 0.0
+    mu: float = 0.0
 
     def as_json(self) -> dict:
         options = {"eta": self.eta} if self.name == "ddim" else {}
         given = {
-            name: getattr(self, name) for name in ("final", "variance", "start", "interpolation")
+            name: getattr(self, name)
+            for name in ("final", "variance", "start", "interpolation", "shift", "mu")
         }
         options.update({name: value for name, value in given.items() if value})
         # What is at its default is not written, so that older bundles and results compare equal.

@@ -22,8 +22,8 @@ BINARY_WEIGHT = QuantSpec(grid="binary", granularity="channel", axis=-1)  # of 1
 ACTIVATION = QuantSpec()
 ALWAYS_ZERO = QuantSpec(symmetric=True)
 FULL_PRECISION = None
-_ACTIVATIONS = ("input", "q", "k", "v", "softmax")
-ROLES = ("weight", *_ACTIVATIONS)
+ACTIVATIONS = ("input", "q", "k", "v", "softmax")
+ROLES = ("weight", *ACTIVATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _targets(w_bits: int | None, a_bits: int | None) -> tuple[Rule, ...]:
     weight = None if not w_bits else BINARY_WEIGHT if w_bits == 1 else WEIGHT
     return (
         Rule("weights at target bits", "*", ("weight",), w_bits, weight),
-        Rule("activations at target bits", "*", _ACTIVATIONS[:-1], a_bits, activation),
+        Rule("activations at target bits", "*", ACTIVATIONS[:-1], a_bits, activation),
     )
 
 

@@ -104,6 +104,11 @@ def operand(quantizer: QParams | None, x: jax.Array) -> jax.Array:
     return x if quantizer is None else fake_quant(quantizer, x)
 
 
+def side_of(operand: str) -> str:
+    """The field of a `SiteQuant`, "lhs" or "rhs", that holds the quantizer of an operand's name."""
+    return "lhs" if operand in ("input", "q", "softmax") else "rhs"
+
+
 def kernel_of(rhs: Any, kernel: Callable[[], jax.Array]) -> jax.Array:
     """The weight a simulated forward pass multiplies with, from what the site holds for it."""
     if isinstance(rhs, QTensor):

@@ -59,13 +59,12 @@ def row(
     average: bool = False,
     first_stage: str = "",
     text: str = "",
-    vocabulary: str = "",
     prompts: str = "",
     pictures: int = 0,
 ) -> ml_collections.ConfigDict:
     """The config of one row. arg: the words behind the colon, `smoke` or none.
 
-    protocol: of `diffusion.protocols`. network, average, first_stage, text, vocabulary: of
+    protocol: of `diffusion.protocols`. network, average, first_stage, text: of
     `models.load_pipeline.Parts`. data: fields of `data` beside their defaults. The rest: of
     `experiments.evaluate_config.EvaluateConfig`.
     """
@@ -80,7 +79,7 @@ def row(
         average=average,
         first_stage=first_stage,
         text=text,
-        vocabulary=vocabulary,
+        vocabulary="",  # beside the text encoder, if nothing else is said
         folder="",
     )
     config.prompts = prompts

@@ -12,8 +12,8 @@ The review's text says 20 steps with guidance, which an unconditional model cann
 those of 200 steps.
 
 Expected in full precision: FID 3.03, sFID 7.03, precision 0.6465, recall 0.4760 (review, arXiv 2505.05215,
-ADM's evaluator); FID 2.98, sFID 7.09 (TFMQ-DM, CVPR 2024, FID by torch-fidelity). Nothing measured here.
-`beds_200_eta1.py:smoke` runs in seconds on random weights.
+ADM's evaluator); FID 2.98, sFID 7.09 (TFMQ-DM, CVPR 2024, arXiv 2311.16503, FID by torch-fidelity). Nothing
+measured here. `beds_200_eta1.py:smoke` runs in seconds on random weights.
 """
 
 from configs.eval._published import LSUN_BEDROOMS, row

@@ -9,9 +9,9 @@ Model: model.ckpt of celeba.zip (Rombach et al. 2022), its moving averages, with
 inside. Bytes: cut after (x + 1) 127.5. 50,000 samples against CelebA-HQ (not CelebA) at 256,
 torch-fidelity; for sFID set `--config.tool=adm`.
 
-Expected in full precision: FID 8.74, sFID 10.16 (TFMQ-DM, CVPR 2024). The model's own paper has FID 5.11,
-which others did not reproduce (issue 138 of CompVis/latent-diffusion: about 9). Nothing measured here.
-`celebahq_200_eta0.py:smoke` runs in seconds on random weights.
+Expected in full precision: FID 8.74, sFID 10.16 (TFMQ-DM, CVPR 2024, arXiv 2311.16503). The model's own
+paper has FID 5.11, which others did not reproduce (issue 138 of CompVis/latent-diffusion: about 9). Nothing
+measured here. `celebahq_200_eta0.py:smoke` runs in seconds on random weights.
 """
 
 from configs.eval._published import row

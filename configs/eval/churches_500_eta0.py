@@ -11,7 +11,7 @@ is 1000 // 400). Bytes: cut after (x + 1) 127.5. 50,000 samples against the trai
 prepares it (central square, bicubic): without that FID is 14 to 16. There is no published reference file.
 
 Expected in full precision: FID 4.17, sFID 12.91, precision 0.6600, recall 0.5146 (review, arXiv 2505.05215,
-ADM's evaluator); FID 4.12, sFID 10.89 (TFMQ-DM, CVPR 2024). Nothing measured here.
+ADM's evaluator); FID 4.12, sFID 10.89 (TFMQ-DM, CVPR 2024, arXiv 2311.16503). Nothing measured here.
 `churches_500_eta0.py:smoke` runs in seconds on random weights.
 """
 

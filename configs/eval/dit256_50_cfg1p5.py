@@ -1,4 +1,4 @@
-"""DiT-XL/2 on ImageNet 256, DDPM with 50 respaced steps, guidance 1.5: the row of PTQ4DiT, Q-DiT.
+"""DiT-XL/2 on ImageNet 256, DDPM with 50 respaced steps, guidance 1.5: the row of PTQ4DiT and Q-DiT.
 
     python -m experiments.evaluate --config=configs/eval/dit256_50_cfg1p5.py --workdir=W \
         --config.model=/data/DiT-XL-2-256x256.pt --config.parts.first_stage=hub:stabilityai/sd-vae-ft-ema \

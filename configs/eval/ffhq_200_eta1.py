@@ -9,9 +9,9 @@ Model: model.ckpt of ffhq.zip (Rombach et al. 2022), its moving averages, with t
 Bytes: cut after (x + 1) 127.5. 50,000 samples against FFHQ at 256, torch-fidelity; for sFID set
 `--config.tool=adm`.
 
-Expected in full precision: FID 9.36, sFID 8.67 (TFMQ-DM, CVPR 2024). The model's own paper has FID 4.98,
-which others did not reproduce (issue 138 of CompVis/latent-diffusion: about 9). Nothing measured here.
-`ffhq_200_eta1.py:smoke` runs in seconds on random weights.
+Expected in full precision: FID 9.36, sFID 8.67 (TFMQ-DM, CVPR 2024, arXiv 2311.16503). The model's own
+paper has FID 4.98, which others did not reproduce (issue 138 of CompVis/latent-diffusion: about 9). Nothing
+measured here. `ffhq_200_eta1.py:smoke` runs in seconds on random weights.
 """
 
 from configs.eval._published import row

@@ -11,8 +11,8 @@ null class 1000. Bytes: clip((x + 1) / 2) 255 cut. 50,000 samples, classes in tu
 statistics.
 
 Expected in full precision: IS 366.03, FID 11.13, sFID 7.834, precision 0.9393, recall 0.2798 (review, arXiv
-2505.05215, ADM's evaluator); IS 235.64, FID 10.91, sFID 7.67 (TFMQ-DM, CVPR 2024). The two scores of
-nominally one setting differ by 130: measure full precision first. Nothing measured here.
+2505.05215, ADM's evaluator); IS 235.64, FID 10.91, sFID 7.67 (TFMQ-DM, CVPR 2024, arXiv 2311.16503). The
+two scores of nominally one setting differ by 130: measure full precision first. Nothing measured here.
 `imagenet_20_cfg3.py:smoke` runs in seconds on random weights.
 """
 

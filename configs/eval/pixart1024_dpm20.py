@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate --config=configs/eval/pixart1024_dpm20.py --workdir=W \
         --config.model=/data/PixArt-XL-2-1024-MS.pth --config.parts.first_stage=hub:stabilityai/sd-vae-ft-ema \
-        --config.parts.text=/data/t5-v1_1-xxl --config.parts.vocabulary=/data/t5-v1_1-xxl \
+        --config.parts.text=/data/t5-v1_1-xxl \
         --config.prompts=/data/coco_1024.txt --config.data.source=folder:/data/val2014 \
         --config.network_weights=/data/pt_inception-2015-12-05-6726825d.pth \
         --config.clip.weights=hub:openai/clip-vit-large-patch14 --config.clip.network=clip-vit-l14
@@ -30,7 +30,6 @@ def get_config(arg=None):
         model="PixArt-XL-2-1024-MS.pth",
         first_stage="sd-vae-ft-ema",
         text="t5-v1_1-xxl",
-        vocabulary="t5-v1_1-xxl",
         prompts="coco_1024.txt",
         tool="pytorch-fid",
         data=dict(source="folder:val2014", crop="lsun", size=1024),

@@ -15,7 +15,7 @@ square, bicubic. The first 64 samples are also written as PNG files. The authors
 precision, this in float32.
 
 Expected in full precision: FID 13.27, sFID 19.46, CLIP score 0.3064 (review, arXiv 2505.05215); FID 13.15,
-sFID 19.31, CLIP score 0.3146 with ViT-B/32 (TFMQ-DM, CVPR 2024). Nothing measured here.
+sFID 19.31, CLIP score 0.3146 with ViT-B/32 (TFMQ-DM, CVPR 2024, arXiv 2311.16503). Nothing measured here.
 `sd14_plms50_cfg7p5.py:smoke` runs in seconds on random weights.
 """
 
@@ -28,7 +28,6 @@ def get_config(arg=None):
         protocol="sd14_plms50_cfg7p5",
         network="sd-v1-4",
         model="sd-v1-4.ckpt",
-        vocabulary="bpe_simple_vocab_16e6.txt.gz",
         prompts="coco_val2014_captions.txt",
         tool="adm",
         data=dict(source="folder:val2014", crop="lsun", size=512),

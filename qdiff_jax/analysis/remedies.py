@@ -24,8 +24,8 @@ from qdiff_jax.observe.taps import Tap, sample_positions
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.timed import select, step_context
-from qdiff_jax.sites import flatten_sites
-from qdiff_jax.stages.time_scales import LEFT
+from qdiff_jax.sites import flatten_sites, side_of
+from qdiff_jax.stages.stage import leaves_by_path
 
 _fake_quant = jax.jit(fake_quant)
 
@@ -81,41 +81,33 @@ def _quantizer(sites: Mapping[str, Any], name: str) -> QParams | None:
     """The static quantizer of "site:operand"; None where there is none, or another kind."""
     site, _, operand = name.rpartition(":")
     held = sites.get(site)
-    found = None if held is None else held.lhs if operand in LEFT else held.rhs
+    found = None if held is None else getattr(held, side_of(operand))
     return found if isinstance(found, QParams) and not found.spec.dynamic else None
 
 
 def _divisors(params: Mapping) -> dict[str, np.ndarray]:
     """{"site:input": [C]}: by what a method has the inputs of a layer divided before they are quantized."""
-    leaves = jax.tree_util.tree_flatten_with_path(dict(params))[0]
-    found = {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
     return {
-        f"{'/'.join(path[:-1])}:input": np.asarray(leaf)
-        for path, leaf in found.items()
-        if path[-1] == "divisor"
+        f"{path.removesuffix('/divisor')}:input": np.asarray(leaf)
+        for path, leaf in leaves_by_path(params).items()
+        if path.endswith("/divisor")
     }
 
 
 def _renormed(params: Mapping, full: Mapping) -> set[str]:
     """Blocks of which a method changed a normalization: their activations are not those of full precision."""
-
-    def scales(tree):
-        leaves = jax.tree_util.tree_flatten_with_path(dict(tree))[0]
-        return {path: leaf for path, leaf in leaves if path[-1].key == "scale"}
-
-    theirs = scales(params)
+    theirs = leaves_by_path(params)
     return {
-        path[0].key
-        for path, leaf in scales(full).items()
-        if path in theirs and not np.array_equal(leaf, theirs[path])
+        path.split("/")[0]
+        for path, leaf in leaves_by_path(full).items()
+        if path.endswith("/scale") and path in theirs and not np.array_equal(leaf, theirs[path])
     }
 
 
 def _rotated(params: Mapping) -> set[str]:
     """ "site:input" of layers that rotate their input before it is quantized: its channels are other values."""
-    leaves = jax.tree_util.tree_flatten_with_path(dict(params))[0]
-    paths = [tuple(entry.key for entry in path) for path, _ in leaves]
-    return {f"{'/'.join(path[:-1])}:input" for path in paths if path[-1] == "rotation"}
+    paths = leaves_by_path(params)
+    return {f"{p.removesuffix('/rotation')}:input" for p in paths if p.endswith("/rotation")}
 
 
 def _error(values: np.ndarray, quantizer: QParams, divisor: np.ndarray | None) -> np.ndarray:

@@ -5,6 +5,7 @@ Wherever a path of weights or of a vocabulary is asked for, `hub:OWNER/REPO/FILE
 commit, a tag or a branch. Downloads are kept by huggingface_hub (the extra `hub`) and made once.
 """
 
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -59,6 +60,30 @@ def on_disk(where, *, any_of: Sequence[str] = (), all_of: Sequence[str] = ()) ->
         f"{where} names no file and the repository has none of {list(any_of)}; write "
         "hub:OWNER/REPO/FILE."
     )
+
+
+def folder_on_disk(
+    where: str, *, needs: Sequence[str] = (), any_of: Sequence[str] = ()
+) -> pathlib.Path:
+    """The local folder of `hub:OWNER/REPO[@REVISION][/SUBFOLDER]` with some of its files fetched.
+
+    needs: names of files that must be there. any_of: the first of these that is there is fetched too, and
+    where it is an index of shards (`*.index.json`), the shards with it.
+
+    Raises ValueError as `on_disk`, or for a folder that has none of `any_of`.
+    """
+    base = where.rstrip("/")
+    place = _parse(base)
+    files = [on_disk(f"{base}/{name}") for name in needs]
+    if any_of:
+        inside = f"{place.file}/" if place.file else ""
+        whole = f"{PREFIX}{place.repository}{'@' + place.revision if place.revision else ''}"
+        found = on_disk(whole, any_of=[inside + name for name in any_of])
+        files.append(found)
+        if found.name.endswith(".index.json"):
+            shards = json.loads(found.read_text("utf-8")).get("weight_map", {})
+            files += [on_disk(f"{base}/{name}") for name in sorted(set(shards.values()))]
+    return files[0].parent
 
 
 def _parse(where: str) -> _Place:

@@ -105,7 +105,7 @@ def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPl
     "prediction" ("eps" without). sampler_config: "name", "spacing", "steps", optionally the sampler's
     "options", the grid's ("grid": offset, last), and the bits and ranges of its own "tensors". A model
     with the schedule "flow" is sampled by "flow_euler" alone, whose options are `shift` and `mu` of
-    `flow_sigmas`; no model of the registry has that schedule, so that flows are for callers of this function.
+    `flow_sigmas`; "spacing" is then one of sigmas.
     Raises ValueError for a sampler of another kind of model, a flow's unknown option or grid, and as the
     functions called.
     """

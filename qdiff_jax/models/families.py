@@ -23,7 +23,7 @@ from qdiff_jax.models.unet_ldm import UNetLDM, UNetLDMConfig, unet_ldm_program
 
 class Family(NamedTuple):
     """config: frozen dataclass of sizes, with `resolution`, `in_channels`, `num_classes` and `null_class`.
-    Where the condition is no label it has `context_dim` and `context_length`, or a function
+    Where the condition is no label it has `context_dim` and `context_length`, `vector_dim`, or a function
     `example_condition` (see `example_inputs`). module: config -> Linen module with the attribute `config`.
     program: config -> its block program."""
 
@@ -77,7 +77,8 @@ def program_of(config: Any) -> tuple[Node, ...]:
 
 def example_inputs(config: Any, batch: int = 1) -> tuple:
     """(x, t, y) of the shapes and dtypes that the module takes, zeros; y: labels [batch] int32, a context
-    [batch, L, D] float32, what the config's own `example_condition` gives, or None if unconditional."""
+    [batch, L, D] or numbers [batch, D] float32, what the config's own `example_condition` gives, or None if
+    unconditional."""
     side = config.resolution
     y = None
     if hasattr(config, "example_condition"):
@@ -86,6 +87,8 @@ def example_inputs(config: Any, batch: int = 1) -> tuple:
         y = jnp.zeros((batch,), jnp.int32)
     elif getattr(config, "context_dim", None) is not None:
         y = jnp.zeros((batch, config.context_length, config.context_dim))
+    elif getattr(config, "vector_dim", None) is not None:
+        y = jnp.zeros((batch, config.vector_dim))
     return jnp.zeros((batch, side, side, config.in_channels)), jnp.zeros((batch,)), y
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from qdiff_jax.models.dit import DiTBlock, FinalLayer
-from qdiff_jax.models.program import Node
+from qdiff_jax.models.program import Node, node_at
 from qdiff_jax.quant.folding import divide_chunk, fold_modulation
 from qdiff_jax.quant.reparameterise import scale_rows
 
@@ -52,20 +52,14 @@ def folds_of(program: Sequence[Node]) -> tuple[Fold, ...]:
 
 def fold_leaves(params: Mapping, fold: Fold, factors: jax.Array) -> dict[str, jax.Array]:
     """{path: leaf} of the parameters that change, so that the layer reads x / s and its rows are s W."""
-    leaves = {f"{fold.site}/kernel": _scale_rows(_at(params, fold.site)["kernel"], factors)}
+    leaves = {f"{fold.site}/kernel": _scale_rows(node_at(params, fold.site)["kernel"], factors)}
     if fold.into is None:
-        before = _at(params, fold.site).get("divisor")
+        before = node_at(params, fold.site).get("divisor")
         leaves[f"{fold.site}/divisor"] = factors if before is None else before * factors
         return leaves
-    source = _at(params, fold.into)
+    source = node_at(params, fold.into)
     kernel, bias = _fold(source["kernel"], source["bias"], factors, fold.shift, fold.scale)
     return {**leaves, f"{fold.into}/kernel": kernel, f"{fold.into}/bias": bias}
-
-
-def _at(params: Mapping, path: str) -> Mapping:
-    for part in path.split("/"):
-        params = params[part]
-    return params
 
 
 _scale_rows = jax.jit(scale_rows)

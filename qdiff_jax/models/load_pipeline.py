@@ -100,16 +100,21 @@ def load_pipeline(
     need = f"{parts.network} ({row.origin})"
     place = find_place(model, parts.folder, f"the model {need}")
     _check_parts(row, place, parts)
-    whole = None if place.is_pipeline else _state_dict(row, place.path, parts)
+    path = part_of(place, ("unet", "transformer"), "network") if place.is_pipeline else place.path
+    tensors = _state_dict(row, path, parts)
+    whole = None if place.is_pipeline else tensors
+    layout = _layout(row, tensors, path, parts.network)
+    if layout == "CompVis":
+        tensors, _ = unet_ldm.unet_tensors(tensors, row.network, ema=parts.average, source=path)
+    # The smallest first: what is missing is said before the network is read.
+    stage = _first_stage(row, place, whole, parts)
+    text = None if row.text is None else _text(row, place, whole, parts)
+    read = {"first_stage_sha256": stage, "text_sha256": text}
+    digests = {name: fingerprint(part.params) for name, part in read.items() if part is not None}
     if diffusion is None:
-        diffusion = _network(row, place, whole, parts)
-    stage, digests = _first_stage(row, place, whole, parts), {}
-    if stage is not None:
-        digests["first_stage_sha256"] = fingerprint(stage.params)
-    text = None
-    if row.text is not None:
-        text = _text(row, place, whole, parts)
-        digests["text_sha256"] = fingerprint(text.params)
+        params = _LAYOUTS[_family(row)][layout][1](tensors, row.network, path)
+        source = {"name": parts.network, "sha256": fingerprint(params), "schedule": row.schedule}
+        diffusion = registry.assembled(row.network, params, source)
     return _checked(Pipeline(diffusion, stage, text, digests), model)
 
 
@@ -154,33 +159,27 @@ def _check_parts(row: Published, place: Place, parts: Parts) -> None:
             raise ValueError(f"{parts.network} has no {name}; leave {name} empty.")
 
 
-def _network(
-    row: Published, place: Place, whole: Mapping | None, parts: Parts
-) -> registry.DiffusionModel:
-    config, family = row.network, model_json(row.network)["family"]
-    path, tensors = place.path, whole
-    if tensors is None:
-        path = part_of(place, ("unet", "transformer"), "network")
-        tensors = _state_dict(row, path, parts)
-    layout = _layout(family, tensors, path, parts.network)
-    if layout == "CompVis":
-        tensors, _ = unet_ldm.unet_tensors(tensors, config, ema=parts.average, source=path)
-    params = _LAYOUTS[family][layout][1](tensors, config, path)
-    source = {"name": parts.network, "sha256": fingerprint(params), "schedule": row.schedule}
-    return registry.assembled(config, params, source)
-
-
 def _state_dict(row: Published, path: Any, parts: Parts) -> Mapping:
     """Averages are an entry of their own in training checkpoints, and further tensors in CompVis's."""
-    apart = parts.average and model_json(row.network)["family"] != "unet_ldm"
+    apart = parts.average and _family(row) != "unet_ldm"
     return load_state_dict(path, entry="ema" if apart else None)
 
 
-def _layout(family: str, tensors: Mapping, path: Any, network: str) -> str:
+def _family(row: Published) -> str:
+    return model_json(row.network)["family"]
+
+
+def _layout(row: Published, tensors: Mapping, path: Any, network: str) -> str:
     """The layout of a state dict of the family. Raises ValueError if it is none, naming the one it is."""
+    family = _family(row)
     for layout, (mark, _) in _LAYOUTS[family].items():
         if mark in tensors:
             return layout
+    if any(key.startswith("model_ema.") for key in tensors):
+        raise ValueError(
+            f"{path} has moving averages and not the weights that they are of, by whose names they are told "
+            "apart; take the whole checkpoint."
+        )
     other = [
         name
         for name, layouts in _LAYOUTS.items()

@@ -53,7 +53,10 @@ def find_place(where: str, folder: str, need: str, files: Sequence[str] = ()) ->
 
 def part_of(place: Place, names: Sequence[str], what: str) -> pathlib.Path:
     """The folder of a pipeline's part, the first of `names` that it has; the pipeline's own folder where
-    the network's weights lie beside `model_index.json`, as in the oldest repositories."""
+    the network's weights lie beside `model_index.json`, as in the oldest repositories.
+
+    Raises ValueError if it has none of them; what: the part is called in the message.
+    """
     if str(place.path).startswith(PREFIX):
         return _fetched(str(place.path), names)
     for name in names:
@@ -65,9 +68,13 @@ def part_of(place: Place, names: Sequence[str], what: str) -> pathlib.Path:
 
 
 def beside(place: Place, files: Sequence[str]) -> pathlib.Path | None:
-    """The folder with a vocabulary: the place itself, or `tokenizer` in it or beside it."""
+    """The folder with a vocabulary: the place itself, or `tokenizer` in it or beside it; None if it is in
+    none of them. Of a repository it is fetched; raises ValueError as `on_disk`."""
     if str(place.path).startswith(PREFIX):
-        return on_disk(place.path, all_of=tuple(f"tokenizer/{name}" for name in files))
+        last = files[-1]
+        found = on_disk(place.path, any_of=(f"tokenizer/{last}", last))
+        prefix = "tokenizer/" if found.parent.name == "tokenizer" else ""
+        return on_disk(place.path, all_of=tuple(f"{prefix}{name}" for name in files))
     here = place.path if place.path.is_dir() else place.path.parent
     for folder in (here, here / "tokenizer", here.parent / "tokenizer"):
         if all((folder / name).is_file() for name in files):

@@ -51,6 +51,13 @@ class Unit(NamedTuple):
     signature: Signature
 
 
+def node_at(params: Mapping, path: str) -> Mapping:
+    """The parameters of the layer at "block/.../layer". Raises KeyError for a part that is not there."""
+    for part in path.split("/"):
+        params = params[part]
+    return params
+
+
 def validate(program: Sequence[Node], inputs: Sequence[str]) -> None:
     """Raise if a node reads a value that nothing wrote before it, or a name is written twice."""
     known = set(inputs)

@@ -17,6 +17,7 @@ import numpy as np
 from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.samplers import LEARNED_RANGE, SamplerPlan
 from qdiff_jax.diffusion.schedule import NoiseSchedule, schedule_of
+from qdiff_jax.eval.hub import PREFIX
 from qdiff_jax.export.bundle import file_sha256
 from qdiff_jax.models.classifier import Classifier, ClassifierConfig
 from qdiff_jax.models.dit import DiTConfig
@@ -42,12 +43,12 @@ _CLASSIFIERS = {"classifier_fashion": "classifier_fashion.safetensors"}
 
 
 class DiffusionModel(NamedTuple):
-    """module, params and the block program (`model`), the schedule it was trained with, its config as
-    JSON (`config`, with "family"), the null class (None if it has none: unconditional, or never trained
-    without its condition), and where it came from."""
+    """module, params and the block program (`model`), the schedule it was trained with (None for a flow
+    model, which has no alpha_bar), its config as JSON (`config`, with "family"), the null class (None if it
+    has none: unconditional, or never trained without its condition), and where it came from."""
 
     model: Model
-    schedule: NoiseSchedule
+    schedule: NoiseSchedule | None
     config: dict
     null_class: int | None
     source: dict
@@ -69,17 +70,24 @@ class DiffusionModel(NamedTuple):
 
 
 def load(name_or_path: str) -> DiffusionModel:
-    """A shipped diffusion model by name, or one that `experiments.train` wrote, by path.
+    """A shipped diffusion model by name, one that `experiments.train` wrote, by path, or a network in Hugging
+    Face's layout with its scheduler: a folder or `hub:OWNER/REPO[/SUBFOLDER]` (`port.hub_folder`).
 
     The names that begin with "random:" are tiny untrained models of each family, for smoke runs and tests;
     "random:ldm", "random:dit_latent", "random:sd" and "random:pixart" have the other parts of a pipeline in
-    `miniature_pipelines`.
+    `miniature_pipelines`. A model whose header has the schedule "flow" predicts the velocity and is sampled by
+    `flow_euler` alone (`diffusion.flow`); "random:flow" is one.
 
-    Raises ValueError for an unknown name (listing those there are), a damaged file, or parameters that
-    do not fit the config in its header.
+    Raises ValueError for an unknown name (listing those there are), a damaged file, parameters that do not
+    fit the config in its header, or a schedule that is none.
     """
     if name_or_path in _MINIATURES:
         return miniature(name_or_path)
+    shipped = name_or_path in _DIFFUSION
+    if name_or_path.startswith(PREFIX) or (not shipped and pathlib.Path(name_or_path).is_dir()):
+        from qdiff_jax.models.port import hub_folder  # which assembles its model here
+
+        return hub_folder.load_diffusion(name_or_path)
     path = _resolve(name_or_path, _DIFFUSION)
     params, header = _described(path, "diffusion", ("model", "schedule"))
     # Files written when there was one family do not name it.
@@ -109,6 +117,16 @@ _MINIATURES = {
         num_classes=10,
     ),
     "random:dit": DiTConfig(
+        width=16,
+        depth=2,
+        heads=2,
+        patch=2,
+        resolution=8,
+        in_channels=1,
+        num_classes=10,
+        learn_sigma=False,
+    ),
+    "random:flow": DiTConfig(
         width=16,
         depth=2,
         heads=2,
@@ -169,14 +187,15 @@ def names() -> tuple[str, ...]:
 @functools.cache
 def miniature(name: str = "random:miniature") -> DiffusionModel:
     """A U-Net (DDPM's, or latent diffusion's with transformers), DiT or PixArt on 8x8 images or latents, with
-    random weights (seed 0): conditional on ten classes, or on prompts ("random:sd", "random:pixart").
+    random weights (seed 0): conditional on ten classes, or on prompts ("random:sd", "random:pixart"); of noise
+    or of a flow ("random:flow").
 
     Every kind of block of the real ones is in it; equal widths, so that blocks share compiles.
     """
     config = _MINIATURES[name]
     params = random_params(parameter_shapes(config), seed=0)
     digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params)))
-    schedule = {"schedule": "linear", "timesteps": 1000}
+    schedule = {"schedule": "flow" if name == "random:flow" else "linear", "timesteps": 1000}
     return assembled(
         config, params, {"name": name, "sha256": digest.hexdigest(), "schedule": schedule}
     )
@@ -188,11 +207,24 @@ def assembled(config: Any, params: dict, source: dict) -> DiffusionModel:
     schedule = source["schedule"]
     return DiffusionModel(
         Model(make_module(config), program_of(config), params),
-        schedule_of(schedule),
+        _noise_schedule(schedule, source["name"]),
         model_json(config),
         config.null_class,
         source,
     )
+
+
+def _noise_schedule(config: Mapping, where: str) -> NoiseSchedule | None:
+    """None for a flow model, which has a number of timesteps and nothing else."""
+    if config.get("schedule") != "flow":
+        return schedule_of(config)
+    timesteps, prediction = config.get("timesteps"), config.get("prediction", "velocity")
+    if not isinstance(timesteps, int) or timesteps < 1 or prediction != "velocity":
+        raise ValueError(
+            f"{where} is a flow model with timesteps={timesteps!r} and prediction={prediction!r}; give the "
+            "number that t = 1 is (1000) as timesteps, and 'velocity' or no prediction."
+        )
+    return None
 
 
 def random_params(shapes, seed: int) -> dict:

@@ -43,14 +43,16 @@ class UNetLDMConfig:
     has it). heads or head_channels: how many heads everywhere, or how many channels each; one of them.
     new_attention_order: see `AttentionBlock`. scale_shift_norm, resblock_updown: see `ResBlock`.
 
-    num_classes and context_dim decide what the third argument y of the module is:
+    num_classes, context_dim and vector_dim decide what the third argument y of the module is:
 
-    - neither: nothing, the model is unconditional;
+    - none of them: nothing, the model is unconditional;
     - num_classes alone: labels [B] int32 below num_classes, embedded and added to the time embedding;
       there is no null class;
     - context_dim alone: a context [B, context_length, context_dim] float32 (a text) for the
       transformers that then stand where attention is; any length will do, context_length is the usual;
-    - both: labels [B] int32, embedded as a context of length 1; the null class is num_classes.
+    - both: labels [B] int32, embedded as a context of length 1; the null class is num_classes;
+    - vector_dim alone: numbers [B, vector_dim] float32, embedded by two dense layers and added to the time
+      embedding; there is no null class.
 
     dtype: "float32" or "bfloat16", the compute type; parameters are float32. Raises ValueError for sizes
     that do not divide or contradict each other.
@@ -71,6 +73,7 @@ class UNetLDMConfig:
     num_classes: int | None = None
     context_dim: int | None = None
     context_length: int = 77
+    vector_dim: int | None = None
     transformer_depth: int = 1
     groups: int = 32
     dropout: float = 0.0
@@ -125,6 +128,11 @@ class UNetLDMConfig:
                 "new_attention_order with a context_dim: transformers have q, k and v apart, so that it "
                 "changes nothing; leave it False."
             )
+        if self.vector_dim is not None and (self.num_classes, self.context_dim) != (None, None):
+            raise ValueError(
+                f"vector_dim={self.vector_dim} stands alone: a model has one condition, and num_classes is "
+                f"{self.num_classes}, context_dim {self.context_dim}; leave them None."
+            )
         attended = {w for i, w in enumerate(self.widths) if 2**i in self.attention_downsampling}
         for width in self.widths:
             if width % self.groups:
@@ -155,8 +163,9 @@ def unet_ldm_program(config: UNetLDMConfig) -> tuple[Node, ...]:
         embedder = ClassEmbedder(c.num_classes + 1, c.context_dim, c.dtype, parent=None)
         temporal.append(Node(context, embedder, ("y",)))
     labels = c.num_classes if context is None else None
-    time = TimeEmbedding(c.channels, labels, c.dtype, parent=None)
-    temporal.append(Node("time_embed", time, ("t",) if labels is None else ("t", "y")))
+    time = TimeEmbedding(c.channels, labels, c.vector_dim, c.dtype, parent=None)
+    conditional = labels is not None or c.vector_dim is not None
+    temporal.append(Node("time_embed", time, ("t", "y") if conditional else ("t",)))
 
     def block(name, module, *reads):
         body.append(Node(name, module, reads))
@@ -246,4 +255,9 @@ class UNetLDM(nn.Module):
                     f"This U-Net is conditional on a context: pass y [B, L, {c.context_dim}] float32, "
                     f"not {None if y is None else y.shape}."
                 )
+        if c.vector_dim is not None and (y is None or y.shape != (len(x), c.vector_dim)):
+            raise ValueError(
+                f"This U-Net is conditional on numbers: pass y [B, {c.vector_dim}] float32, not "
+                f"{None if y is None else y.shape}."
+            )
         return run_program(self, unet_ldm_program(c), {"x": x, "t": t, "y": y}, train=train)

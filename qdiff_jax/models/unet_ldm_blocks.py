@@ -20,10 +20,12 @@ _GN_EPS = 1e-5
 
 
 class TimeEmbedding(nn.Module):
-    """h(t): sinusoid -> dense_0 -> SiLU -> dense_2 [B, 4 C], plus the embedding of one of `labels`."""
+    """h(t): sinusoid -> dense_0 -> SiLU -> dense_2 [B, 4 C], plus the embedding of one of `labels`, or of
+    `vector` numbers y [B, vector] by two dense layers of their own."""
 
     channels: int
     labels: int | None
+    vector: int | None
     dtype: str
 
     @nn.compact
@@ -34,6 +36,9 @@ class TimeEmbedding(nn.Module):
         if self.labels is not None:
             table = nn.Embed(self.labels, 4 * self.channels, name="label_emb")
             emb = emb + table(y).astype(self.dtype)
+        if self.vector is not None:
+            h = dense(self, "label_emb_0", y.astype(self.dtype), 4 * self.channels)
+            emb = emb + dense(self, "label_emb_2", nn.silu(h), 4 * self.channels)
         return emb
 
 

@@ -28,24 +28,29 @@ VARIANTS = ("fixed", "faithful")
 
 class Paired(NamedTuple):
     """Where pairs come from. trajectory: full precision, every step of the plan. guidance: as it was
-    sampled with. plan: the sampler. alpha_bar: [S] float64 at its timesteps."""
+    sampled with. plan: the sampler. alpha_bar: [S] float64 at its timesteps, None for a flow model, whose
+    plan has the rows "signal" and "noise"."""
 
     trajectory: Trajectory
     guidance: Guidance | None
     plan: SamplerPlan
-    alpha_bar: np.ndarray
+    alpha_bar: np.ndarray | None
 
 
 def paired(
-    trajectory: Trajectory, guidance: Guidance | None, plan: SamplerPlan, schedule: NoiseSchedule
+    trajectory: Trajectory,
+    guidance: Guidance | None,
+    plan: SamplerPlan,
+    schedule: NoiseSchedule | None,
 ) -> Paired:
-    """Raises ValueError if the trajectory does not hold every step of the plan."""
+    """schedule: None for a flow model. Raises ValueError if the trajectory does not hold every step."""
     if not np.array_equal(trajectory.t, np.asarray(plan.timesteps)):
         raise ValueError(
             f"a trajectory of {len(trajectory.t)} recorded steps does not hold the {plan.steps} steps "
             "of the sampler; record every step."
         )
-    return Paired(trajectory, guidance, plan, alpha_bar_at(schedule, plan.timesteps))
+    alpha_bar = None if schedule is None else alpha_bar_at(schedule, plan.timesteps)
+    return Paired(trajectory, guidance, plan, alpha_bar)
 
 
 @functools.partial(jax.jit, static_argnames="predict")

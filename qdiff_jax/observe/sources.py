@@ -60,12 +60,13 @@ class Source(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """What trajectories are made of beside the network. spacing, steps, grid: of the sampler's timesteps, as
-    `make_timesteps` takes them; steps None for as many as the sampler calls the network, which with PLMS is one
-    more. guidance: of the sampler. shape: of one sample. classes: number of classes, None for an unconditional
-    model. null_class: None for a model that has none. options: of DDIM beside eta (final, prediction)."""
+    """What trajectories are made of beside the network. schedule: None for a flow model, which has no online
+    trajectories here. spacing, steps, grid: of the sampler's timesteps, as `make_timesteps` takes them; steps
+    None for as many as the sampler calls the network, which with PLMS is one more. guidance: of the sampler.
+    shape: of one sample. classes: number of classes, None for an unconditional model. null_class: None for a
+    model that has none. options: of DDIM beside eta (final, prediction)."""
 
-    schedule: NoiseSchedule
+    schedule: NoiseSchedule | None
     spacing: str
     guidance: Guidance | None
     shape: tuple[int, ...]
@@ -123,6 +124,11 @@ def make_source(
         raise ValueError(
             "an online source samples the teacher during training: give `sampling` (its schedule, spacing and "
             "shape), or take kind='cached' with recorded trajectories."
+        )
+    if sampling.schedule is None:
+        raise ValueError(
+            "an online source samples the teacher by DDIM, and a flow model has no noise schedule; take "
+            "kind='cached', whose trajectories are the sampler's own."
         )
     guidance = sampling.guidance
     if config.guidance_scale >= 0:
@@ -224,6 +230,11 @@ def cached(
     data = {"t": np.float32(trajectory.t), "index": np.int32(trajectory.index)}
     guidance, draw = paired.guidance, _draw_cached
     if target == "noise":
+        if paired.alpha_bar is None:
+            raise ValueError(
+                "target='noise' noises images by a schedule, and a flow model has none; take "
+                "target='teacher'."
+            )
         guidance, draw = None, _draw_noised
         alpha_bar = np.asarray(paired.alpha_bar)
         signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)

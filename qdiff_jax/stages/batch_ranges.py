@@ -25,7 +25,7 @@ from qdiff_jax.policy import Entry
 from qdiff_jax.quant.affine import reciprocal
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.runtime import checkpoint
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.calibrate import flatten_reports, part_names, tapped_sites
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
 
@@ -175,9 +175,8 @@ def calibrate_by_batch(
             lo, hi = np.stack([ends[part] for part in part_names(e)], axis=-1)
             if e.spec.granularity != "split":
                 lo, hi = lo[0], hi[0]
-            side = "lhs" if e.operand in ("input", "q", "softmax") else "rhs"
             site = flat.get(e.site, SiteQuant()).replace(
-                **{side: from_range(e.spec, lo, hi, *e.codes)}
+                **{side_of(e.operand): from_range(e.spec, lo, hi, *e.codes)}
             )
             flat[e.site] = site.replace(product=e.operand in ("q", "k", "softmax", "v"))
             ranges[f"{e.site}:{e.operand}"] = (lo, hi)

@@ -14,7 +14,7 @@ import numpy as np
 from qdiff_jax.quant.binary import BinaryWeight, second_basis
 from qdiff_jax.quant.lsq import gradient_factor, learned, positive
 from qdiff_jax.quant.qparams import QParams
-from qdiff_jax.sites import SiteQuant, flatten_sites, list_sites, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, list_sites, nest_sites, side_of
 from qdiff_jax.stages.block_groups import depth_groups, head_and_tail, value_shapes
 from qdiff_jax.stages.quantize_phases import PRODUCTS, Phase, progressive, quantized_from, starts
 from qdiff_jax.stages.stage import (
@@ -26,8 +26,6 @@ from qdiff_jax.stages.stage import (
     tuned_params,
 )
 from qdiff_jax.stages.train_time_scales import decide_trained
-
-_LEFT = ("input", "q", "softmax")
 
 
 def split_student(
@@ -96,7 +94,7 @@ def _activations(state: QuantState) -> dict[str, QParams]:
     for entry in state.plan.quantized("input", *PRODUCTS):
         name = f"{entry.site}:{entry.operand}"
         site = flat.get(entry.site, SiteQuant())
-        held = site.lhs if entry.operand in _LEFT else site.rhs
+        held = getattr(site, side_of(entry.operand))
         if not isinstance(held, QParams):
             raise ValueError(
                 f"{name} holds a {type(held).__name__}, and one learned step for all timesteps is "
@@ -137,7 +135,7 @@ def student(trainable: Mapping, frozen: Mapping, step, gate) -> tuple[dict, dict
         if name in frozen["starts"]:
             made = quantized_from(made, step >= frozen["starts"][name])
         fields = sites.setdefault(site, {"product": operand in PRODUCTS})
-        fields["lhs" if operand in _LEFT else "rhs"] = made
+        fields[side_of(operand)] = made
     quant = nest_sites({name: SiteQuant(**fields) for name, fields in sites.items()})
     leaves = {**frozen["rotations"], **trainable["others"], **trainable["kernels"]}
     return replace_leaves(frozen["params"], leaves), quant
@@ -150,7 +148,7 @@ def decide_student(state: QuantState, trained: Mapping, grids: Mapping[str, QPar
     flat = flatten_sites(state.quant)
     for name, scale in trained["activations"].items():
         site, _, operand = name.rpartition(":")
-        side = "lhs" if operand in _LEFT else "rhs"
+        side = side_of(operand)
         held = getattr(flat[site], side)
         flat[site] = flat[site].replace(**{side: held.replace(scale=positive(scale))})
     return state.replace(quant=nest_sites(flat))

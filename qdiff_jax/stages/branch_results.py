@@ -10,6 +10,7 @@ import numpy as np
 
 from qdiff_jax.branch import LowRank, low_rank
 from qdiff_jax.export.qtensor import QTensor, from_codes
+from qdiff_jax.models.program import node_at
 from qdiff_jax.policy import Entry
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.sites import Replacement, SiteQuant
@@ -59,9 +60,7 @@ def figures(made: Solved) -> dict:
 
 def bias_at(params: Mapping, name: str) -> np.ndarray:
     """The bias [N] of the layer at a site, zeros for a layer without one."""
-    node = params
-    for part in name.split("/"):
-        node = node[part]
+    node = node_at(params, name)
     if "bias" not in node:  # as of q, k and v in latent diffusion
         return np.zeros(node["kernel"].shape[-1], np.float32)
     return np.asarray(node["bias"], np.float32)

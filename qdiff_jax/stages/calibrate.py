@@ -33,7 +33,7 @@ from qdiff_jax.quant.qparams import dynamic_qparams, from_range
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import StepContext, from_ranges, select, widen
 from qdiff_jax.runtime import checkpoint
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights, initial_state
 
 
@@ -215,10 +215,7 @@ def calibrate_activations(
                 quantizer = from_range(entry.spec, lo[0], hi[0], *entry.codes)
                 ranges[name] = (np.asarray(lo), np.asarray(hi))
             site = flat.get(entry.site, SiteQuant())
-            if entry.operand in ("input", "q", "softmax"):
-                site = site.replace(lhs=quantizer)
-            else:
-                site = site.replace(rhs=quantizer)
+            site = site.replace(**{side_of(entry.operand): quantizer})
             product = entry.operand in ("q", "k", "softmax", "v")
             flat[entry.site] = site.replace(product=product)
         state = carry.state.replace(quant=nest_sites(flat))

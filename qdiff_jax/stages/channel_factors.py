@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from qdiff_jax.models.program import node_at
 from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.reparameterise import (
@@ -202,9 +203,7 @@ def _decide(group, carry: Carry, params, x, operator, config) -> tuple[dict, tup
         (site,) = group.sites
         leaves[f"{site}/divisor"] = factors
     else:
-        node = params
-        for part in group.norm.split("/"):
-            node = node[part]
+        node = node_at(params, group.norm)
         leaves |= {f"{group.norm}/{k}": node[k] / factors for k in ("scale", "bias")}
     return leaves, (exponents[best - 1], errors)
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.export.qtensor import from_codes
+from qdiff_jax.policy import ACTIVATIONS
 from qdiff_jax.quant.lora import (
     Update,
     init_low_rank,
@@ -38,7 +39,7 @@ from qdiff_jax.quant.step_tables import (
 )
 from qdiff_jax.quant.timed import StepContext, TimeIndexed, locate
 from qdiff_jax.runtime.remat import recomputed
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.finetune import Student
 from qdiff_jax.stages.stage import (
     Model,
@@ -52,7 +53,6 @@ from qdiff_jax.stages.stage import (
 BASES = ("quantized", "full_precision")
 RATES = ("scale_aware", "mean", "constant")
 LABELS = ("lora", "scales", "base_scales", "tables")
-_LEFT = ("input", "q", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +135,8 @@ def qalora(
             trainable["lora"][site] = init_low_rank(jax.random.fold_in(key, i), shape, config.rank)
         if config.base == "quantized":
             fixed["bases"] = dict(zip(adapted, _nearest(model.params, fixed["grids"])))
-        for entry in state.plan.quantized(*_LEFT, "k", "v"):
-            held = flat[entry.site].lhs if entry.operand in _LEFT else flat[entry.site].rhs
+        for entry in state.plan.quantized(*ACTIVATIONS):
+            held = getattr(flat[entry.site], side_of(entry.operand))
             name = f"{entry.site}:{entry.operand}"
             if entry.site in left_alone or entry.spec.dynamic:
                 fixed["static"][name] = held
@@ -214,7 +214,7 @@ def _variables(zp_ste: bool):
             quantizers[name] = TimeIndexed(table, fixed["timesteps"], rule)
         for name, quantizer in quantizers.items():
             site, _, operand = name.rpartition(":")
-            side = {"lhs" if operand in _LEFT else "rhs": quantizer}
+            side = {side_of(operand): quantizer}
             held = sites.get(site, SiteQuant(product=operand not in ("input",)))
             sites[site] = held.replace(**side)
         return {"params": replace_kernels(params, kernels), "quant": nest_sites(sites)}
@@ -299,7 +299,7 @@ def _finish(model, config, rows, timesteps, state: QuantState, trainable, fixed)
         else:
             rounded = kept_among_codes(trained_rows(learned))
             made = jax.tree.map(lambda leaf: leaf[0], rounded)
-        flat[site] = flat[site].replace(**{"lhs" if operand in _LEFT else "rhs": made})
+        flat[site] = flat[site].replace(**{side_of(operand): made})
     state = state.replace(quant=decide_codes(nest_sites(flat), model.params))
     return state, {
         "adapted": len(sites),

@@ -25,7 +25,7 @@ from qdiff_jax.observe.capture import Pool, Stream, advance, needed_after, plan_
 from qdiff_jax.quant.time_mlp import Layers, TimeScale, qparams_at
 from qdiff_jax.quant.timed import select
 from qdiff_jax.runtime.loop import run_steps
-from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.sites import flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.objective import sum_of_outputs
 from qdiff_jax.stages.partial import (
     discard_partial,
@@ -34,7 +34,7 @@ from qdiff_jax.stages.partial import (
     save_partial,
 )
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
-from qdiff_jax.stages.time_scales import LEFT, TimeScaleConfig, with_time_scales
+from qdiff_jax.stages.time_scales import TimeScaleConfig, with_time_scales
 from qdiff_jax.stages.unit_results import load_result, save_result
 from qdiff_jax.stages.unit_trees import only_activations
 
@@ -192,7 +192,7 @@ def _of_unit(scales: Mapping[str, TimeScale], unit: Unit) -> dict[str, tuple[str
         site, _, operand = name.rpartition(":")
         block, _, op = site.partition("/")
         if block in unit.nodes:
-            side = "lhs" if operand in LEFT else "rhs"
+            side = side_of(operand)
             held[f"{unit.nodes.index(block)}:{op}:{side}"] = (name, scale)
     return dict(sorted(held.items()))
 

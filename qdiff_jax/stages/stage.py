@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from qdiff_jax.export.qtensor import QTensor, from_codes
-from qdiff_jax.models.program import Node
+from qdiff_jax.models.program import Node, node_at
 from qdiff_jax.policy import SitePlan
 from qdiff_jax.quant.binary import BinaryWeight
 from qdiff_jax.quant.qparams import QParams
@@ -195,16 +195,11 @@ def _with_leaf(tree: Mapping, path: tuple[str, ...], leaf) -> dict:
 
 
 def kernel_at(params: Mapping, name: str) -> jax.Array:
-    node = params
-    for part in name.split("/"):
-        node = node[part]
-    return node["kernel"]
+    return node_at(params, name)["kernel"]
 
 
 def has_kernel(params: Mapping, name: str) -> bool:
-    node = params
-    for part in name.split("/"):
-        if part not in node:
-            return False
-        node = node[part]
-    return "kernel" in node
+    try:
+        return "kernel" in node_at(params, name)
+    except KeyError:
+        return False

@@ -21,7 +21,7 @@ from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.spec import code_range
 from qdiff_jax.quant.timed import TimeIndexed, from_ranges
-from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.sites import flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights, tuned_params
 
 # Of the policies, whatever a stage added behind it; ends and softmax keep their own width.
@@ -112,7 +112,7 @@ def quant_at_bits(quant: Mapping, entries: Sequence[Entry], bits: Any, timesteps
     """A quant tree whose target activations have bits [S] by step."""
     flat = flatten_sites(dict(quant))
     for entry in entries:
-        field = "lhs" if entry.operand in ("input", "q", "softmax") else "rhs"
+        field = side_of(entry.operand)
         where = f"{entry.site}:{entry.operand}"
         table = with_step_bits(getattr(flat[entry.site], field), bits, timesteps, where)
         flat[entry.site] = flat[entry.site].replace(**{field: table})
@@ -170,7 +170,10 @@ def step_bits(
             with np.errstate(divide="ignore"):
                 # An estimate that is not finite is never good enough.
                 snr[width] = np.where(np.isfinite(error), power / error, 0.0)
-        forward = forward_snr(source.alpha_bar)
+        if source.alpha_bar is None:  # a flow
+            forward = np.square(np.float64(source.plan.rows["signal"]) / source.plan.rows["noise"])
+        else:
+            forward = forward_snr(source.alpha_bar)
         bits = allocate_bits(snr, forward)
         entries = target_entries(carry.state.plan)
         quant = quant_at_bits(carry.state.quant, entries, bits, timesteps)

@@ -21,11 +21,9 @@ from qdiff_jax.observe.capture import batch_bounds, slice_rows
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import Entry
 from qdiff_jax.quant.time_mlp import HIDDEN, TimeScale, bake, time_scale
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.calibrate import flatten_reports
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
-
-LEFT = ("input", "q", "softmax")  # operands that a SiteQuant holds in `lhs`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +152,7 @@ def with_time_scales(
     flat = flatten_sites(state.quant)
     for name, scale in scales.items():
         site, _, operand = name.rpartition(":")
-        side = "lhs" if operand in LEFT else "rhs"
+        side = side_of(operand)
         held = flat.get(site, SiteQuant()).replace(**{side: bake(scale, timesteps)})
         flat[site] = held.replace(product=operand in ("q", "k", "softmax", "v"))
     held = {**state.aux.get("time_scales", {}), **scales}

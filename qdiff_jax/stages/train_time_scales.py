@@ -22,7 +22,7 @@ from qdiff_jax.quant.lsq import gradient_factor, learned, positive
 from qdiff_jax.quant.qparams import QParams, from_range
 from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.spec import QuantSpec, code_range
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.reconstruct_time_scales import insert_rows, step_inputs
 from qdiff_jax.stages.stage import (
     Model,
@@ -33,7 +33,7 @@ from qdiff_jax.stages.stage import (
     leaves_by_path,
     replace_leaves,
 )
-from qdiff_jax.stages.time_scales import LEFT, with_time_scales
+from qdiff_jax.stages.time_scales import with_time_scales
 from qdiff_jax.stages.whole_network import Carry, train_whole
 
 _WEIGHT = QuantSpec(symmetric=True, signed=True)
@@ -144,7 +144,7 @@ def _variables(trainable: Mapping, frozen: Mapping, t: jax.Array, key, dropout: 
     for name in frozen["scales"]:
         site, _, operand = name.rpartition(":")
         sites[site] = SiteQuant(product=operand in ("q", "k", "softmax", "v"))
-        keys[f"0:{site}:{'lhs' if operand in LEFT else 'rhs'}"] = name
+        keys[f"0:{site}:{side_of(operand)}"] = name
     scales = {k: frozen["scales"][name] for k, name in keys.items()}
     layers = {k: trainable["layers"][name] for k, name in keys.items()}
     (quant,) = insert_rows((nest_sites(sites),), scales, layers, t, key, dropout)

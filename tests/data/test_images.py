@@ -182,6 +182,16 @@ def test_unknown_sources(source):
         images.load_images(source)
 
 
+def test_synthetic_shapes_in_colour_are_the_grey_ones_tinted():
+    grey, colour = (images.load_images(f"{kind}:20") for kind in ("synthetic", "synthetic_rgb"))
+    assert colour.images.shape == (20, 32, 32, 3)
+    np.testing.assert_array_equal(colour.labels, grey.labels)
+    assert (colour.images <= grey.images).all()
+    assert ((colour.images > 0) == (grey.images > 0)).all()
+    peaks = colour.images.max(axis=(1, 2))
+    assert (peaks.max(axis=1) - peaks.min(axis=1) > 10).mean() > 0.5
+
+
 def test_synthetic_is_deterministic_and_separable():
     first, second = (images.load_images("synthetic:200", "train") for _ in range(2))
     np.testing.assert_array_equal(first.images, second.images)

@@ -94,9 +94,8 @@ DETERMINISTIC = {
 }
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
-def test_a_deterministic_sampler_follows_the_reference_call_by_call(name):
-    reference, ours = case(name), DETERMINISTIC[name]
+def follow(ours, reference):
+    """The sampler makes the reference's network calls, one by one, and ends where it ends."""
     np.testing.assert_allclose(ours.timesteps[::-1], reference["t"], rtol=1e-6, atol=1e-4)
     noise = reference["x_T"]
     result = sample(
@@ -112,6 +111,11 @@ def test_a_deterministic_sampler_follows_the_reference_call_by_call(name):
     assert error(result.x, reference["final"]) < 1e-5
 
 
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_deterministic_sampler_follows_the_reference_call_by_call(name):
+    follow(DETERMINISTIC[name], case(name))
+
+
 STOCHASTIC = {
     "ddim_latent_eta": plan("ddim", SCALED, "uniform", 10, offset=1, eta=0.7, final="first"),
     "ddpm_fixed_small": plan("ddpm", LINEAR, "uniform", 10, variance="fixed_small"),
@@ -123,9 +127,8 @@ STOCHASTIC = {
 }
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_a_stochastic_sampler_follows_the_reference_given_its_noise(name):
-    reference, ours = case(name), STOCHASTIC[name]
+def follow_with_noise(ours, reference):
+    """As `follow`, with the fresh noise that the reference drew."""
     np.testing.assert_array_equal(ours.timesteps[::-1], reference["t"])
     variables = tables(reference["t"][::-1])
     learned = ours.sampler.name == "ddpm_learned_range"
@@ -150,6 +153,11 @@ def test_a_stochastic_sampler_follows_the_reference_given_its_noise(name):
         visit = jax.tree.map(lambda row: row[j], (ours.index, ours.rows))  # noqa: B023
         x = advance(visit, x, reference["noise"][i])
     assert error(np.asarray(x), reference["final"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_stochastic_sampler_follows_the_reference_given_its_noise(name):
+    follow_with_noise(STOCHASTIC[name], case(name))
 
 
 def test_sigma_between_two_training_steps():

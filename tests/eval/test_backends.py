@@ -167,3 +167,15 @@ def test_files_without_tensors(tmp_path):
         read_tensors(tmp_path)
     with pytest.raises(ValueError, match="no weights file"):
         read_tensors(tmp_path / "other.safetensors")
+
+
+def test_a_thumbnail_is_the_means_of_a_grid():
+    network = backends.feature_network("thumbnail")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3)).astype(np.uint8)
+    found = network.apply(backends.preparation(network)(images))["pool"]
+    cells = images.reshape(2, 4, 2, 4, 4, 3).mean(axis=(2, 4)) / 127.5 - 1
+    np.testing.assert_allclose(found, cells.reshape(2, 48), atol=1e-5)
+    with pytest.raises(ValueError, match="sides divisible by 4"):
+        network.apply(jnp.zeros((1, 6, 8, 3)))
+    with pytest.raises(ValueError, match="thumbnail has no weights"):
+        backends.feature_network("thumbnail", "w.pth")

@@ -15,6 +15,7 @@ from experiments.evaluate_subject import Subject, load_subject, sampler_of, subj
 from qdiff_jax.eval.samples import draw_samples
 from qdiff_jax.eval.shards import FIRST_INDEX, read_shards, shard_paths
 from qdiff_jax.methods.run import load_for_sampling
+from qdiff_jax.models.pipeline import Pipeline
 from qdiff_jax.quant.timed import TimeIndexed
 
 from .judging import config, install
@@ -96,7 +97,8 @@ def test_step_tables_of_other_steps_are_refused_before_drawing(tmp_path, monkeyp
 
 def subject(correction=None, **sampler):
     made_for = {**read_config(config()).sampler.as_json(), **sampler}
-    return Subject(None, {}, {}, {}, {}, correction, made_for)
+    pipeline = Pipeline(None)
+    return Subject(None, {}, {}, {}, pipeline, correction=correction, sampler=made_for)
 
 
 def test_the_sampler_must_be_the_one_that_tables_were_measured_for():

@@ -298,3 +298,71 @@ def test_what_does_not_fit_is_refused_before_drawing(stub, tmp_path, overrides, 
     with pytest.raises(ValueError, match=message):
         evaluate(config(**overrides), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "overrides", "message"),
+    [
+        (None, {}, "config.prompts is '', and random:sd reads prompts: name a text file"),
+        (None, {"model": "x.ckpt", "parts__network": "sd-v1-4"}, "and x.ckpt reads prompts"),
+        ("", {}, r"the prompts .*prompts\.txt are an empty file; write one prompt a line"),
+        ("a\n\nb\n", {}, r"line 2 of the prompts .*prompts\.txt is empty"),
+        (b"\xff\xfe", {}, r"prompts\.txt cannot be read"),
+        ("a\n", {"model": "random:miniature"}, "random:miniature reads none; leave it empty"),
+        ("a\n", {"clip__captions": "c"}, "config.clip.captions is for classes"),
+        ("a\n", {"model": "sd-v1-4.ckpt", "parts__network": "sd-v1-4"}, "nothing at sd-v1-4.ckpt"),
+        ("a\n", {"pictures": 41}, "config.pictures is 41; it counts some of the 40 samples"),
+        ("a\n", {"network": ""}, "config.data names real images and config.network is empty"),
+    ],
+)
+def test_prompts_that_ask_for_nothing_are_refused_before_sampling(
+    stub, tmp_path, lines, overrides, message
+):
+    given = {"model": "random:sd", **overrides}
+    if lines is not None:
+        path = tmp_path / "prompts.txt"
+        path.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+        given["prompts"] = str(path)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(config(**given), tmp_path / "w")
+    assert str(error.value).count(". ") == 0
+    assert not (tmp_path / "w").exists()
+
+
+def test_samples_alone_need_no_network_and_no_real_images(tmp_path):
+    alone = {"network": "", "data__source": "", "data__crop": "", "data__size": 0}
+    result = evaluate(config(**alone, samples=20, pictures=9), tmp_path)
+    assert result["metrics"] == {}
+    singles = sorted((tmp_path / "pictures").glob("*"))
+    assert [path.name for path in singles] == [f"{n:07d}.png" for n in range(9)]
+    shard = next(read_shards([tmp_path / "shards" / "0000000.npz"]))
+    with Image.open(singles[3]) as image:
+        np.testing.assert_array_equal(np.asarray(image), shard.images[3, ..., 0])
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape == (2 * 10 + 2, 8 * 10 + 2)  # eight in a row, two pixels apart
+    np.testing.assert_array_equal(pixels[2:10, 32:40], shard.images[3, ..., 0])
+    np.testing.assert_array_equal(pixels[12:20, 2:10], shard.images[8, ..., 0])
+    assert (pixels[12:20, 12:] == 255).all()
+
+
+def test_the_captions_of_prompts_are_the_prompts(monkeypatch):
+    install(monkeypatch)
+    asked = []
+
+    def apply(captions):
+        asked.extend(captions)
+        return {"embedding": np.eye(3, 6, dtype=np.float32)[: len(captions)]}
+
+    tower = CaptionNetwork("clip", "t", apply)
+    monkeypatch.setattr(backends, "caption_network", lambda *_: tower)
+    stub = backends.feature_network("stub")
+    embed = stub._replace(apply=lambda x: {"embedding": stub.apply(x)["pool"]})
+    monkeypatch.setattr(backends, "feature_network", lambda *_: embed)
+    given = ClipConfig(weights="w")
+    captions = load_captions(given, None, (8, 8, 1), "", ("a", "b", "c"))
+    assert asked == ["a", "b", "c"]
+    assert not captions.real  # labels of real images are no prompts
+    features = np.eye(3, 6, dtype=np.float32)
+    samples = Described(features, np.array([0, 2, 2], np.int32), None, None)
+    assert measure_captions(captions, samples, None)["value"] == pytest.approx(2 / 3)

@@ -4,16 +4,18 @@ import jax
 import numpy as np
 
 from qdiff_jax.branch import low_rank
+from qdiff_jax.export.integer import check_executable
 from qdiff_jax.export.qtensor import QTensor, codes
 from qdiff_jax.methods.efficientdm import left_alone
 from qdiff_jax.models.program import temporal_nodes
 from qdiff_jax.quant.qparams import QParams
-from qdiff_jax.quant.timed import TimeIndexed
-from qdiff_jax.sites import flatten_sites
+from qdiff_jax.quant.timed import TimeIndexed, select, step_context
+from qdiff_jax.sites import flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.stage import QuantState, decide_codes, fold_weights, kernel_at
 
+from .. import tiny_unet
 from ..stages.chain import leaves_equal
-from .cases import CASES, NETWORKS, TIMESTEPS, model, network_of, parameters
+from .cases import CASES, CONFIG, NETWORKS, TIMESTEPS, calibration, model, network_of, parameters
 
 
 def leaves_by_path(params) -> dict[str, np.ndarray]:
@@ -55,7 +57,7 @@ def activations_have_quantizers(name: str, state: QuantState) -> None:
     alone = left_alone(model(), state.plan)
     for entry in state.plan.quantized("input", "q", "k", "softmax", "v"):
         site = flat[entry.site]
-        made = site.lhs if entry.operand in ("input", "q", "softmax") else site.rhs
+        made = getattr(site, side_of(entry.operand))
         table = by_step(name, entry.site, entry.operand, alone)
         assert isinstance(made, TimeIndexed if table else QParams), entry
         rows = made.table if table else made
@@ -147,3 +149,19 @@ def values_of(tensor: QTensor, spec) -> np.ndarray:
     axis = held.ndim + spec.axis if spec.axis < 0 else spec.axis
     parts = np.split(held, [spec.boundary], axis=axis)
     return np.concatenate([(p - z) * s for p, z, s in zip(parts, zero, scale)], axis=axis)
+
+
+def simulated_and_executed(state: QuantState) -> tuple[np.ndarray, np.ndarray]:
+    """Two samples of the tiny U-Net at one step: quantizers simulated, and codes multiplied as integers.
+
+    A site that keeps an operand in full precision has no codes there and stays simulated."""
+    sites = {
+        site: held.replace(execute=held.lhs is not None and held.rhs is not None)
+        for site, held in flatten_sites(state.quant).items()
+    }
+    executed = nest_sites(sites)
+    check_executable(executed)
+    x, y, t = calibration().x[:2], calibration().y[:2], np.full(2, TIMESTEPS[1])
+    ctx, forward = step_context(TIMESTEPS[1], 1), tiny_unet.forward(CONFIG)
+    given = ({"params": model().params, "quant": select(q, ctx)} for q in (state.quant, executed))
+    return tuple(np.asarray(forward(variables, x, t, y)) for variables in given)

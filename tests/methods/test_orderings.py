@@ -1,7 +1,7 @@
 """On the shipped network: which method beats which, by how much, and where a claim does not hold.
 
-The figures beside the limits were measured on this network with the sampler, the calibration set and the
-number of steps of `configs/quickstart.py`; limits leave room for another seed or another machine.
+Sampler and calibration set are those of `configs/quickstart.py`. Limits are the specification's, or leave
+room for another seed around the figures beside them, which were measured on this network.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.stage import decide_codes, fold_weights, initial_state, run_stage
 from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
 
-BRECQ_EPS = 0.65  # of nearest rounding's teacher-forced eps error at W4
-BRECQ_ROLLOUT = 0.5  # of its rollout error
+BRECQ_EPS = 0.4  # of nearest rounding's teacher-forced eps error
+BRECQ_ROLLOUT = 0.35  # of its rollout error
 TIAR_COSINE = 1 / 3  # of nearest rounding's distance of temporal features, every seed
-TIAR_BRECQ = 0.5  # of BRECQ's
+TIAR_BRECQ = 1 / 3  # of BRECQ's
 FSC_EPS = {
     6: 0.2,
     4: 0.2,
@@ -61,7 +61,8 @@ pytestmark = [
 ]
 SAMPLER = {"name": "ddim", "spacing": "quad", "steps": 20, "options": {"eta": 0.0}}
 SEEDS = (0, 1, 2)
-STEPS = ReconstructConfig(steps=150, temporal_steps=2000, lr=1e-2, schedule="cosine", walk_batch=64)
+# At 1e-2 200 steps leave 0.34 of the eps error and 0.71 of the rollout error at W4.
+STEPS = ReconstructConfig(steps=200, temporal_steps=2000, lr=3e-2, schedule="cosine", walk_batch=64)
 # Half of the published 20,000: with 2,000 the distance falls to no less than 0.46 (W4) and 0.58 (W3).
 TEMPORAL_STEPS = 10_000
 
@@ -133,7 +134,7 @@ def brecq(w_bits, seed=0):
 def temporal_only(w_bits, seed=0):
     """TIAR alone: the temporal block reconstructed, everything else at the nearest codes."""
     units = units_with_time_block(shipped().model.program)
-    config = dataclasses.replace(STEPS, temporal_steps=TEMPORAL_STEPS)
+    config = dataclasses.replace(STEPS, temporal_steps=TEMPORAL_STEPS, lr=1e-2)
     stage = reconstruct(shipped().model, units, calibration(seed), config)
     carry = stage.init(begin(w_bits, None, seed), None)
     while carry.position < 1:
@@ -194,14 +195,16 @@ def temporal_patterns():
 
 
 class TestWeights:
-    def test_brecq_beats_nearest_rounding_in_eps(self):
-        ours, theirs = eps_error(brecq(4)), eps_error(nearest(4))
+    @pytest.mark.parametrize("bits", [4, 3])
+    def test_brecq_beats_nearest_rounding_in_eps(self, bits):
+        ours, theirs = eps_error(brecq(bits)), eps_error(nearest(bits))
         assert ours.rel_mse <= BRECQ_EPS * theirs.rel_mse
         for mine, other in zip(*(np.array_split(e.rel_mse_rows, 3) for e in (ours, theirs))):
             assert mine.mean() < other.mean()
 
-    def test_brecq_beats_nearest_rounding_in_rollout(self):
-        assert rollout_error(brecq(4)) <= BRECQ_ROLLOUT * rollout_error(nearest(4))
+    @pytest.mark.parametrize("bits", [4, 3])
+    def test_brecq_beats_nearest_rounding_in_rollout(self, bits):
+        assert rollout_error(brecq(bits)) <= BRECQ_ROLLOUT * rollout_error(nearest(bits))
 
     @pytest.mark.parametrize("bits", [4, 3])
     def test_temporal_reconstruction_keeps_temporal_features(self, bits):
@@ -212,8 +215,9 @@ class TestWeights:
             assert ours.cosine <= TIAR_COSINE * theirs.cosine
             assert ours.mismatch <= theirs.mismatch
 
-    def test_temporal_reconstruction_keeps_more_than_brecq_does(self):
-        ours, theirs = cosine_distance(temporal_only(4)), cosine_distance(brecq(4))
+    @pytest.mark.parametrize("bits", [4, 3])
+    def test_temporal_reconstruction_keeps_more_than_brecq_does(self, bits):
+        ours, theirs = cosine_distance(temporal_only(bits)), cosine_distance(brecq(bits))
         assert ours.cosine <= TIAR_BRECQ * theirs.cosine
         assert ours.mismatch <= theirs.mismatch
 

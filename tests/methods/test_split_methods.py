@@ -7,20 +7,17 @@ import jax
 import numpy as np
 import pytest
 
-from qdiff_jax.export.integer import check_executable
 from qdiff_jax.export.qtensor import codes
 from qdiff_jax.methods.qdiffusion import qdiffusion
 from qdiff_jax.observe.capture import batch_bounds
 from qdiff_jax.quant.quantizer import codes as nearest_codes
 from qdiff_jax.quant.ranges import weight_qparams
-from qdiff_jax.quant.timed import select, step_context
-from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.batch_ranges import BatchRangeConfig, calibrate_by_batch
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.stage import kernel_at, run_stage
 
-from .. import tiny_unet
 from .cases import (
     CASES,
     CONFIG,
@@ -34,6 +31,7 @@ from .cases import (
     outcome,
     plan,
 )
+from .contracts import simulated_and_executed
 
 SPLIT = {f"up_0_block_{i}/{op}" for i in (0, 1) for op in ("conv1", "nin_shortcut")}
 
@@ -95,23 +93,7 @@ def test_split_weights_are_rounded_in_closed_form_too():
 @pytest.mark.parametrize("name", ["qdiffusion", "ptq4dm"])
 def test_packed_weights_and_split_sites_execute_in_integers(name):
     state = outcome(name, STEPS).state
-    # A kept operand has no codes: its sites stay simulated.
-    ready = {
-        site: held.replace(execute=held.lhs is not None and held.rhs is not None)
-        for site, held in flatten_sites(state.quant).items()
-    }
-    executed = nest_sites(ready)
-    check_executable(executed)
-    x, y, t = calibration().x[:2], calibration().y[:2], np.full(2, TIMESTEPS[1])
-    ctx = step_context(TIMESTEPS[1], 1)
-    simulated, integers = (
-        np.asarray(
-            tiny_unet.forward(CONFIG)(
-                {"params": model().params, "quant": select(quant, ctx)}, x, t, y
-            )
-        )
-        for quant in (state.quant, executed)
-    )
+    simulated, integers = simulated_and_executed(state)
     # Codes next to a rounding tie may fall either way; a wrong scale would be far off.
     assert np.abs(integers - simulated).max() < 0.05 * np.abs(simulated).max()
     assert np.square(integers - simulated).mean() < 1e-4 * np.square(simulated).mean()

@@ -13,20 +13,16 @@ from qdiff_jax.branch import low_rank
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.samples import Samples
 from qdiff_jax.export.bundle import load_bundle
-from qdiff_jax.export.integer import check_executable
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
 from qdiff_jax.methods.svdquant import VARIANTS, SvdQuantConfig
 from qdiff_jax.models.program import temporal_nodes
 from qdiff_jax.observe.archive import load_arrays
-from qdiff_jax.quant.timed import select, step_context
-from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.low_rank_branches import BranchConfig
 from qdiff_jax.stages.stage import run_stage
 
-from .. import tiny_unet
 from ..main_job import ROOT
 from .cases import (
-    CONFIG,
     NETWORKS,
     SVDQUANT,
     TIMESTEPS,
@@ -37,6 +33,7 @@ from .cases import (
     outcome,
     plan,
 )
+from .contracts import simulated_and_executed
 
 CONFIGS = ROOT / "configs" / "methods" / "svdquant.py"
 
@@ -179,22 +176,7 @@ def test_words_of_the_method_are_read_and_others_refused():
 @pytest.mark.slow
 def test_packed_codes_execute_in_integers_on_convolutions_too():
     state = outcome("svdquant").state
-    ready = {
-        site: held.replace(execute=held.lhs is not None and held.rhs is not None)
-        for site, held in flatten_sites(state.quant).items()
-    }
-    executed = nest_sites(ready)
-    check_executable(executed)
-    x, y, t = calibration().x[:2], calibration().y[:2], np.full(2, TIMESTEPS[1])
-    ctx = step_context(TIMESTEPS[1], 1)
-    simulated, integers = (
-        np.asarray(
-            tiny_unet.forward(CONFIG)(
-                {"params": model().params, "quant": select(quant, ctx)}, x, t, y
-            )
-        )
-        for quant in (state.quant, executed)
-    )
+    simulated, integers = simulated_and_executed(state)
     # Codes next to a rounding tie may fall either way; a wrong scale would be far off.
     assert np.square(integers - simulated).mean() < 1e-3 * np.square(simulated).mean()
 

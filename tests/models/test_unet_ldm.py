@@ -186,6 +186,43 @@ def test_a_transformer_of_two_blocks():
         assert our_place(native_table(config), key)[0] == f"{block}/attn2_to_k/kernel"
 
 
+def test_numbers_as_the_condition_are_added_to_the_time_embedding():
+    """h(t) + dense(silu(dense(y))), by hand; y = 0 is not the same as no condition."""
+    config = dataclasses.replace(CONFIGS["guided"], num_classes=None, vector_dim=2)
+    node = next(node for node in program_of(config) if node.name == "time_embed")
+    assert node.reads == ("t", "y")
+    assert example_inputs(config, 3)[2].shape == (3, 2)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
+        parameter_shapes(config)["time_embed"],
+    )
+    assert set(params) == {"dense_0", "dense_2", "label_emb_0", "label_emb_2"}
+    t, y = np.float32([3]), np.float32([[0.5, -2.0]])
+
+    def layer(name, x):
+        return x @ params[name]["kernel"] + params[name]["bias"]
+
+    def embedded(y):
+        return np.asarray(node.module.apply({"params": params}, t, y))
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    added = layer("label_emb_2", silu(layer("label_emb_0", y)))
+    added -= layer("label_emb_2", silu(layer("label_emb_0", 0 * y)))
+    np.testing.assert_allclose(embedded(y) - embedded(0 * y), added, rtol=1e-4, atol=1e-3)
+    keys = ("label_emb.0.weight", "label_emb.2.bias")
+    places = [our_place(native_table(config), key)[0] for key in keys]
+    assert places == ["time_embed/label_emb_0/kernel", "time_embed/label_emb_2/bias"]
+    with pytest.raises(ValueError, match="vector_dim=2 stands alone: .* num_classes is 5"):
+        dataclasses.replace(CONFIGS["guided"], vector_dim=2)
+    x, t, _ = example_inputs(config)
+    for y in (None, jnp.zeros((1, 3)), jnp.zeros((1,))):
+        with pytest.raises(ValueError, match=r"conditional on numbers: pass y \[B, 2\] float32"):
+            jax.eval_shape(make_module(config).init, jax.random.key(0), x, t, y)
+
+
 def test_a_condition_that_is_missing_or_of_another_kind_is_refused():
     for name, y, match in (
         ("guided", None, r"conditional on 5 classes: pass y \[B\] int32\."),

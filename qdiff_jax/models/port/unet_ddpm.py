@@ -56,9 +56,8 @@ _DIFFUSERS = (
     (r"mid_block\.resnets\.1\.(\w+)", r"mid.block_2.\1"),
     (r"mid_block\.attentions\.0\.([\w.]+)", r"mid.attn_1.\1"),
 )
-_INSIDE = {
-    "time_emb_proj": "temb_proj",
-    "conv_shortcut": "nin_shortcut",
+# Layers of an attention block of convolutions in diffusers, by new and by old names.
+ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
     "to_k": "k",
@@ -69,6 +68,7 @@ _INSIDE = {
     "value": "v",
     "proj_attn": "proj_out",
 }
+_INSIDE = {"time_emb_proj": "temb_proj", "conv_shortcut": "nin_shortcut", **ATTENTION}
 
 
 def from_native(

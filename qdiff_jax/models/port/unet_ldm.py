@@ -21,6 +21,7 @@ _AT = r"((?:input_blocks|output_blocks)\.\d+\.\d|middle_block\.\d)"
 _COMMON = (
     Row(r"time_embed\.([02])", r"time_embed/dense_\1", "dense"),
     Row(r"label_emb", r"time_embed/label_emb", "embed"),
+    Row(r"label_emb\.([02])", r"time_embed/label_emb_\1", "dense"),
     Row(r"cond_stage_model\.embedding", r"class_embedder/embedding", "embed"),
     Row(r"(input_blocks\.0\.0)", r"\1/conv", "conv"),
     Row(_AT + r"\.(in_layers|out_layers)\.0", r"\1/\2_0", "norm"),

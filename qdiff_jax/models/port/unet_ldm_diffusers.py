@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from qdiff_jax.models.port.unet_ddpm import ATTENTION
 from qdiff_jax.models.port.unet_ldm import from_native
 from qdiff_jax.models.unet_ldm import UNetLDMConfig
 
@@ -29,17 +30,6 @@ _RESNET = {
     "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
-}
-_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-    "query": "q",
-    "key": "k",
-    "value": "v",
-    "proj_attn": "proj_out",
 }
 
 
@@ -73,7 +63,7 @@ def native_key(key: str, blocks: Mapping[str, str], transformer: bool) -> str:
     if block not in blocks:
         return key
     if ".attentions." in f"{block}.":
-        inner = inner if transformer else _ATTENTION.get(inner)
+        inner = inner if transformer else ATTENTION.get(inner)
     elif inner == "conv":
         inner = "op" if ".downsamplers." in block else "conv"
     else:
