@@ -1,12 +1,13 @@
 """Closed-form rounding at real sizes: the seconds of each distinct layer of a network, and of all of them.
 
-    python -m experiments.bench_sizes --model=dit_xl2 --rows=24576 --out=W
+    python -m experiments.bench_sizes --model=sd-v1-4 --rows=24576 --out=W
     python -m experiments.bench_sizes --kernels=3x3x2560x1280,1x1x2560x1280 --out=W
 
-Random rows and weights: time does not depend on values. Timed, compiling apart: the sums over rows in chunks of
---chunk, the two factors, rounding to 4 bits; a layer whose whole Hessian does not fit --hessian_mib is cut as
-`quant.hessian_size` says. A layer that occurs n times counts n times; one whose estimate exceeds
---most_seconds is left out and extrapolated by its multiply-adds. Writes sizes_<name>.md, sizes_<name>.json.
+Random rows and weights: time does not depend on values. Timed, compiling apart, in CPU seconds of all threads
+(on an accelerator in seconds): the sums over rows in chunks of --chunk, the two factors, rounding to 4 bits; a
+layer whose whole Hessian does not fit --hessian_mib is cut as `quant.hessian_size` says. A layer that occurs n
+times counts n times; one whose estimate exceeds --most_seconds is left out and extrapolated by its
+multiply-adds. Writes sizes_<name>.md, sizes_<name>.json.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from absl import app, flags, logging
 
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.tables import significant
-from qdiff_jax.models.dit import DiTConfig
 from qdiff_jax.models.families import parameter_shapes
+from qdiff_jax.models.published import PUBLISHED
 from qdiff_jax.quant.hessian_size import hessian_parts, rounding_cost
 from qdiff_jax.quant.moments import chunk_moments, merge
 from qdiff_jax.quant.qparams import from_range
@@ -37,26 +38,12 @@ from qdiff_jax.quant.spec import QuantSpec, code_range
 from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig, round_layer
 
-# Peebles and Xie 2023, table 1.
-MODELS = {
-    "dit_xl2": DiTConfig(
-        width=1152,
-        depth=28,
-        heads=16,
-        patch=2,
-        resolution=32,
-        in_channels=4,
-        num_classes=1000,
-        learn_sigma=True,
-    )
-}
-
 
 def kernels_of(model: str) -> dict[tuple[int, ...], int]:
     """{shape of a kernel: how often it occurs}. Raises ValueError for an unknown model."""
-    if model not in MODELS:
-        raise ValueError(f"model {model!r} is unknown; there are {sorted(MODELS)}.")
-    leaves = jax.tree_util.tree_flatten_with_path(parameter_shapes(MODELS[model]))[0]
+    if model not in PUBLISHED:
+        raise ValueError(f"model {model!r} is unknown; there are {sorted(PUBLISHED)}.")
+    leaves = jax.tree_util.tree_flatten_with_path(parameter_shapes(PUBLISHED[model].network))[0]
     shapes = (leaf.shape for path, leaf in leaves if path[-1].key == "kernel")
     return dict(collections.Counter(shapes))
 
@@ -86,17 +73,19 @@ def time_layer(shape: tuple[int, ...], rows: int, chunk: int, config: ClosedForm
     grid = from_range(spec, kernel.min(axes), kernel.max(axes), *code_range(spec, 4))
     summed = jax.jit(chunk_moments, static_argnums=3)
 
+    # On a CPU its own seconds, which others on the machine do not lengthen.
+    clock = time.process_time if jax.default_backend() == "cpu" else time.monotonic
     chunks = -(-rows // chunk)
     total = merge(*(summed(x, r, weights, parts) for _ in range(2)))
-    began = time.monotonic()
+    began = clock()
     total = jax.block_until_ready(merge(total, summed(x, r, weights, parts)))
-    sums = (time.monotonic() - began) * chunks
+    sums = (clock() - began) * chunks
     rounded = jax.block_until_ready(round_layer(kernel, jnp.zeros(outputs), grid, total, config))
-    began = time.monotonic()
+    began = clock()
     rounded = jax.block_until_ready(round_layer(kernel, jnp.zeros(outputs), grid, total, config))
     if not np.isfinite(float(rounded.loss)):
         raise FloatingPointError(f"rounding a kernel {shape} left a loss that is not finite.")
-    return {"sums": sums, "rounding": time.monotonic() - began, "parts": parts}
+    return {"sums": sums, "rounding": clock() - began, "parts": parts}
 
 
 def measure(
@@ -130,8 +119,9 @@ def measure(
 
 def write_results(name: str, found: list[dict], rows: int, command: str, out: pathlib.Path) -> str:
     """sizes_<name>.md and .json under out; returns the former."""
+    unit = "CPU s" if jax.default_backend() == "cpu" else "s"
     lines = [
-        "| kernel | times | parts | seconds each | seconds in all |",
+        f"| kernel | times | parts | {unit} each | {unit} in all |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in found:
@@ -147,7 +137,7 @@ def write_results(name: str, found: list[dict], rows: int, command: str, out: pa
         [
             f"# Rounding {name} in closed form",
             "",
-            f"{rows:,} rows a layer, float32, 4 bits: {significant(total)} s in all ({total / 60:.1f} "
+            f"{rows:,} rows a layer, float32, 4 bits: {significant(total)} {unit} in all ({total / 60:.1f} "
             f"minutes), {peak:.1f} GiB at the peak; passes of the network not included.",
             "",
             *lines,
@@ -179,7 +169,7 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "dit_xl2", f"One of {', '.join(MODELS)}.")
+    flags.DEFINE_string("model", "DiT-XL-2-256x256", f"One of {', '.join(PUBLISHED)}.")
     flags.DEFINE_string("kernels", "", "Kernel shapes instead of a model, 3x3x320x320,1280x320.")
     flags.DEFINE_integer("rows", 24_576, "Rows a layer.", lower_bound=1)
     flags.DEFINE_integer("chunk", 2048, "Rows at once.", lower_bound=1)

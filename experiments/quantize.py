@@ -42,7 +42,13 @@ from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.asked import Asked, asked_of
 from qdiff_jax.eval.samples import noise_key
-from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
+from qdiff_jax.methods.registry import (
+    CalibrationSets,
+    MethodSettings,
+    build,
+    check_network,
+    methods_of,
+)
 from qdiff_jax.methods.run import make_sampler, run_method
 from qdiff_jax.models import registry
 from qdiff_jax.models.load_pipeline import load_pipeline
@@ -119,9 +125,8 @@ def prepare(config: Any) -> Job:
     prompts = read_prompts(config.prompts) if config.prompts else ()
     asked = asked_of(load_pipeline(config.model, config.parts), prompts, config.model)
     diffusion = asked.diffusion
-    methods = {
-        config.ptqd.base if v.method == "ptqd" else v.method for v in config.variants.values()
-    }
+    base = config.ptqd.base
+    methods = {part for v in config.variants.values() for part in methods_of(v.method, base)}
     for method in methods:
         check_network(method, diffusion.model)
     if config.classifier:

@@ -7,7 +7,6 @@ first minute of work: a typo must cost neither.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 import jax
@@ -19,7 +18,8 @@ from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.methods.efficientdm import EfficientDMConfig
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
-from qdiff_jax.methods.registry import BINARY, METHODS, MethodSettings
+from qdiff_jax.methods.recipes import JOIN, PARTS
+from qdiff_jax.methods.registry import BINARY, METHODS, MethodSettings, methods_of
 from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
@@ -36,7 +36,7 @@ from qdiff_jax.stages.train_binary import BinaryTrainConfig
 # Selectors that draw one step for each item.
 DRAWING = ("ndtc", "random_steps", "one_step")
 # Methods that calibrate activations on the set of their weights.
-ONE_SET = {"ptq4dm", "qdiffusion", "ptq4dit"}
+ONE_SET = {"ptq4dm", "qdiffusion", "ptq4dit", "csb"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,8 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VariantConfig:
-    """w_bits and a_bits: target bits, 2 to 8; 0 or 32 keeps that side in full precision. w_bits 1: binary, for
+    """method: of the registry, or a recipe of parts, "csb+svdquant+efficientdm" (`qdiff_jax.methods.recipes`).
+    w_bits and a_bits: target bits, 2 to 8; 0 or 32 keeps that side in full precision. w_bits 1: binary, for
     the methods that can."""
 
     method: str
@@ -226,16 +227,14 @@ def read_config(config: Any) -> QuantizeConfig:
         if name == "fp32":
             raise ValueError(f"{where}: this name belongs to full precision; choose another.")
         variant = to_dataclass(VariantConfig, values, where)
-        if variant.method not in METHODS:
-            near = difflib.get_close_matches(variant.method, METHODS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"{where}.method {variant.method!r} is unknown; there are {sorted(METHODS)}.{hint}"
-            )
+        try:
+            parts = methods_of(variant.method)
+        except ValueError as error:
+            raise ValueError(f"{where}.method: {error}") from error
         for side in ("w_bits", "a_bits"):
             bits = getattr(variant, side)
             if bits == 1 and side == "w_bits":
-                if variant.method in BINARY:
+                if set(parts) & set(BINARY):
                     continue
                 raise ValueError(
                     f"{where}.w_bits is 1, and {variant.method} rounds on uniform grids; binary weights "
@@ -249,7 +248,9 @@ def read_config(config: Any) -> QuantizeConfig:
 
     def place(item):
         _, variant = item
-        return -variant.w_bits, -variant.a_bits, order.index(variant.method)
+        parts = methods_of(variant.method) if JOIN in variant.method else (variant.method,)
+        first = order.index(PARTS[parts[0]].method)
+        return -variant.w_bits, -variant.a_bits, len(parts), first
 
     check_rounding(config.rounding)
     if config.tfmq_variant not in VARIANTS:
@@ -336,7 +337,7 @@ def check_sizes(config: QuantizeConfig, steps: int) -> None:
         ("reconstruct.walk_batch", items, config.reconstruct.walk_batch),
         ("activations.batch_size", rows * steps, min(activations, rows * steps)),
     ]
-    if {v.method for v in config.variants.values()} & ONE_SET:
+    if {part for v in config.variants.values() for part in methods_of(v.method)} & ONE_SET:
         batches.append(("activations.batch_size", items, min(activations, items)))
     for name, size, batch in batches:
         try:

@@ -113,6 +113,24 @@ def row(
     return config
 
 
+def dit_row(arg, *, size: int, steps: int) -> ml_collections.ConfigDict:
+    """A row of DiT-XL/2 at 256 or 512 pixels, with 50, 100 or 250 steps."""
+    statistics = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}[size]
+    network = f"DiT-XL-2-{size}x{size}"
+    return row(
+        arg,
+        protocol=f"dit_{steps}_cfg1p5",
+        network=network,
+        model=f"{network}.pt",
+        first_stage="sd-vae-ft-ema",
+        tool="adm",
+        data=dict(source=f"npz:{statistics}", published=statistics, published_count=IMAGENET),
+        samples=10_000,
+        seed=0,
+        **({"shard": 100, "batch": 10} if size == 512 else {}),
+    )
+
+
 def _shrink(config: ml_collections.ConfigDict) -> None:
     """The same path on the family's random-weight miniature: seconds on a CPU, no file but the prompts."""
     network = config.parts.network

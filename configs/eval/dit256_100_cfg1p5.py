@@ -15,22 +15,8 @@ recalled, not checked against the paper). Nothing measured here. `dit256_100_cfg
 seconds on random weights.
 """
 
-from configs.eval._published import IMAGENET, row
+from configs.eval._published import dit_row
 
 
 def get_config(arg=None):
-    return row(
-        arg,
-        protocol="dit_100_cfg1p5",
-        network="DiT-XL-2-256x256",
-        model="DiT-XL-2-256x256.pt",
-        first_stage="sd-vae-ft-ema",
-        tool="adm",
-        data=dict(
-            source="npz:VIRTUAL_imagenet256_labeled.npz",
-            published="VIRTUAL_imagenet256_labeled.npz",
-            published_count=IMAGENET,
-        ),
-        samples=10_000,
-        seed=0,
-    )
+    return dit_row(arg, size=256, steps=100)

@@ -16,24 +16,8 @@ facebookresearch/DiT) FID 6.05, sFID 18.35, IS 243.2, precision 0.8374, recall 0
 `dit512_100_cfg1p5.py:smoke` runs in seconds on random weights.
 """
 
-from configs.eval._published import IMAGENET, row
+from configs.eval._published import dit_row
 
 
 def get_config(arg=None):
-    return row(
-        arg,
-        protocol="dit_100_cfg1p5",
-        network="DiT-XL-2-512x512",
-        model="DiT-XL-2-512x512.pt",
-        first_stage="sd-vae-ft-ema",
-        tool="adm",
-        data=dict(
-            source="npz:VIRTUAL_imagenet512.npz",
-            published="VIRTUAL_imagenet512.npz",
-            published_count=IMAGENET,
-        ),
-        samples=10_000,
-        seed=0,
-        shard=100,
-        batch=10,
-    )
+    return dit_row(arg, size=512, steps=100)

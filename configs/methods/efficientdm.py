@@ -55,6 +55,7 @@ def get_config(arg=None):
         activation_lr=5e-4,
         weight_method="minmax",
         variant=arg.variant,
+        weighted=False,
     )
     source = dict(
         kind=arg.source,

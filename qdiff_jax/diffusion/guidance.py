@@ -13,7 +13,7 @@ diffusion code). So
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -58,7 +58,8 @@ def classifier_free(
 
     null: what the unconditional branch is given in place of y: the null class index; an array such as
     the context [L, D] of an empty prompt, for y [B, L, D]; or a pytree of them with the structure of y
-    (context and mask, say). One row of a leaf of y, or [1, ...], and the same for every sample.
+    (context and mask, say). One row of a leaf of y, or [1, ...], and the same for every sample; entries that a
+    dict leaves out stay as each sample's y has them.
     form: "batch" evaluates both branches as one batch of 2B rows (half the dispatches), "calls"
     one after the other (half the memory). Scales 1 and 0 need one branch, and get one, in either
     form.
@@ -106,7 +107,15 @@ def null_labels(guidance: Guidance, y: Any) -> Any:
 
     Raises ValueError for a null of another structure than y, or a leaf that is no row of y's.
     """
-    wanted, given = jax.tree.structure(y), jax.tree.structure(guidance.null)
+    if isinstance(y, Mapping) and isinstance(guidance.null, Mapping):
+        same = {name: leaf for name, leaf in y.items() if name not in guidance.null}
+        own = {name: leaf for name, leaf in y.items() if name not in same}
+        return {**same, **_rows(guidance.null, own)}
+    return _rows(guidance.null, y)
+
+
+def _rows(null: Any, y: Any) -> Any:
+    wanted, given = jax.tree.structure(y), jax.tree.structure(null)
     if wanted != given:
         raise ValueError(
             f"the null conditioning has the structure {given} and the conditioning y {wanted}; give "
@@ -124,7 +133,7 @@ def null_labels(guidance: Guidance, y: Any) -> Any:
             )
         return jnp.broadcast_to(null.reshape(one).astype(label.dtype), label.shape)
 
-    return jax.tree.map(row, guidance.null, y)
+    return jax.tree.map(row, null, y)
 
 
 def combine(guidance: Guidance, conditional: jax.Array, unconditional: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import jax
 
 from qdiff_jax.eval.cost import FULL_BITS, planned_cost, site_macs
 from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes
+from qdiff_jax.models.program import node_at
 from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.ranges import scale_shape
 from qdiff_jax.quant.spec import QuantSpec
@@ -171,10 +172,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _held(shapes: Mapping, site: Site) -> int:
     """Parameters of a site's layer: kernel and bias."""
-    node = shapes
-    for part in site.name.split("/"):
-        node = node[part]
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(node))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(node_at(shapes, site.name)))
 
 
 def _cells(entry: Entry, shape: Sequence[int]) -> int:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages
+from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages, decided_again
 from qdiff_jax.models.program import units_with_projections
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.progressive import round_configs
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.weights import calibrate_weights
@@ -37,6 +38,8 @@ def brecq(
     rounding: str = "adaround",
     closed_form: ClosedFormConfig = ClosedFormConfig(),
     step_weights: np.ndarray | None = None,
+    rounds: int = 0,
+    round_share: float = 0.25,
     on_progress=None,
 ) -> Method:
     """Ranges, block reconstruction of weights, activation ranges, (optional) learned activation steps.
@@ -45,10 +48,21 @@ def brecq(
     instead of `weights` and calibrates activations first, with the steps weighted by `step_weights`.
 
     weights: defaults are the papers' (20,000 steps at 1e-3, batch 32, lambda 0.01).
-    activation_steps: None skips the phase; the papers' is `paper_activation_steps()`.
+    activation_steps: None skips the phase; the papers' is `paper_activation_steps()`. rounds, round_share: of
+    `methods.par` after it, whose steps are planned with those of the first reconstruction.
     """
     check_rounding(rounding)
     units = units_with_projections(model.program)
+    configs = round_configs(weights, rounds, round_share)
+    again = decided_again(
+        model,
+        units,
+        rounding,
+        configs,
+        closed_form,
+        step_weights=step_weights,
+        on_progress=on_progress,
+    )
     if rounding == "closed_form":
         stages = [
             *closed_form_stages(
@@ -72,8 +86,9 @@ def brecq(
                 model,
                 units,
                 weight_calibration,
-                weights,
+                configs[0],
                 name="brecq_weights",
+                keep_alphas=rounds > 0,
                 on_progress=on_progress,
             ),
             calibrate_activations(
@@ -92,7 +107,7 @@ def brecq(
             )
         )
     notes = "" if rounding == "adaround" else f"rounding={rounding}"
-    return Method("brecq", tuple(stages), notes=notes)
+    return Method("brecq", tuple(stages), notes, again)
 
 
 def paper_activation_steps(**overrides) -> ReconstructConfig:

@@ -8,7 +8,7 @@ which weights are rounded already carries the activation quantizers and weights 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from qdiff_jax.models.program import Unit, units_with_projections
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.closed_form import closed_form as closed_form_stage
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.progressive import reopened, unrounded
+from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.row_weights import by_step
-from qdiff_jax.stages.stage import Method, Model, Stage
+from qdiff_jax.stages.stage import Method, Model, QuantState, Stage, tuned_params
 from qdiff_jax.stages.tune import TuneConfig, tune
 from qdiff_jax.stages.weights import calibrate_weights
 
@@ -42,9 +44,10 @@ def closed_form(
 
     step_weights: [S], how much the samples of each step count, see `stages.row_weights`; None for equally.
     """
+    units = units_with_projections(model.program)
     stages = closed_form_stages(
         model,
-        units_with_projections(model.program),
+        units,
         weight_calibration,
         activation_calibration,
         timesteps,
@@ -58,7 +61,9 @@ def closed_form(
     if tuning is not None:
         stages = (*stages, tune(model, weight_calibration, tuning, on_progress=on_progress))
         notes += f"; tuned {tuning.steps} steps"
-    return Method("closed_form", stages, notes=notes)
+    own = dict(step_weights=step_weights, on_progress=on_progress)
+    again = decided_again(model, units, "closed_form", (), rounding, **own)
+    return Method("closed_form", stages, notes, again)
 
 
 def closed_form_stages(
@@ -108,6 +113,33 @@ def round_units(
     return closed_form_stage(
         model, units, calibration, rounding, name=name, row_weights=rows, on_progress=on_progress
     )
+
+
+def decided_again(
+    model: Model,
+    units: Sequence[Unit],
+    rounding: str,
+    configs: Sequence[ReconstructConfig],
+    closed_form: ClosedFormConfig,
+    *,
+    step_weights: np.ndarray | None = None,
+    on_progress: Callable | None = None,
+) -> Callable[[QuantState, int], tuple[Stage, QuantState]]:
+    """`Method.again` of a method that rounds `units` in this way. configs: of all rounds (`round_configs`)."""
+
+    def again(state: QuantState, i: int) -> tuple[Stage, QuantState]:
+        own = model._replace(params=tuned_params(model.params, state.aux))
+        states, given = (
+            state.aux["calibration"],
+            dict(name=f"par_round_{i}", on_progress=on_progress),
+        )
+        if rounding == "closed_form":
+            stage = round_units(own, units, states, closed_form, step_weights=step_weights, **given)
+            return stage, unrounded(state)
+        stage = reconstruct(own, units, states, configs[i], keep_alphas=True, **given)
+        return stage, reopened(state, own.params)
+
+    return again
 
 
 def check_rounding(rounding: str) -> None:

@@ -23,6 +23,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.observe.quantization_noise import Paired
 from qdiff_jax.observe.sources import Sampling, SourceConfig, make_source
@@ -47,7 +49,8 @@ class EfficientDMConfig:
     learns at mean(delta_w) / lora_divisor, or at the mean of these over the layers with student.rates "mean";
     lora_lr: its rate with student.rates "constant". scale_lr, activation_lr: of delta_w and of the tables.
     loss: of `stages.finetune.LOSSES`. weight_method: ranges of weights, "minmax" or "mse". variant: "fixed" or
-    "faithful". source, student, training: where batches come from, what is trained, and how.
+    "faithful". weighted: the errors of steps count as `step_weights` say (ours; False is the paper, all alike).
+    source, student, training: where batches come from, what is trained, and how.
     """
 
     steps: int = 16_000
@@ -59,6 +62,7 @@ class EfficientDMConfig:
     loss: str = "eps_sum"
     weight_method: str = "minmax"
     variant: str = "fixed"
+    weighted: bool = False
     source: SourceConfig = SourceConfig()
     student: QALoRAConfig = QALoRAConfig()
     training: FinetuneConfig = FinetuneConfig()
@@ -114,15 +118,20 @@ def efficientdm(
     recorded: Paired | None = None,
     config: EfficientDMConfig = EfficientDMConfig(),
     activations: ActivationConfig = ActivationConfig(observer="mse"),
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Method:
     """Ranges of weights, ranges of activations, fine-tuning.
 
     activation_calibration: of the ranges that learning starts from. timesteps: [S], the sampler's schedule,
-    which the tables serve. sampling: what online trajectories are made of; recorded: full-precision
-    trajectories with every step, for a cached source. Raises ValueError if what the source needs is missing, or
-    if tables of its timesteps cannot serve the schedule.
+    which the tables serve. step_weights: [S], of the same steps, for `config.weighted`. sampling: what online
+    trajectories are made of; recorded: full-precision trajectories with every step, for a cached source. Raises
+    ValueError if what the source needs is missing, or if tables of its timesteps cannot serve the schedule.
     """
+    if config.weighted and step_weights is None:
+        raise ValueError(
+            "efficientdm.weighted needs weights of the steps: choose closed_form.step_weights."
+        )
     source = make_source(config.source, len(timesteps), sampling, recorded)
     if config.student.talsq:
         check_served(source.timesteps, timesteps, config.student.subsample)
@@ -135,7 +144,7 @@ def efficientdm(
         kept = left_alone(model, state.plan)
         student = qalora(model, config.student, source.timesteps, timesteps, kept)
         phases = phases_of(config)
-        own = dict(on_progress=on_progress)
+        own = dict(step_weights=step_weights if config.weighted else None, on_progress=on_progress)
         return finetune(
             "efficientdm", model, student, source, phases, config.training, **own
         ), state
@@ -145,7 +154,7 @@ def efficientdm(
         calibrate_activations(
             model, activation_calibration, timesteps, activations, on_progress=on_progress
         ),
-        deferred("efficientdm", build),
+        deferred("efficientdm", build, "training"),
     )
     notes = f"{config.variant}, source={config.source.kind}, steps={config.steps}"
     return Method("efficientdm", stages, notes=notes)

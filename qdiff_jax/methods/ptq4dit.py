@@ -18,7 +18,6 @@ Use it with the policy "official:ptq4dit". Departures:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,10 @@ from qdiff_jax.models.folds import folds_of
 from qdiff_jax.models.program import units_with_projections
 from qdiff_jax.stages.balance import BalanceConfig, balance_channels
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
-from qdiff_jax.stages.deferred import deferred
+from qdiff_jax.stages.deferred import on_left_parameters
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
-from qdiff_jax.stages.stage import Method, Model, Stage, tuned_params
+from qdiff_jax.stages.stage import Method, Model, Stage
 from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
 
 VARIANTS = {"fixed": "step", "faithful": "sample"}
@@ -97,50 +96,21 @@ def ptq4dit(
     units = units_with_projections(model.program)
     weights = dataclasses.replace(weights, trains="scales" if solved else "both")
 
-    def later(name: str, build: Callable[[Model], Stage]) -> Stage:
-        """A stage on the parameters that balancing has left."""
-
-        def on_folded(state):
-            own = model._replace(params=tuned_params(model.params, state.aux))
-            return build(own), state
-
-        return deferred(name, on_folded)
-
-    ranges = later(
-        "calibrate_weights", lambda own: calibrate_weights(own, method=config.weight_method)
-    )
-    observed = later(
-        "calibrate_activations",
-        lambda own: calibrate_activations(
-            own, calibration, timesteps, activations, on_progress=on_progress
-        ),
-    )
-    nearest = later("round_to_nearest", round_to_nearest)
-    solve = later(
-        "ptq4dit_weights",
-        lambda own: round_units(
-            own,
-            units,
-            calibration,
-            closed_form,
-            name="ptq4dit_weights",
-            step_weights=step_weights,
-            on_progress=on_progress,
-        ),
-    )
     learned = "ptq4dit_activation_steps" if solved else "ptq4dit_blocks"
-    learn = later(
-        learned,
-        lambda own: reconstruct(
-            own, units, calibration, weights, name=learned, on_progress=on_progress
-        ),
-    )
-    if not config.reconstruction:
-        stages = (ranges, nearest, observed)
-    elif solved:
-        stages = (observed, ranges, solve, learn)
-    else:
-        stages = (ranges, observed, learn)
+    own = dict(on_progress=on_progress)
+
+    def on(model: Model) -> tuple[Stage, ...]:
+        ranges = calibrate_weights(model, method=config.weight_method)
+        observed = calibrate_activations(model, calibration, timesteps, activations, **own)
+        if not config.reconstruction:
+            return ranges, round_to_nearest(model), observed
+        learn = reconstruct(model, units, calibration, weights, name=learned, **own)
+        if not solved:
+            return ranges, observed, learn
+        given = dict(name="ptq4dit_weights", step_weights=step_weights, **own)
+        return observed, ranges, round_units(model, units, calibration, closed_form, **given), learn
+
+    stages = on_left_parameters(model, on)
     if config.csb:
         balance = balance_channels(
             model,

@@ -44,13 +44,15 @@ def qdiffusion(
     rounding: str = "adaround",
     closed_form: ClosedFormConfig = ClosedFormConfig(),
     step_weights: np.ndarray | None = None,
+    rounds: int = 0,
+    round_share: float = 0.25,
     on_progress=None,
 ) -> Method:
     """Split, ranges, block reconstruction, running-mean activation ranges, learned activation steps.
 
     calibration: one set for weights and activations, from the selector `uniform` (20 steps x 256). timesteps:
-    [S], the sampler's schedule by step index. split: "both", "shortcut" or "none". activation_steps: None
-    skips the last phase. rounding, closed_form, step_weights: as in `brecq`; the two parts of a split weight
+    [S], the sampler's schedule by step index. split: "both", "shortcut" or "none". activation_steps: None skips
+    the last phase. rounding, closed_form, step_weights, rounds: as in `brecq`; the two parts of a split weight
     keep their own scales in closed form too.
 
     Raises ValueError for an unknown rounding or split.
@@ -67,8 +69,10 @@ def qdiffusion(
         rounding=rounding,
         closed_form=closed_form,
         step_weights=step_weights,
+        rounds=rounds,
+        round_share=round_share,
         on_progress=on_progress,
     )
     stages = (split_skips(model, split), *base.stages)
     notes = ", ".join(filter(None, [f"split={split}", base.notes]))
-    return Method("qdiffusion", stages, notes=notes)
+    return Method("qdiffusion", stages, notes, base.again)

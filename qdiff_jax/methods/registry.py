@@ -5,78 +5,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from qdiff_jax.methods.binarydm import binarydm
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import closed_form
-from qdiff_jax.methods.efficientdm import EfficientDMConfig, efficientdm
-from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, check_transformer, ptq4dit
+from qdiff_jax.methods.efficientdm import efficientdm
+from qdiff_jax.methods.par import par
+from qdiff_jax.methods.ptq4dit import check_transformer, ptq4dit
 from qdiff_jax.methods.ptq4dm import ptq4dm
-from qdiff_jax.methods.ptqd import PTQDConfig, ptqd
+from qdiff_jax.methods.ptqd import ptqd
 from qdiff_jax.methods.qdiffusion import qdiffusion
+from qdiff_jax.methods.recipes import JOIN, PARTS, check_order, compose, parts_of
 from qdiff_jax.methods.rtn import rtn
-from qdiff_jax.methods.svdquant import SvdQuantConfig, svdquant
-from qdiff_jax.methods.tcaq import TcaqConfig, tcaq
-from qdiff_jax.methods.tdq import TdqConfig, tdq
+from qdiff_jax.methods.settings import CalibrationSets, MethodSettings
+from qdiff_jax.methods.svdquant import svdquant
+from qdiff_jax.methods.tcaq import tcaq
+from qdiff_jax.methods.tdq import tdq
 from qdiff_jax.methods.tfmq import tfmq
-from qdiff_jax.stages.batch_ranges import BatchRangeConfig
-from qdiff_jax.stages.calibrate import ActivationConfig
-from qdiff_jax.stages.layer_rounding import ClosedFormConfig
-from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.stage import Method, Model
-from qdiff_jax.stages.train_binary import BinaryTrainConfig
 from qdiff_jax.stages.tune import TuneConfig
-
-
-class CalibrationSets(NamedTuple):
-    """What methods calibrate on. weights: for reconstruction; activations: visits every step;
-    timesteps: [S], the sampler's schedule by step index. step_weights: [S], how much the samples
-    of each step count in closed-form rounding (`stages.row_weights`), None for equally. paired: an
-    `observe.quantization_noise.Paired`, for methods that correct the sampling. sampling: an
-    `observe.sources.Sampling`, for methods that sample while they train."""
-
-    weights: Any
-    activations: Any
-    timesteps: Any
-    step_weights: Any = None
-    paired: Any = None
-    sampling: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodSettings:
-    """Every knob of the methods here; a method reads those it has.
-
-    weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it.
-    variant: TFMQ-DM's "fixed" (the paper) or "faithful" (the official code); tiar, fsc: its parts.
-    rounding: how methods that reconstruct weights round them, "adaround" (the papers, by `weights`) or
-    "closed_form" (by `closed_form`).
-    tune_steps: of end-to-end tuning after the method closed_form. split: which layers Q-Diffusion splits
-    at a skip, "both", "shortcut" or "none". batch_ranges: PTQ4DM's search of activation ranges, but for
-    its batch size, which is that of `activations`.
-    """
-
-    weight_method: str = "mse"
-    weights: ReconstructConfig = ReconstructConfig()
-    activations: ActivationConfig = ActivationConfig()
-    activation_steps: int = 0
-    activation_lr: float = 4e-4
-    variant: str = "fixed"
-    tiar: bool = True
-    fsc: bool = True
-    rounding: str = "adaround"
-    closed_form: ClosedFormConfig = ClosedFormConfig()
-    tune_steps: int = 0
-    split: str = "both"
-    batch_ranges: BatchRangeConfig = BatchRangeConfig()
-    ptqd: PTQDConfig = PTQDConfig()
-    tdq: TdqConfig = TdqConfig()
-    tcaq: TcaqConfig = TcaqConfig()
-    ptq4dit: PTQ4DiTConfig = PTQ4DiTConfig()
-    svdquant: SvdQuantConfig = SvdQuantConfig()
-    efficientdm: EfficientDMConfig = EfficientDMConfig()
-    binarydm: BinaryTrainConfig = BinaryTrainConfig()
 
 
 def _two_sets(sets):
@@ -92,6 +39,11 @@ def _rounded(sets, settings):
         closed_form=settings.closed_form,
         step_weights=sets.step_weights,
     )
+
+
+def _repeated(settings):
+    """What methods take whose reconstruction PAR can repeat."""
+    return dict(rounds=settings.rounds, round_share=settings.tcaq.round_share)
 
 
 def _second_phase(settings):
@@ -127,6 +79,7 @@ def _qdiffusion(model, sets, settings, **own):
         activations=settings.activations,
         activation_steps=_second_phase(settings),
         **_rounded(sets, settings),
+        **_repeated(settings),
         **own,
     )
 
@@ -144,6 +97,7 @@ def _brecq(model, sets, settings, **own):
         activations=settings.activations,
         activation_steps=_second_phase(settings),
         **_rounded(sets, settings),
+        **_repeated(settings),
         **own,
     )
 
@@ -157,6 +111,7 @@ def _tfmq(model, sets, settings, **own):
         fsc=settings.fsc,
         activations=settings.activations,
         **_rounded(sets, settings),
+        **_repeated(settings),
         **own,
     )
 
@@ -175,8 +130,7 @@ def _closed_form(model, sets, settings, **own):
 
 
 def _ptqd(model, sets, settings, **own):
-    if sets.paired is None:
-        raise ValueError("PTQD needs paired estimates: give CalibrationSets.paired.")
+    _check_paired(sets)
     if settings.ptqd.base not in set(METHODS) - {"ptqd"}:
         raise ValueError(
             f"PTQD goes on top of another method, not of {settings.ptqd.base!r}; there are "
@@ -184,6 +138,29 @@ def _ptqd(model, sets, settings, **own):
         )
     base = METHODS[settings.ptqd.base](model, sets, settings, **own)
     return ptqd(model, base, sets.paired, settings.ptqd, **own)
+
+
+def _correction(model, sets, settings, **own):
+    """PTQD's own stages, for what stands before them in a recipe."""
+    _check_paired(sets)
+    return ptqd(model, Method("recipe", ()), sets.paired, settings.ptqd, **own)
+
+
+def _check_paired(sets):
+    if sets.paired is None:
+        raise ValueError("PTQD needs paired estimates: give CalibrationSets.paired.")
+
+
+def _par(model, sets, settings, base, **own):
+    return par(
+        model,
+        base,
+        sets.paired,
+        sets.weights,
+        settings.tcaq.rounds,
+        batch_size=settings.activations.batch_size,
+        **own,
+    )
 
 
 def _tdq(model, sets, settings, **own):
@@ -247,6 +224,7 @@ def _efficientdm(model, sets, settings, **own):
         recorded=sets.paired,
         config=settings.efficientdm,
         activations=settings.activations,
+        step_weights=sets.step_weights,
         **own,
     )
 
@@ -280,11 +258,34 @@ METHODS: dict[str, Callable[..., Method]] = {
 # Methods that can make weights of one bit; all others round on uniform grids.
 BINARY = ("rtn", "binarydm")
 # Methods that not every network has layers for: what raises ValueError for one that has none.
-_NEEDS: dict[str, Callable[[Model], None]] = {"ptq4dit": check_transformer}
+_NEEDS: dict[str, Callable[[Model], None]] = {
+    "ptq4dit": check_transformer,
+    "csb": check_transformer,
+}
+
+
+def methods_of(name: str, base: str = "rtn") -> tuple[str, ...]:
+    """The methods, or the parts of a recipe, that a name stands for. base: PTQD's, which comes before it.
+
+    Raises ValueError for an unknown name, with those there are, and for a recipe in an impossible order.
+    """
+    if JOIN in name:
+        check_order(name)
+        return parts_of(name)
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        part = (
+            f" {name!r} is a part: put it in a recipe, {name + JOIN + 'rtn'!r}."
+            if name in PARTS
+            else ""
+        )
+        raise ValueError(f"Method {name!r} is unknown; there are {sorted(METHODS)}.{hint}{part}")
+    return (base, name) if name == "ptqd" else (name,)
 
 
 def check_network(name: str, model: Model) -> None:
-    """Raise ValueError for a method that this network has no layers for, before any work."""
+    """Raise ValueError for a method or part that this network has no layers for, before any work."""
     if name in _NEEDS:
         _NEEDS[name](model)
 
@@ -296,9 +297,23 @@ def build(
     settings: MethodSettings,
     on_progress: Callable | None = None,
 ) -> Method:
-    """The method of that name on a model. Raises ValueError for an unknown name, with those there are."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Method {name!r} is unknown; there are {sorted(METHODS)}.{hint}")
-    return METHODS[name](model, sets, settings, on_progress=on_progress)
+    """The method of that name on a model, or the recipe of parts ("csb+svdquant+efficientdm",
+    `methods.recipes`).
+
+    Raises ValueError as `methods_of` does.
+    """
+    names = methods_of(name)
+    if JOIN not in name:
+        return METHODS[name](model, sets, settings, on_progress=on_progress)
+    if "par" in names:
+        settings = dataclasses.replace(settings, rounds=settings.tcaq.rounds)
+    own = dict(on_progress=on_progress)
+
+    def builder(word: str):
+        if word == "par":
+            return lambda model, before: _par(model, sets, settings, before, **own)
+        if word == "ptqd":
+            return lambda model, before: _correction(model, sets, settings, **own)
+        return lambda model, before: METHODS[PARTS[word].method](model, sets, settings, **own)
+
+    return compose(name, model, {word: builder(word) for word in names})

@@ -130,6 +130,11 @@ def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPl
         grid = make_timesteps(
             sampler_config["spacing"], timesteps, steps, **sampler_config.get("grid", {})
         )
+        if name == "euler" and sampler_config["spacing"] == "leading" and "start" not in options:
+            raise ValueError(
+                "Euler on the spacing 'leading' starts with the option start='unit' in diffusers and with "
+                "'noise' in k-diffusion: say which."
+            )
         if prediction != "eps":
             options["prediction"] = prediction
         plan = make_plan(name, schedule_of(schedule_config), grid, **options)

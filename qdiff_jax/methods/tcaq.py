@@ -30,12 +30,12 @@ from qdiff_jax.observe.quantization_noise import Paired
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.channel_factors import FactorConfig, move_channel_factors
-from qdiff_jax.stages.deferred import deferred
+from qdiff_jax.stages.deferred import deferred, on_left_parameters
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.progressive import reopened, resample, round_configs, unrounded
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.softmax_grids import SoftmaxGridConfig, choose_softmax_grids
-from qdiff_jax.stages.stage import Method, Model, QuantState, tuned_params
+from qdiff_jax.stages.stage import Method, Model, QuantState, Stage, tuned_params
 from qdiff_jax.stages.weights import calibrate_weights
 
 
@@ -100,25 +100,23 @@ def tcaq(
     def tuned(state: QuantState) -> Model:
         return model._replace(params=tuned_params(model.params, state.aux))
 
-    def ranges(state):
-        return calibrate_weights(tuned(state), method=weight_method), state
-
-    def shared_ranges(state):
-        stage = calibrate_activations(
-            tuned(state), activation_calibration, timesteps, activations, on_progress=on_progress
+    def ranges(own: Model) -> tuple[Stage, ...]:
+        given = dict(on_progress=on_progress)
+        found = (
+            calibrate_weights(own, method=weight_method),
+            calibrate_activations(own, activation_calibration, timesteps, activations, **given),
         )
-        return stage, state
-
-    def grids(state):
-        stage = choose_softmax_grids(
-            tuned(state),
+        if not config.daq:
+            return found
+        grids = choose_softmax_grids(
+            own,
             activation_calibration,
             timesteps,
             config.softmax,
             batch_size=batch_size,
             on_progress=on_progress,
         )
-        return stage, state
+        return *found, grids
 
     def states_of(state, i: int):
         return state.aux["calibration"] if i else weight_calibration
@@ -136,7 +134,7 @@ def tcaq(
             )
             return stage, unrounded(state) if i else state
 
-        return deferred(f"tcaq_weights_{i}", build)
+        return deferred(f"tcaq_weights_{i}", build, "rounds" if i else "codes")
 
     def reconstruction(i: int):
         def build(state):
@@ -152,7 +150,7 @@ def tcaq(
             )
             return stage, reopened(state, own.params) if i and not solved else state
 
-        return deferred(f"tcaq_round_{i}", build)
+        return deferred(f"tcaq_round_{i}", build, "rounds" if i else "codes")
 
     def one_round(i: int):
         return (solution(i), reconstruction(i)) if solved else (reconstruction(i),)
@@ -172,12 +170,7 @@ def tcaq(
             on_progress=on_progress,
         )
         stages.append(factors)
-    stages += [
-        deferred("calibrate_weights", ranges),
-        deferred("calibrate_activations", shared_ranges),
-    ]
-    if config.daq:
-        stages.append(deferred("calibrate_softmax_grids", grids))
+    stages += on_left_parameters(model, ranges)
     stages += one_round(0)
     for i in range(1, config.rounds + 1):
         drawn = resample(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages
+from qdiff_jax.methods.closed_form import check_rounding, closed_form_stages, decided_again
 from qdiff_jax.models.program import (
     temporal_nodes,
     units_with_projections,
@@ -24,6 +24,7 @@ from qdiff_jax.models.program import (
 )
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.progressive import round_configs
 from qdiff_jax.stages.reconstruct import ReconstructConfig, reconstruct
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.weights import calibrate_weights
@@ -46,15 +47,18 @@ def tfmq(
     rounding: str = "adaround",
     closed_form: ClosedFormConfig = ClosedFormConfig(),
     step_weights: np.ndarray | None = None,
+    rounds: int = 0,
+    round_share: float = 0.25,
     on_progress=None,
 ) -> Method:
     """Ranges, TIAR and then block reconstruction with the temporal block frozen, step tables by FSC.
 
     tiar, fsc: False for the ablations: without TIAR every block owns its projection of the time embedding, as
     in BRECQ; without FSC the temporal sites have one range for all steps. activation_calibration must visit
-    every step of `timesteps` (selector `every_step`). rounding: "adaround" (the paper), or "closed_form",
-    which solves the same blocks by `closed_form` instead of `weights` and calibrates activations first, with
-    the steps weighted by `step_weights`. Raises ValueError for an unknown variant.
+    every step of `timesteps` (selector `every_step`). rounding: "adaround" (the paper), or "closed_form", which
+    solves the same blocks by `closed_form` instead of `weights` and calibrates activations first, with the
+    steps weighted by `step_weights`. rounds, round_share: of `methods.par` after it, whose steps are planned
+    with those of the first reconstruction. Raises ValueError for an unknown variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"tfmq variant {variant!r} is unknown; use one of {VARIANTS}.")
@@ -73,6 +77,9 @@ def tfmq(
     parts = [word for word, used in (("no TIAR", not tiar), ("no FSC", not fsc)) if used]
     notes = ", ".join([f"variant={variant}", *parts])
     check_rounding(rounding)
+    configs = round_configs(weights, rounds, round_share)
+    own = dict(step_weights=step_weights, on_progress=on_progress)
+    again = decided_again(model, units, rounding, configs, closed_form, **own)
     if rounding == "closed_form":
         stages = closed_form_stages(
             model,
@@ -84,10 +91,9 @@ def tfmq(
             rounding=closed_form,
             activations=activations,
             name="tfmq_weights",
-            step_weights=step_weights,
-            on_progress=on_progress,
+            **own,
         )
-        return Method("tfmq", stages, notes=f"{notes}, rounding={rounding}")
+        return Method("tfmq", stages, f"{notes}, rounding={rounding}", again)
     return Method(
         "tfmq",
         (
@@ -98,13 +104,15 @@ def tfmq(
                 model,
                 units,
                 weight_calibration,
-                weights,
+                configs[0],
                 name="tfmq_weights",
+                keep_alphas=rounds > 0,
                 on_progress=on_progress,
             ),
             calibrate_activations(
                 model, activation_calibration, timesteps, activations, on_progress=on_progress
             ),
         ),
-        notes=notes,
+        notes,
+        again,
     )

@@ -115,7 +115,10 @@ def load_pipeline(
         params = _LAYOUTS[_family(row)][layout][1](tensors, row.network, path)
         source = {"name": parts.network, "sha256": fingerprint(params), "schedule": row.schedule}
         diffusion = registry.assembled(row.network, params, source)
-    return _checked(Pipeline(diffusion, stage, text, digests), model)
+    # diffusers encodes the empty prompt.
+    learned = row.null_caption and layout == "native"
+    null = pixart.null_caption(tensors, path) if learned else None
+    return _checked(Pipeline(diffusion, stage, text, digests, null), model)
 
 
 def _own(model: str, parts: Parts, diffusion: registry.DiffusionModel | None) -> Pipeline:

@@ -23,13 +23,15 @@ T5 = "t5"  # its sizes are read from the folder of its weights
 class Published(NamedTuple):
     """network: config of a family. schedule: JSON, as `schedule_of` takes it. origin: where the file comes
     from, for messages. first_stage: of `models.first_stage`, None for a model in pixels; the file's own
-    `scale_factor` goes before the one here. text: CLIP's sizes, `T5`, or None."""
+    `scale_factor` goes before the one here. text: CLIP's sizes, `T5`, or None. null_caption: whether its own
+    code puts a caption from the network's file in the unconditional branch, and not the empty prompt."""
 
     network: Any
     schedule: dict
     origin: str
     first_stage: AutoencoderConfig | None = None
     text: TextConfig | str | None = None
+    null_caption: bool = False
 
 
 def _linear(name: str = "linear", **options) -> dict:
@@ -89,6 +91,7 @@ PUBLISHED = types.MappingProxyType(
                 f"{name}.pth of PixArt-alpha/PixArt-{'Sigma' if 'Sigma' in name else 'alpha'}",
                 FIRST_STAGES["sdxl" if "Sigma" in name else "sd"],
                 T5,
+                null_caption="Sigma" not in name,
             )
             for name, config in PIXARTS.items()
         },

@@ -103,6 +103,16 @@ def load(name_or_path: str) -> DiffusionModel:
 
 RANDOM = "random:"  # what the names of miniatures begin with
 
+_MINI_DIT = DiTConfig(
+    width=16,
+    depth=2,
+    heads=2,
+    patch=2,
+    resolution=8,
+    in_channels=1,
+    num_classes=10,
+    learn_sigma=False,
+)
 _MINIATURES = {
     "random:miniature": UNetConfig(
         channels=8,
@@ -116,26 +126,8 @@ _MINIATURES = {
         dropout=0.0,
         num_classes=10,
     ),
-    "random:dit": DiTConfig(
-        width=16,
-        depth=2,
-        heads=2,
-        patch=2,
-        resolution=8,
-        in_channels=1,
-        num_classes=10,
-        learn_sigma=False,
-    ),
-    "random:flow": DiTConfig(
-        width=16,
-        depth=2,
-        heads=2,
-        patch=2,
-        resolution=8,
-        in_channels=1,
-        num_classes=10,
-        learn_sigma=False,
-    ),
+    "random:dit": _MINI_DIT,
+    "random:flow": _MINI_DIT,
     "random:ldm": UNetLDMConfig(
         channels=8,
         multipliers=(1, 1),

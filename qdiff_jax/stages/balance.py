@@ -148,6 +148,7 @@ def balance_channels(
         run,
         finish,
         lambda carry: carry.position > len(bounds),
+        "transform",
     )
 
 

@@ -188,7 +188,12 @@ def calibrate_by_batch(
         return carry.state.replace(quant=nest_sites(flat)), report
 
     return Stage(
-        "calibrate_activations", init, run, finish, lambda carry: carry.position >= len(bounds)
+        "calibrate_activations",
+        init,
+        run,
+        finish,
+        lambda carry: carry.position >= len(bounds),
+        "ranges",
     )
 
 

@@ -222,7 +222,7 @@ def calibrate_activations(
         passes = 1.0 if static(state) else 0.0
         return state, {"activations": len(ranges), "network_passes": passes, "ranges": ranges}
 
-    return Stage("calibrate_activations", init, run, finish, done)
+    return Stage("calibrate_activations", init, run, finish, done, "ranges")
 
 
 def ranges_by_step(

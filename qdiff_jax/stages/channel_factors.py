@@ -169,7 +169,7 @@ def move_channel_factors(
             "network_passes": 1.0,
         }
 
-    return Stage("calibrate_channel_factors", init, run, finish, done)
+    return Stage("calibrate_channel_factors", init, run, finish, done, "transform")
 
 
 def _groups(plan: SitePlan, shared: Mapping[str, tuple[str, ...]], skip) -> list[Group]:

@@ -110,7 +110,7 @@ def correct_estimates(
             "variance": variance_says(source, table.table.variance, calibrate_variance),
         }
 
-    return Stage("calibrate_correction", init, run, finish, done)
+    return Stage("calibrate_correction", init, run, finish, done, "correction")
 
 
 def variance_says(source: Paired, variance: Any, calibrated: bool) -> str:

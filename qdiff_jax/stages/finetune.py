@@ -25,6 +25,7 @@ from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.sources import Source
 from qdiff_jax.quant.timed import StepContext, rowwise, select
 from qdiff_jax.runtime.remat import recomputed
+from qdiff_jax.stages.row_weights import by_step
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.whole_network import Carry, train_whole
 
@@ -83,15 +84,23 @@ def finetune(
     phases: Sequence[Phase],
     config: FinetuneConfig = FinetuneConfig(),
     *,
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Stage:
     """The stage `name`: the student's guided prediction is drawn to the source's targets, phase by phase.
 
-    Memory: the model's parameters are the teacher and are shared, not copied; beside them the student's
-    own arrays, and moments for what is trained alone. `finish` reports the mean loss of the first and of the
-    last round over the source's steps. Raises ValueError for a label or a loss that does not exist,
-    FloatingPointError if a loss is not finite.
+    Memory: the model's parameters are the teacher and are shared, not copied; beside them the student's own
+    arrays, and moments for what is trained alone. `finish` reports the mean loss of the first and of the last
+    round over the source's steps. step_weights: [S], how much the squared errors of each step of the source
+    count (scaled to mean 1), None for equally. Raises ValueError for a label or a loss that does not exist, or
+    weights of another schedule, FloatingPointError if a loss is not finite.
     """
+    if step_weights is not None and len(step_weights) != len(source.timesteps):
+        raise ValueError(
+            f"{name}: there are weights for {len(step_weights)} steps, and the trajectories have "
+            f"{len(source.timesteps)}; train on the sampler's own steps (source.sampling_steps=0), or weigh "
+            "all alike."
+        )
     for phase in phases:
         unknown = [*set(phase.labels) - set(student.labels), *set(phase.losses) - set(LOSSES)]
         if unknown or phase.steps < 0:
@@ -113,6 +122,9 @@ def finetune(
             "source": source.data if steps else {},
             "guidance": source.guidance,
         }
+        if step_weights is not None:
+            index = np.arange(len(step_weights))
+            beside["step_weights"] = by_step(step_weights, index)
         return trainable, {}, memory, beside
 
     def inputs(state: QuantState, first: int, stop: int):
@@ -234,7 +246,12 @@ def make_step(
         def objective(trainable):
             made = variables(trainable, fixed["student"], params)
             prediction, _ = evaluate(predict, guidance, made, batch.x, batch.ctx, batch.y)
-            return sum(weights[name] * LOSSES[name](prediction, target) for name in losses)
+            pair = (prediction, target)
+            if "step_weights" in fixed:
+                share = jnp.sqrt(fixed["step_weights"][batch.ctx.index])
+                share = share.reshape(share.shape + (1,) * (target.ndim - 1) * share.ndim)
+                pair = (share * prediction, share * target)
+            return sum(weights[name] * LOSSES[name](*pair) for name in losses)
 
         loss, gradients = jax.value_and_grad(objective)(work["trainable"])
         rows = rows_of(fixed["student"], batch.ctx)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qdiff_jax.models.program import Unit, apply_unit, subtrees, units_with_projections
+from qdiff_jax.models.program import Unit, apply_unit, node_at, subtrees, units_with_projections
 from qdiff_jax.observe.capture import needed_after
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.operators import Operator
@@ -83,9 +83,7 @@ def run_tapped(
     found = {}
     for name in names:
         block, _, op = name.partition("/")
-        node = written[unit.nodes.index(block)]["observed"]
-        for part in op.split("/"):
-            node = node[part]
+        node = node_at(written[unit.nodes.index(block)]["observed"], op)
         found[name] = node[OPERANDS["conv"][0]]["value"]
     return outputs, found
 

@@ -177,7 +177,7 @@ def resample(
     def done(carry: Carry) -> bool:
         return carry.trajectory is not None
 
-    return Stage(name, init, run, finish, done)
+    return Stage(name, init, run, finish, done, "rounds")
 
 
 def at_steps(key: jax.Array, trajectory: Trajectory, steps: np.ndarray) -> CalibrationSet:

@@ -5,6 +5,10 @@ as integers; delta_w learned; every input quantized with the step's own scale an
 update smaller than half a step changes no code, and steps differ between layers by orders of magnitude, so
 the rate of a layer's update is proportional to its mean delta_w (scale-aware LoRA). With Adam that must
 multiply the update: a factor on the gradient would be normalised away.
+
+Where an earlier stage has decided codes already, W0 is those, delta_w starts from their scale, and what the
+site holds beside them (a low-rank branch, a refitted bias) stays as it is and is part of the network that is
+trained.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdiff_jax.export.qtensor import from_codes
+from qdiff_jax.export.qtensor import QTensor, from_codes
+from qdiff_jax.export.qtensor import codes as codes_of
 from qdiff_jax.policy import ACTIVATIONS
 from qdiff_jax.quant.lora import (
     Update,
@@ -95,13 +100,13 @@ def qalora(
     timesteps: np.ndarray,
     left_alone: Collection[str] = (),
 ) -> Student:
-    """The student of a state whose weights have ranges and whose activations have one quantizer each.
+    """The student of a state whose weights have ranges or codes and whose activations have one quantizer each.
 
     trained: [S], timesteps of the trajectories. timesteps: [S'], the sampler's, which the tables of
     the result serve. left_alone: sites that are calibrated and nothing more. Its labels: "lora",
     "scales" (delta_w), "tables" (activations), and with base_delta_shared "base_scales". Raises ValueError
     for a schedule that tables of `trained` cannot serve, and `begin`, naming the site, for a weight without a
-    range or an activation that has a step table already.
+    range, for codes under base="full_precision", or an activation that has a step table already.
     """
     rows = np.zeros(1, np.float32)
     if config.talsq:
@@ -116,25 +121,32 @@ def qalora(
             "kept": {},
             "activations": {},
             "static": {},
+            "beside": {},
             "timesteps": jnp.asarray(rows),
         }
         trainable: dict[str, dict] = {"lora": {}, "scales": {}, "tables": {}}
         weights = [entry.site for entry in state.plan.quantized("weight")]
         for site in weights:
-            if not isinstance(flat[site].rhs, QParams):
-                raise ValueError(f"{site} has no range to train from; run calibrate_weights first.")
+            _check_begun(site, flat[site].rhs, config.base)
+            if flat[site].substitute is not None or flat[site].bias is not None:
+                fixed["beside"][site] = flat[site].replace(lhs=None, rhs=None)
         kept = {site: flat[site] for site in weights if site in left_alone}
         folded, _ = fold_weights(model.params, nest_sites(kept))
         fixed["kept"] = {site: kernel_at(folded, site) for site in kept}
         adapted = [site for site in weights if site not in left_alone]
         key = jax.random.fold_in(state.key, 2)
         for i, site in enumerate(adapted):
-            grid, shape = flat[site].rhs, kernel_at(model.params, site).shape
-            fixed["grids"][site] = grid
+            held, shape = flat[site].rhs, kernel_at(model.params, site).shape
+            fixed["grids"][site] = grid = held.qparams if isinstance(held, QTensor) else held
             trainable["scales"][site] = grid.scale
             trainable["lora"][site] = init_low_rank(jax.random.fold_in(key, i), shape, config.rank)
         if config.base == "quantized":
-            fixed["bases"] = dict(zip(adapted, _nearest(model.params, fixed["grids"])))
+            decided = {site for site in adapted if isinstance(flat[site].rhs, QTensor)}
+            fixed["bases"] = _nearest(
+                model.params, {s: g for s, g in fixed["grids"].items() if s not in decided}
+            )
+            for site in decided:
+                fixed["bases"][site] = _narrow(codes_of(flat[site].rhs), fixed["grids"][site])
         for entry in state.plan.quantized(*ACTIVATIONS):
             held = getattr(flat[entry.site], side_of(entry.operand))
             name = f"{entry.site}:{entry.operand}"
@@ -165,18 +177,31 @@ def qalora(
     )
 
 
+def _check_begun(site: str, held: Any, base: str) -> None:
+    if not isinstance(held, QParams | QTensor):
+        raise ValueError(f"{site} has no range to train from; run calibrate_weights first.")
+    if isinstance(held, QTensor) and base == "full_precision":
+        raise ValueError(
+            f"{site} has codes already, and base='full_precision' would begin from the weight they were "
+            "decided for: set student.base='quantized', which begins from the codes."
+        )
+
+
+def _narrow(held: jax.Array, grid: QParams) -> jax.Array:
+    # Of at most 8 bits, one byte each, whatever the bits: narrower packing would compile anew.
+    return held.astype(jnp.int8 if grid.spec.signed else jnp.uint8)
+
+
 # Lists, not dicts: a site's name in the treedef would compile equal layers again.
 @jax.jit
 def _codes(grids, kernels):
-    # Of at most 8 bits, one byte each, whatever the bits: narrower packing would compile anew.
-    return [
-        codes(g, k).astype(jnp.int8 if g.spec.signed else jnp.uint8) for g, k in zip(grids, kernels)
-    ]
+    return [_narrow(codes(g, k), g) for g, k in zip(grids, kernels)]
 
 
-def _nearest(params: Mapping, grids: Mapping[str, QParams]) -> list[jax.Array]:
-    """The nearest codes of every kernel, in order."""
-    return _codes(list(grids.values()), [kernel_at(params, site) for site in grids])
+def _nearest(params: Mapping, grids: Mapping[str, QParams]) -> dict[str, jax.Array]:
+    """{site: the nearest codes of its kernel}."""
+    kernels = [kernel_at(params, site) for site in grids]
+    return dict(zip(grids, _codes(list(grids.values()), kernels)))
 
 
 def _factors(trainable: Mapping, rates: str) -> dict:
@@ -206,7 +231,7 @@ def _variables(zp_ste: bool):
             # One after the other: started together, their products A B are a copy of the network.
             made = _effective(trainable, fixed, params, site, grid, begin=made)
             kernels[site] = made
-        sites: dict[str, SiteQuant] = {}
+        sites: dict[str, SiteQuant] = dict(fixed["beside"])
         rule = "step" if fixed["timesteps"].shape[0] > 1 else "bin"
         quantizers = dict(fixed["static"])
         for name, table in fixed["activations"].items():
@@ -286,9 +311,9 @@ def _finish(model, config, rows, timesteps, state: QuantState, trainable, fixed)
         [fixed["grids"][site].replace(scale=trainable["scales"][site]) for site in sites],
     )
     moved = total = 0
-    nearest = _nearest(model.params, fixed["grids"])
-    for site, grid, held, before in zip(sites, grids, merged, nearest):
-        moved += int(np.sum(np.asarray(held) != np.asarray(before)))
+    begun = fixed["bases"] or _nearest(model.params, fixed["grids"])
+    for site, grid, held in zip(sites, grids, merged):
+        moved += int(np.sum(np.asarray(held) != np.asarray(begun[site])))
         total += held.size
         flat[site] = flat[site].replace(rhs=from_codes(held, grid, bits[site]))
     for name, table in fixed["activations"].items():

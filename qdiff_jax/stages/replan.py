@@ -38,6 +38,7 @@ def replan(name: str, change: Callable[[SitePlan], tuple[SitePlan, dict]]) -> St
         run,
         lambda carry: (carry.state, carry.report),
         lambda carry: carry.report is not None,
+        "plan",
     )
 
 

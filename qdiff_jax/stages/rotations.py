@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from qdiff_jax.models.program import node_at
 from qdiff_jax.quant.hadamard import random_rotation, rotate, rotate_rows
 from qdiff_jax.stages.stage import kernel_at
 
@@ -38,7 +39,7 @@ def rotate_inputs(
     leaves = {}
     for i, name in enumerate(names):
         kernel = kernel_at(params, name)
-        if "rotation" in _layer(params, name):
+        if "rotation" in node_at(params, name):
             raise ValueError(
                 f"{name} is rotated already; a second rotation would replace the first."
             )
@@ -56,7 +57,7 @@ def rotate_values(
     qkv: layer [D, 3 D] of the columns (q, k, v), each by head; proj: [D, D]. Raises ValueError if the heads
     do not divide D or have a width without a Hadamard matrix, or if `proj` transforms its input itself.
     """
-    own = sorted({"divisor", "rotation"} & set(_layer(params, proj)))
+    own = sorted({"divisor", "rotation"} & set(node_at(params, proj)))
     if own:
         raise ValueError(
             f"{proj} has a {own[0]} of its own, behind which the rows of a head are no longer apart; "
@@ -78,16 +79,9 @@ def rotate_queries(params: Mapping, qkv: str, heads: int, key: jax.Array) -> dic
     return _with_columns(qkv, kernel, bias, (0, 1), random_rotation(key, kernel.shape[-1]))
 
 
-def _layer(params, name):
-    node = params
-    for part in name.split("/"):
-        node = node[part]
-    return node
-
-
 def _columns(params, qkv, heads):
     """The kernel [D, 3, heads, d] and the bias [3, heads, d] of a fused layer."""
-    layer = _layer(params, qkv)
+    layer = node_at(params, qkv)
     kernel, bias = layer["kernel"], layer["bias"]
     inputs, outputs = kernel.shape
     if outputs % 3 or (outputs // 3) % heads:

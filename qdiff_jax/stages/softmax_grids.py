@@ -119,4 +119,4 @@ def choose_softmax_grids(
     def done(carry: Carry) -> bool:
         return carry.position >= len(bounds)
 
-    return Stage("calibrate_softmax_grids", init, run, finish, done)
+    return Stage("calibrate_softmax_grids", init, run, finish, done, "ranges")

@@ -51,22 +51,34 @@ class Model(NamedTuple):
     params: Mapping
 
 
+# What a stage does to the state, in the order in which a method goes through them: other parameters of the
+# same function; other grids; ranges; codes; codes once more, on other states; training of the whole network;
+# what sampling corrects.
+KINDS = ("transform", "plan", "ranges", "codes", "rounds", "training", "correction")
+
+
 class Stage(NamedTuple):
-    """name: of its folder and its report. done(carry): whether `run` has nothing left to do."""
+    """name: of its folder and its report. done(carry): whether `run` has nothing left to do. kind: of KINDS,
+    by which methods are taken apart and put together (`methods.recipes`)."""
 
     name: str
     init: Callable[[QuantState, pathlib.Path | None], Any]
     run: Callable[[Any, int], Any]
     finish: Callable[[Any], tuple[QuantState, dict]]
     done: Callable[[Any], bool]
+    kind: str = "codes"
 
 
 class Method(NamedTuple):
-    """A paper: its stages in order, and the deviations from the official code that it chose."""
+    """A paper: its stages in order, and the deviations from the official code that it chose.
+
+    again(state, i) -> (stage, state): the stage that decides the weights once more, on the calibration set in
+    `state.aux["calibration"]`, in round i from 1 on; None for a method that cannot."""
 
     name: str
     stages: Sequence[Stage]
     notes: str = ""
+    again: Callable[[QuantState, int], tuple[Stage, QuantState]] | None = None
 
 
 def initial_state(plan: SitePlan, key: jax.Array, source: str = "") -> QuantState:

@@ -189,4 +189,4 @@ def step_bits(
             },
         }
 
-    return Stage("calibrate_step_bits", init, run, finish, done)
+    return Stage("calibrate_step_bits", init, run, finish, done, "correction")

@@ -142,7 +142,7 @@ def calibrate_time_scales(
     def done(carry: Carry) -> bool:
         return carry.position >= len(bounds)
 
-    return Stage("calibrate_time_scales", init, run, finish, done)
+    return Stage("calibrate_time_scales", init, run, finish, done, "ranges")
 
 
 def with_time_scales(

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qdiff_jax.models.program import Signature, apply_unit
+from qdiff_jax.models.program import Signature, apply_unit, node_at
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.operators import plain
 from qdiff_jax.quant.hessian_size import hessian_parts
@@ -303,9 +303,7 @@ def _quantized(layer: Layer, x, quant):
 
 
 def _weights(layer: Layer, params):
-    node = params[layer.node]
-    for part in layer.op.split("/"):
-        node = node[part]
+    node = node_at(params[layer.node], layer.op)
     return node["kernel"], node.get("bias")
 
 

@@ -48,7 +48,7 @@ def calibrate_weights(model: Model, *, method: str = "mse") -> Stage:
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         return carry.state, {"weights": carry.position}
 
-    return Stage("calibrate_weights", init, run, finish, done)
+    return Stage("calibrate_weights", init, run, finish, done, "ranges")
 
 
 def round_to_nearest(model: Model) -> Stage:

@@ -88,7 +88,7 @@ def train_whole(
     def done(carry: Carry) -> bool:
         return carry.step >= steps
 
-    return Stage(name, init, run, finish, done)
+    return Stage(name, init, run, finish, done, "training")
 
 
 def _partial(store: pathlib.Path | None) -> pathlib.Path | None:

@@ -123,6 +123,8 @@ def test_labels_may_be_a_tree_of_embeddings():
     _, raw = evaluate(predict, classifier_free(2.0, null), {}, X, CTX, y)
     np.testing.assert_allclose(raw[:, 0], 2.0)
     np.testing.assert_allclose(raw[:, 1], 0.25)
+    _, kept = evaluate(predict, classifier_free(2.0, {"text": null["text"]}), {}, X, CTX, y)
+    np.testing.assert_allclose(kept[:, 1], 1.0)  # sizes as they are in y
     leading = jax.tree.map(lambda leaf: leaf[None], null)
     _, again = evaluate(predict, classifier_free(2.0, leading), {}, X, CTX, y)
     np.testing.assert_array_equal(again, raw)
@@ -134,6 +136,8 @@ def test_a_null_that_is_no_row_of_the_conditioning_is_refused():
         run(classifier_free(2.0, np.zeros((4, 7), np.float32)), y=text)
     with pytest.raises(ValueError, match=r"shape \(\) is no row of y"):
         run(classifier_free(2.0, NULL), y=text)  # a class index where there is a context
+    with pytest.raises(ValueError, match="null conditioning has the structure"):
+        run(classifier_free(2.0, {"txt": np.zeros((5, 7), np.float32)}), y={"text": text})
     with pytest.raises(ValueError, match="null conditioning has the structure"):
         run(classifier_free(2.0, np.zeros((5, 7), np.float32)), y={"text": text})
 

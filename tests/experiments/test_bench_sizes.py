@@ -10,7 +10,7 @@ from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 
 
 def test_the_kernels_of_dit_xl2_are_all_but_its_biases_and_tables():
-    kernels = kernels_of("dit_xl2")
+    kernels = kernels_of("DiT-XL-2-256x256")
     held = sum(count * math.prod(shape) for shape, count in kernels.items())
     # 675,129,632 parameters in all: position table 256 x 1152, label table 1001 x 1152, biases.
     assert 0.99 * 675_129_632 < held < 675_129_632 - 256 * 1152 - 1001 * 1152
@@ -36,5 +36,5 @@ def test_what_is_no_kernel_is_refused(text):
 
 
 def test_an_unknown_model_lists_those_there_are():
-    with pytest.raises(ValueError, match="dit_xl2"):
+    with pytest.raises(ValueError, match="DiT-XL-2-256x256"):
         kernels_of("dit_xl3")

@@ -32,7 +32,7 @@ def workdir(smoke_run, tmp_path):
         ({"policy": "comon"}, "Did you mean 'common'"),
         (
             {"variants.brecq_w4a8.method": "breqc"},
-            r"config.variants.brecq_w4a8.method 'breqc' is unknown.*Did you mean 'brecq'",
+            r"config.variants.brecq_w4a8.method: Method 'breqc' is unknown.*Did you mean 'brecq'",
         ),
         ({"variants.rtn_w8a8.w_bits": 16}, r"rtn_w8a8.w_bits is 16; choose 2 to 8, or 32"),
         ({"tfmq_variant": "fix"}, "config.tfmq_variant 'fix' is unknown; use one of"),

@@ -64,11 +64,14 @@ def test_a_config_can_ask_for_a_published_sampler():
 def test_euler_starts_and_interpolates_as_the_config_says():
     asked = SamplerConfig(name="euler", spacing="leading", steps=10, offset=1)
     own = dataclasses.replace(asked, start="unit", interpolation="log_sigma")
-    plain, made = (make_sampler(LINEAR, config.as_json()) for config in (asked, own))
+    noise = dataclasses.replace(asked, start="noise")
+    plain, made = (make_sampler(LINEAR, config.as_json()) for config in (noise, own))
     grid = make_timesteps("leading", 1000, 10, offset=1)
     wanted = euler(make_schedule("linear"), grid, start="unit", interpolation="log_sigma")
     jax.tree.map(np.testing.assert_array_equal, made, wanted)
     assert plain.start_scale < made.start_scale == 1.0
+    with pytest.raises(ValueError, match="spacing 'leading' starts with .*: say which"):
+        make_sampler(LINEAR, asked.as_json())
     with pytest.raises(ValueError, match=r"'ddim' has no option \['start'\]"):
         make_sampler(LINEAR, SamplerConfig(start="unit").as_json())
 
@@ -93,7 +96,9 @@ def test_a_source_of_training_batches_samples_as_the_config_says():
     more = make_source(SourceConfig(sampling_steps=20), job.sampler.steps, own, None)
     np.testing.assert_array_equal(more.timesteps, make_timesteps("uniform", 1000, 20, offset=1))
     velocity = {**job.diffusion.source["schedule"], "prediction": "v"}
-    job = job._replace(diffusion=job.diffusion._replace(source={"schedule": velocity}))
+    diffusion = job.diffusion._replace(source={"schedule": velocity})
+    pipeline = job.asked.pipeline._replace(diffusion=diffusion)
+    job = job._replace(asked=job.asked._replace(pipeline=pipeline))
     source = make_source(SourceConfig(), 11, sampling_of(job), None)
     assert source.data.sampler is ddim(job.diffusion.schedule, grid, prediction="v").sampler
 

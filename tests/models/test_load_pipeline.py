@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from qdiff_jax.diffusion.guidance import classifier_free, null_labels
 from qdiff_jax.models import load_pipeline as loading
 from qdiff_jax.models.clip import TextConfig, TowerConfig
 from qdiff_jax.models.clip_tokenizer import END, START, byte_symbols
 from qdiff_jax.models.load_pipeline import Parts, load_pipeline
-from qdiff_jax.models.pipeline import conditions
+from qdiff_jax.models.pipeline import conditions, null_condition
 from qdiff_jax.models.places import beside, find_place, part_of
 from qdiff_jax.models.port.first_stage import diffusers_config
 from qdiff_jax.models.port.t5 import t5_config
@@ -47,7 +48,7 @@ TINY = {
     "tiny-sd": Published(CONFIGS["text"], LINEAR, "nowhere", KL, CLIP),
     "tiny-ldm": Published(CONFIGS["classes"], LINEAR, "nowhere", KL),
     "tiny-dit": Published(dit.CONFIG, LINEAR, "nowhere", KL),
-    "tiny-pixart": Published(pixart.CONFIGS["alpha"], LINEAR, "nowhere", KL, T5),
+    "tiny-pixart": Published(pixart.CONFIGS["alpha"], LINEAR, "nowhere", KL, T5, null_caption=True),
 }
 
 
@@ -259,7 +260,9 @@ def test_pixart_with_t5(tmp_path):
         bos_id=-1,
         minloglevel=2,
     )
-    save(pixart.official("alpha"), tmp_path / "pixart.pth")
+    caption = np.ones((5, 20), np.float32)
+    weights = {**pixart.official("alpha"), "y_embedder.y_embedding": caption}
+    save(weights, tmp_path / "pixart.pth")
     save(stages.tensors("kl", "compvis"), tmp_path / "kl.ckpt")
     parts = Parts("tiny-pixart", first_stage="kl.ckpt", text="t5", folder=str(tmp_path))
     pipeline = load_pipeline("pixart.pth", parts)
@@ -267,6 +270,13 @@ def test_pixart_with_t5(tmp_path):
     y = conditions(pipeline, ["a cat", ""])
     assert y["context"].shape == (2, 5, 20)
     assert y["mask"].sum(axis=1)[1] == 1  # the end of an empty prompt
+    null = null_labels(classifier_free(4.5, null_condition(pipeline)), y)
+    np.testing.assert_array_equal(null["context"], np.broadcast_to(caption, (2, 5, 20)))
+    for name in set(y) - {"context"}:
+        np.testing.assert_array_equal(null[name], y[name])
+    save(pixart.official("alpha"), tmp_path / "without.pth")
+    with pytest.raises(ValueError, match="has no y_embedder.y_embedding"):
+        load_pipeline("without.pth", parts)
     with pytest.raises(ValueError, match="there is nothing at t6 or .*t6, where the text encoder"):
         load_pipeline("pixart.pth", dataclasses.replace(parts, text="t6"))
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qdiff_jax.export.qtensor import QTensor, dequantize
+from qdiff_jax.export.qtensor import QTensor, dequantize, from_codes
+from qdiff_jax.export.qtensor import codes as codes_of
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.sources import cached, online
 from qdiff_jax.quant.qparams import from_range
@@ -92,6 +93,37 @@ def test_step_zero_is_the_naively_quantized_model(base, shared):
         ours = applied()(variables, x[i], ctx, None)
         naive = applied()({"params": params, "quant": quant}, x[i], ctx, None)
         np.testing.assert_array_equal(ours, naive)
+
+
+def test_codes_that_are_decided_are_where_training_begins():
+    """Nearest codes decided beforehand give the student of the ranges; other codes are kept as they are."""
+    decided = start().replace(quant=decide_codes(start().quant, toy.model().params))
+    ours, naive = (student().begin(state)[1]["bases"] for state in (decided, start()))
+    assert leaves_equal(ours, naive)
+    flat = flatten_sites(decided.quant)
+    moved = codes_of(flat["net/l1"].rhs) ^ 1
+    held = from_codes(moved, flat["net/l1"].rhs.qparams, 4)
+    flat["net/l1"] = flat["net/l1"].replace(rhs=held)
+    other = decided.replace(quant=nest_sites(flat))
+    np.testing.assert_array_equal(student().begin(other)[1]["bases"]["net/l1"], moved)
+    state, report = run_stage(stage(phases=()), other)
+    assert report["codes_moved"] == 0.0
+    np.testing.assert_array_equal(codes_of(flatten_sites(state.quant)["net/l1"].rhs), moved)
+
+
+def test_steps_count_by_their_weights():
+    """Nothing moves: each step's loss is its weight, of mean 1, times the loss that all alike give. A sampler
+    begins at the last step of the schedule."""
+    resting = (Phase(2 * STEPS, {}, SUM),)
+    shares = np.float64([0.0, 1.0, 2.0, 5.0])
+    plain, weighted = (
+        np.asarray(after(stage(phases=resting, **own), 2 * STEPS).losses)
+        for own in ({}, {"step_weights": shares})
+    )
+    np.testing.assert_allclose(weighted, np.tile(shares[::-1] / 2.0, 2) * plain, rtol=1e-5)
+    assert plain.min() > 0
+    with pytest.raises(ValueError, match="weights for 3 steps, and the trajectories have 4"):
+        stage(phases=resting, step_weights=shares[:3])
 
 
 def test_it_learns_and_ends_in_integers_and_tables():
