@@ -172,7 +172,7 @@ def quantize(config: Any, params: dict, bundle: pathlib.Path) -> dict:
         model_config=model_json(config),
         schedule_config={"schedule": "linear", "timesteps": 1000},
         sampler_config={"name": "ddim"},
-        source={"sha256": "random weights"},
+        source={"sha256": "not taken"},
     )
     return seconds
 
@@ -195,10 +195,9 @@ def forward(bundle: pathlib.Path, sample: CalibrationSet) -> dict:
 
 def peak() -> float:
     """GiB of host memory at the peak of this process so far."""
+    # Where there is one: `getrusage` may answer with the peak of the process that started this one.
     status = pathlib.Path("/proc/self/status")
-    if (
-        status.is_file()
-    ):  # `getrusage` may answer with the peak of the process that started this one
+    if status.is_file():
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -268,8 +267,9 @@ def main(argv) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     weights = pathlib.Path(args.weights or folder / f"{args.model}.safetensors")
-    if bundle.exists():
-        raise ValueError(f"{bundle} is there already; give another --folder, or remove it.")
+    for path in (bundle, *(() if args.weights else (weights,))):
+        if path.exists():
+            raise ValueError(f"{path} is there already; give another --folder, or remove it.")
     try:
         if not args.weights:
             write_random(config, weights)

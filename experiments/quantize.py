@@ -5,6 +5,9 @@
 Leaves in the workdir: report.md, report.html, report.json, pictures/, and for each variant under
 variants/NAME a bundle (see experiments.sample), its samples and its figures. Killed at any moment and
 started again with the same command, it goes on with the unit and step where it was.
+
+The model is one of this project, or the network of a published pipeline (`config.parts`, `config.prompts`):
+its samples are kept as latents, and compared and shown as the images that the first stage makes of them.
 """
 
 from __future__ import annotations
