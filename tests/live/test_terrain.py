@@ -32,8 +32,8 @@ wheel = pytest.mark.skipif(
     not WHEEL, reason="QDIFF_TERRAIN_WHEEL does not name adaptive-terrain-diffusion's wheel"
 )
 
-SIGMA = np.float32([80, 2])
-Y = np.float32([[0.2], [0.9]])
+SIGMA = np.float32([80, 5])
+Y = np.float32([[0], [1]])
 
 
 @functools.cache
