@@ -7,13 +7,13 @@ et al. 2023, arXiv:2305.10657). TCR evens out the input channels of every layer,
 temporal block and then the others and calibrates the temporal features by step, PAR repeats the reconstruction
 on the states of the quantized sampler, and PTQD corrects the estimate by what is still missing. The policy is
 `common`; each part alone has the same, and the same calibration and seed: TCR and PTQD with round-to-nearest,
-TFMQ-DM, and PAR on TFMQ-DM, which it needs to repeat.
-Words behind the colon: bits `w4a4` (default), `w4a8`,
+TFMQ-DM, and PAR on TFMQ-DM, which it needs to repeat. Words behind the colon: bits `w4a4` (default), `w4a8`,
 `w8a8`, `w6a6`; `no_tcr`, `no_tfmq` (round-to-nearest in its place, and no PAR), `no_par`, `no_ptqd` leave a
 part out of the recipe; `only` runs the recipe without its parts beside it; `rounds=2` of PAR;
-`rounding=closed_form` solves the units in place of AdaRound's steps, in every round; `parts=tcr+brecq+ptqd` is
-another recipe (`qdiff_jax/methods/recipes.py`). 20,000 steps a unit and 5,000 in each round: hours on a CPU.
-`laptop` takes 100 of 16 and 25 in each round; `smoke` runs in seconds (`unet_tcr_tfmq_par_ptqd.py:smoke`).
+`rounding=closed_form` solves the units in place of AdaRound's steps, in every round; `parts=tcr+brecq+ptqd`
+runs another recipe alone (`qdiff_jax/methods/recipes.py`). 20,000 steps a unit and 5,000 in each round: hours
+on a CPU. `laptop` takes 100 of 16 and 25 in each round; `smoke` runs in seconds
+(`unet_tcr_tfmq_par_ptqd.py:smoke`).
 
 Expected of `w4a4,laptop`: the table of recipes in the README.
 """
