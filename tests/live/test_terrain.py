@@ -106,8 +106,8 @@ def test_rounding_to_nearest_leaves_little_at_4_bits():
         assert not quant
         error = (ours(CONFIG, params) - reference())[:1]
         found[bits] = -10 * np.log10(np.square(error).sum() / np.square(reference()[:1]).sum())
-    assert 18 < found[8] < 32, found
-    assert found[4] < 9, found
+    assert found[8] > 15, found
+    assert found[8] - found[4] > 15, found
 
 
 @wheel
