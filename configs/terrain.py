@@ -59,12 +59,12 @@ def get_config(arg=None):
         unsigned=(),
         branch=dict(rank=8, smoothing="fast", iterations=4, samples=4, rows=1024),
     )
+    only = "rtn_w4a8" if arg.smoke and arg.only == "all" else arg.only
+    if only != "all":
+        if only not in config.variants:
+            raise ValueError(f"only={only!r} is unknown; there are {sorted(config.variants)}.")
+        config.variants = {only: config.variants[only].to_dict()}
     if arg.smoke:
-        config.variants = {"rtn_w4a8": config.variants["rtn_w4a8"].to_dict()}
         config.calibration.samples = 4
         config.evaluation.samples = 4
-    elif arg.only != "all":
-        if arg.only not in config.variants:
-            raise ValueError(f"only={arg.only!r} is unknown; there are {sorted(config.variants)}.")
-        config.variants = {arg.only: config.variants[arg.only].to_dict()}
     return config

@@ -261,13 +261,16 @@ def main(argv) -> None:
         raise ValueError(f"--model={args.model} is unknown here; there are {', '.join(measured)}.")
     config, folder = PUBLISHED[args.model].network, pathlib.Path(args.folder)
     bundle = folder / "bundle"
+    folder.mkdir(parents=True, exist_ok=True)
     if args.part:
+        if not args.weights:
+            raise ValueError(f"--part={args.part} needs --weights, the file that it reads.")
         found = run_part(args.part, config, pathlib.Path(args.weights), bundle)
         (folder / f"{args.part}.json").write_text(json.dumps(found))
         return
-    folder.mkdir(parents=True, exist_ok=True)
     weights = pathlib.Path(args.weights or folder / f"{args.model}.safetensors")
-    for path in (bundle, *(() if args.weights else (weights,))):
+    results = [folder / f"{part}.json" for part in PARTS]
+    for path in (bundle, *results, *(() if args.weights else (weights,))):
         if path.exists():
             raise ValueError(f"{path} is there already; give another --folder, or remove it.")
     try:

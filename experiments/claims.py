@@ -156,7 +156,13 @@ def ledger(
     path, rows = out / "claims.json", {}
     if path.exists():
         held = json.loads(path.read_text("utf-8"))
-        rows = {(row["model"], row["name"], row["bits"]): row for row in held}
+        # Those of other settings are measured again: one table has one rule.
+        same = {"samples": int(config.samples), "guidance_scale": float(config.guidance_scale)}
+        rows = {
+            (row["model"], row["name"], row["bits"]): row
+            for row in held
+            if all(row.get(key) == value for key, value in same.items())
+        }
     for claim, pairs in todo:
         rows[claim.model, claim.name, claim.bits] = measure(claim, pairs, config, out)
         write_ledger(list(rows.values()), out, command)

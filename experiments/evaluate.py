@@ -83,7 +83,9 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict:
     plan = make_sampler(subject.schedule, sampler_of(config, subject))
     hooks_of(subject.correction, plan)
     check_schedule(subject.variables["quant"], plan.timesteps)
-    partner = load_partner(config, subject.schedule, subject.wanted)
+    partner = load_partner(
+        config, subject.schedule, subject.wanted, subject.origin.get("prompts_sha256")
+    )
     perceptual = load_perceptual(config.lpips, subject.shape)
     judge = load_judge(config, subject.shape) if config.network else None
     captions = load_captions(

@@ -39,18 +39,24 @@ class Perceptual(NamedTuple):
 
 
 def load_partner(
-    config: EvaluateConfig, schedule: Mapping, wanted: Callable[[range], np.ndarray | None]
+    config: EvaluateConfig,
+    schedule: Mapping,
+    wanted: Callable[[range], np.ndarray | None],
+    prompts_sha256: str | None = None,
 ) -> Partner | None:
     """The evaluation that `config.paired` names, if it was drawn from the same noise by the same rule.
 
-    schedule: of what is judged now; wanted: what its samples of global indices are asked for by. Raises
-    ValueError if it is none, was sampled otherwise, or lacks samples or has them in other shards.
+    schedule: of what is judged now; wanted: what its samples of global indices are asked for by;
+    prompts_sha256: of its prompts. Raises ValueError if it is none, was sampled otherwise, or lacks samples
+    or has them in other shards.
     """
     if not config.paired:
         return None
     result = read_result(config.paired)
     theirs, where = result["protocol"], f"config.paired={config.paired}"
     ours = {"sampler": config.sampler.as_json(), "schedule": dict(schedule), "seed": config.seed}
+    ours |= {"uint8": config.uint8, "prompts_sha256": prompts_sha256}
+    theirs = {"uint8": "round", **theirs}
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from qdiff_jax.models.families import parse_model
 from qdiff_jax.models.load_pipeline import load_pipeline
 from qdiff_jax.models.pipeline import Pipeline, conditions, decode, null_condition
 from qdiff_jax.models.published import PUBLISHED
+from qdiff_jax.models.registry import RANDOM
 from qdiff_jax.observe.archive import load_record
 
 # What of a bundle's manifest decides its samples; library versions and notes do not.
@@ -90,6 +91,11 @@ def read_prompts(path: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def prompts_digest(prompts: Sequence[str]) -> str | None:
+    """sha256 of prompts, None without any: their file may be written again at the same path."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest() if prompts else None
+
+
 def load_subject(config: EvaluateConfig) -> Subject:
     """The model, or the bundle where one is named, with the rest of its pipeline and its prompts.
 
@@ -118,14 +124,21 @@ def _check_prompts(config: EvaluateConfig, reads: bool) -> None:
 def _network(config: EvaluateConfig, prompts: tuple[str, ...]) -> Subject:
     further = {}
     if prompts:
-        further["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+        further["prompts_sha256"] = prompts_digest(prompts)
     if config.bundle:
         loaded = load_for_sampling(pathlib.Path(config.bundle))
-        manifest = loaded.manifest
+        manifest, extra = loaded.manifest, dict(loaded.manifest["extra"] or {})
+        pipeline_of = extra.pop("pipeline", None)
+        if pipeline_of and not config.parts.network and not config.model.startswith(RANDOM):
+            raise ValueError(
+                f"{config.bundle} draws latents, and config.parts names no network whose first stage decodes "
+                f"them: take the config of its pipeline (it was made of {pipeline_of['model']} with the parts "
+                f"{pipeline_of['parts']})."
+            )
         origin = {
             "bundle": config.bundle,
             **manifest["source"],
-            **(manifest["extra"] or {}),
+            **extra,
             "bundle_sha256": _bundle_digest(manifest),
         }
         model = parse_model(manifest["model"])

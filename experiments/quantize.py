@@ -17,6 +17,7 @@ import pathlib
 import resource
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from experiments.evaluate_subject import read_prompts
+from experiments.evaluate_subject import prompts_digest, read_prompts
 from experiments.quantize_config import (
     DRAWING,
     FREE_TO_CHANGE,
@@ -91,6 +92,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     job = prepare(config)
     config, diffusion, asked = job.config, job.diffusion, job.asked
     claim_workdir(workdir, config, FREE_TO_CHANGE)
+    claim_prompts(workdir, asked.prompts)
     with phases(phase_weights(config, workdir)) as enter, compile_account() as account:
         enter("trajectories")
         calibration, held_out = trajectories(job, workdir)
@@ -116,6 +118,18 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     paths = report.write_report(workdir, records, provenance(config, diffusion, command), pictures)
     Console().print(report.terminal_table(records))
     return paths
+
+
+def claim_prompts(workdir: pathlib.Path, prompts: Sequence[str]) -> None:
+    """Raise ValueError if the workdir's samples were drawn from other prompts than its file has now."""
+    digest, path = prompts_digest(prompts), workdir / "prompts.json"
+    if path.exists() and load_record(path)["sha256"] != digest:
+        raise ValueError(
+            f"{workdir} was begun with other prompts than config.prompts holds now: put them back, or take "
+            "a new workdir."
+        )
+    if digest is not None:
+        save_record(path, {"sha256": digest})
 
 
 def prepare(config: Any) -> Job:

@@ -228,13 +228,16 @@ def read_config(config: Any) -> QuantizeConfig:
             raise ValueError(f"{where}: this name belongs to full precision; choose another.")
         variant = to_dataclass(VariantConfig, values, where)
         try:
-            parts = methods_of(variant.method)
+            parts = methods_of(variant.method, config.ptqd.base)
         except ValueError as error:
             raise ValueError(f"{where}.method: {error}") from error
         for side in ("w_bits", "a_bits"):
             bits = getattr(variant, side)
             if bits == 1 and side == "w_bits":
-                if set(parts) & set(BINARY):
+                decide = [p for p in parts if {"codes", "training"} & set(PARTS[p].kinds)]
+                if variant.method in BINARY or (
+                    JOIN in variant.method and set(decide) <= set(BINARY)
+                ):
                     continue
                 raise ValueError(
                     f"{where}.w_bits is 1, and {variant.method} rounds on uniform grids; binary weights "
@@ -253,6 +256,11 @@ def read_config(config: Any) -> QuantizeConfig:
         return -variant.w_bits, -variant.a_bits, len(parts), first
 
     check_rounding(config.rounding)
+    if config.efficientdm.weighted and config.closed_form.step_weights == "uniform":
+        raise ValueError(
+            "config.efficientdm.weighted lets steps count by config.closed_form.step_weights, and that is "
+            "'uniform': choose 'eps_coefficient' or 'sensitivity'."
+        )
     if config.tfmq_variant not in VARIANTS:
         raise ValueError(
             f"config.tfmq_variant {config.tfmq_variant!r} is unknown; use one of {VARIANTS}."
@@ -337,7 +345,9 @@ def check_sizes(config: QuantizeConfig, steps: int) -> None:
         ("reconstruct.walk_batch", items, config.reconstruct.walk_batch),
         ("activations.batch_size", rows * steps, min(activations, rows * steps)),
     ]
-    if {part for v in config.variants.values() for part in methods_of(v.method)} & ONE_SET:
+    if {
+        part for v in config.variants.values() for part in methods_of(v.method, config.ptqd.base)
+    } & ONE_SET:
         batches.append(("activations.batch_size", items, min(activations, items)))
     for name, size, batch in batches:
         try:

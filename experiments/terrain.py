@@ -26,11 +26,13 @@ from qdiff_jax.config import claim_workdir
 from qdiff_jax.diffusion.consistency import SIGMA_MAX, denoised, preconditioning
 from qdiff_jax.eval.agreement import sqnr_db
 from qdiff_jax.eval.files import write_atomic
+from qdiff_jax.eval.networks.state_dict import fingerprint
 from qdiff_jax.methods.registry import CalibrationSets, build
 from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes, program_of
 from qdiff_jax.models.port.terrain import CONFIG, load_terrain
 from qdiff_jax.models.registry import predictor, random_params
 from qdiff_jax.models.unet_ldm import UNetLDMConfig
+from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.policy import make_plan, policy
 from qdiff_jax.quant.timed import step_context
@@ -98,6 +100,17 @@ def calibration_set(module: Any, params: Any, maps: Maps, batch: int) -> Calibra
 
 def run(config: QuantizeConfig, network: UNetLDMConfig, params: Any, workdir: pathlib.Path) -> None:
     """Every variant that is not finished yet, and the table of all that are."""
+    if config.rounding != "adaround" or config.closed_form.step_weights != "uniform":
+        raise ValueError(
+            "experiments.terrain has one step, and closed form as a method of its own: leave config.rounding "
+            "and config.closed_form.step_weights as they are."
+        )
+    digest, record = fingerprint(params), workdir / "weights.json"
+    if record.exists() and load_record(record)["sha256"] != digest:
+        raise ValueError(
+            f"{workdir} was begun with other weights than --weights; take a new workdir."
+        )
+    save_record(record, {"sha256": digest})
     module = make_module(network)
     model = Model(module, program_of(network), params)
     sites = list_sites(module, *example_inputs(network))
@@ -123,7 +136,8 @@ def run(config: QuantizeConfig, network: UNetLDMConfig, params: Any, workdir: pa
         if not (folder / "sqnr.json").exists():
             chosen_policy = "official:svdquant" if v.method == "svdquant" else config.policy
             plan = make_plan(sites, policy(chosen_policy, sites, *v.targets))
-            state = initial_state(plan, jax.random.fold_in(jax.random.key(config.seed), 3))
+            key = jax.random.fold_in(jax.random.key(config.seed), 3)
+            state = initial_state(plan, key, digest)
             found: dict[str, float] = {}
             for i, stage in enumerate(build(v.method, model, sets, settings).stages):
                 logging.info("%s: %s", name, stage.name)

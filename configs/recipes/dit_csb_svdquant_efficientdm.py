@@ -43,6 +43,8 @@ def get_config(arg=None):
         parts="",
         **ROUNDING,
     )
+    if arg.parts and (arg.no_csb or arg.no_svdquant or arg.no_efficientdm):
+        raise ValueError("parts= names another recipe: leave the words that begin with no_ out.")
     used = [p for p in ("csb", "svdquant", "efficientdm") if not getattr(arg, f"no_{p}")]
     recipe = arg.parts or _whole(used)
     alone = {} if arg.only or arg.parts else {part: _whole([part]) for part in recipe.split(JOIN)}
@@ -57,6 +59,7 @@ def get_config(arg=None):
     if arg.weights:
         config.closed_form.step_weights = arg.weights
         config.efficientdm.weighted = True
+        config.efficientdm.source.sampling_steps = 0  # weights are of the sampler's own steps
     config.svdquant = branch.svdquant
     config.svdquant.branch.gptq = arg.gptq
     if arg.policy == "common":  # the patches of these images have fewer channels than a group

@@ -15,7 +15,7 @@ runs another recipe alone (`qdiff_jax/methods/recipes.py`). 20,000 steps a unit 
 on a CPU. `laptop` takes 100 of 16 and 25 in each round; `smoke` runs in seconds
 (`unet_tcr_tfmq_par_ptqd.py:smoke`).
 
-Expected of `w4a4,laptop`: the table of recipes in the README.
+Expected: nothing has been measured yet but that the smoke runs.
 """
 
 from configs.methods import tcaq
@@ -39,9 +39,14 @@ def get_config(arg=None):
         parts="",
         **ROUNDING,
     )
-    used = [p for p in ALONE if not getattr(arg, f"no_{p}")]
+    left_out = [p for p in ALONE if getattr(arg, f"no_{p}")]
+    if arg.parts and left_out:
+        raise ValueError("parts= names another recipe: leave the words that begin with no_ out.")
+    used = [p for p in ALONE if p not in left_out]
     if arg.no_tfmq:
-        used = ["rtn" if p == "par" else p for p in used]
+        used = [
+            "rtn" if p == "tfmq" else p for p in ALONE if p == "tfmq" or p in used and p != "par"
+        ]
     recipe = arg.parts or JOIN.join(used)
     alone = {p: ALONE[p] for p in used if p in ALONE and not arg.only and not arg.parts}
     config = start(arg, **alone, **({"recipe": recipe} if recipe not in alone.values() else {}))

@@ -33,7 +33,7 @@ from qdiff_jax.quant.step_tables import check_served
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
 from qdiff_jax.stages.deferred import deferred
-from qdiff_jax.stages.finetune import LOSSES, FinetuneConfig, Phase, finetune
+from qdiff_jax.stages.finetune import LOSSES, FinetuneConfig, Phase, check_step_weights, finetune
 from qdiff_jax.stages.qalora import QALoRAConfig, qalora
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.weights import calibrate_weights
@@ -133,6 +133,8 @@ def efficientdm(
             "efficientdm.weighted needs weights of the steps: choose closed_form.step_weights."
         )
     source = make_source(config.source, len(timesteps), sampling, recorded)
+    if config.weighted:
+        check_step_weights("efficientdm", step_weights, source)
     if config.student.talsq:
         check_served(source.timesteps, timesteps, config.student.subsample)
     if config.variant == "faithful":
@@ -156,5 +158,6 @@ def efficientdm(
         ),
         deferred("efficientdm", build, "training"),
     )
-    notes = f"{config.variant}, source={config.source.kind}, steps={config.steps}"
+    weighted = ", weighted" if config.weighted else ""
+    notes = f"{config.variant}, source={config.source.kind}, steps={config.steps}{weighted}"
     return Method("efficientdm", stages, notes=notes)

@@ -32,12 +32,14 @@ JOIN = "+"
 
 class Part(NamedTuple):
     """method: whose builder makes the stages. kinds: of those that are taken. continues: whether its training
-    begins from codes where there are some. repeats: whether `par` can have it decide its codes again."""
+    begins from codes where there are some. repeats: whether `par` can have it decide its codes again. by_step:
+    whether it leaves tables by step, which training cannot go on from."""
 
     method: str
     kinds: tuple[str, ...]
     continues: bool = False
     repeats: bool = False
+    by_step: bool = False
 
 
 _WHOLE = ("ranges", "codes")
@@ -48,9 +50,9 @@ PARTS: dict[str, Part] = {
     "ptq4dm": Part("ptq4dm", ("plan", *_WHOLE)),
     "brecq": Part("brecq", _WHOLE, repeats=True),
     "qdiffusion": Part("qdiffusion", ("plan", *_WHOLE), repeats=True),
-    "tfmq": Part("tfmq", _WHOLE, repeats=True),
+    "tfmq": Part("tfmq", _WHOLE, repeats=True, by_step=True),
     "closed_form": Part("closed_form", _WHOLE, repeats=True),
-    "tdq": Part("tdq", _WHOLE),
+    "tdq": Part("tdq", _WHOLE, by_step=True),
     "tcaq": Part("tcaq", ("transform", *_WHOLE, "rounds")),
     "ptq4dit": Part("ptq4dit", ("transform", *_WHOLE)),
     "svdquant": Part("svdquant", ("plan", *_WHOLE)),
@@ -108,6 +110,15 @@ def _fault(word: str, placed: list[tuple[str, str]]) -> str:
         return (
             f"{decided!r} and {word!r} both decide the codes of the weights; keep one of them (codes may be "
             f"followed by {after})"
+        )
+    own = PARTS[word].method
+    same = next((p for kind, p in placed if kind == "transform" and PARTS[p].method == own), None)
+    if same and "transform" in kinds:
+        return f"{same!r} and {word!r} both bring the transform of {own}; leave one of them out"
+    if decided and PARTS[word].continues and PARTS[decided].by_step:
+        return (
+            f"{word!r} learns one range for each activation, and {decided!r} leaves tables by step; take "
+            "another part before it, such as 'brecq'"
         )
     if trained and "training" in kinds:
         return f"{trained!r} and {word!r} both train the network as a whole; keep one of them"
@@ -178,9 +189,9 @@ def compose(
                 f"Recipe {name!r}: the settings of {part.method} leave nothing of its part {word!r}; switch it "
                 "on or leave the part out."
             )
-        notes = "; ".join(
-            filter(None, (made.notes, f"{word}: {whole.notes}" if whole.notes else ""))
-        )
+        # A piece of a method has not done what the method's notes say.
+        own_notes = whole.notes if part.method == word else ""
+        notes = "; ".join(filter(None, (made.notes, f"{word}: {own_notes}" if own_notes else "")))
         again = whole.again if word in _DECIDES else made.again
         made = Method(name, (*made.stages, *taken), notes, again)
         coded |= bool({"codes", "training"} & set(kinds))

@@ -93,4 +93,5 @@ def svdquant(
         round_to_nearest(model),
     )
     notes = f"variant={config.variant}, group={config.group}, rank={config.branch.rank}"
+    notes += f", smoothing={config.branch.smoothing}" + (", gptq" if config.branch.gptq else "")
     return Method("svdquant", stages, notes=notes)

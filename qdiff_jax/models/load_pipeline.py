@@ -23,7 +23,7 @@ from qdiff_jax.models.clip import TextConfig
 from qdiff_jax.models.clip_tokenizer import load_tokenizer
 from qdiff_jax.models.families import model_json
 from qdiff_jax.models.miniature_pipelines import miniature_pipeline
-from qdiff_jax.models.pipeline import FirstStage, Pipeline, TextEncoder
+from qdiff_jax.models.pipeline import FirstStage, Pipeline, TextEncoder, conditions
 from qdiff_jax.models.places import Place, beside, find_place, part_of
 from qdiff_jax.models.port import dit, pixart, unet_ddpm, unet_ldm, unet_ldm_diffusers
 from qdiff_jax.models.port.clip import text_params
@@ -99,11 +99,18 @@ def load_pipeline(
     row = PUBLISHED[parts.network]
     need = f"{parts.network} ({row.origin})"
     place = find_place(model, parts.folder, f"the model {need}")
-    _check_parts(row, place, parts)
+    _check_parts(row, parts)
+    if diffusion is not None:
+        _check_network(row, diffusion, parts.network)
     path = part_of(place, ("unet", "transformer"), "network") if place.is_pipeline else place.path
     tensors = _state_dict(row, path, parts)
     whole = None if place.is_pipeline else tensors
     layout = _layout(row, tensors, path, parts.network)
+    if parts.average and layout == "native" and _family(row) == "unet_ldm":
+        raise ValueError(
+            f"{path} holds one set of weights and no moving averages: take the whole checkpoint, or set "
+            "average=False if these are the averages."
+        )
     if layout == "CompVis":
         tensors, _ = unet_ldm.unet_tensors(tensors, row.network, ema=parts.average, source=path)
     # The smallest first: what is missing is said before the network is read.
@@ -115,10 +122,13 @@ def load_pipeline(
         params = _LAYOUTS[_family(row)][layout][1](tensors, row.network, path)
         source = {"name": parts.network, "sha256": fingerprint(params), "schedule": row.schedule}
         diffusion = registry.assembled(row.network, params, source)
-    # diffusers encodes the empty prompt.
-    learned = row.null_caption and layout == "native"
-    null = pixart.null_caption(tensors, path) if learned else None
-    return _checked(Pipeline(diffusion, stage, text, digests, null), model)
+    made = _checked(Pipeline(diffusion, stage, text, digests), model)
+    # diffusers encodes the empty prompt, and reads it under its own mask.
+    if not row.null_caption or layout != "native":
+        return made
+    if row.null_caption == "learned":
+        return made._replace(null_caption=pixart.null_caption(tensors, path))
+    return made._replace(null_caption=conditions(made, [""])["context"][0])
 
 
 def _own(model: str, parts: Parts, diffusion: registry.DiffusionModel | None) -> Pipeline:
@@ -131,7 +141,14 @@ def _own(model: str, parts: Parts, diffusion: registry.DiffusionModel | None) ->
             f"(such as {next(iter(PUBLISHED))!r}), or leave it out."
         )
     if diffusion is None and not model.startswith(registry.RANDOM):
-        return Pipeline(registry.load(model))
+        diffusion = registry.load(model)
+        sizes = diffusion.config
+        if sizes["num_classes"] is None and (sizes.get("context_dim") or sizes.get("caption_dim")):
+            raise ValueError(
+                f"{model} is a network that reads prompts, and has no text encoder beside it: name the "
+                "published network of its pipeline as parts.network."
+            )
+        return Pipeline(diffusion)
     if not model.startswith(registry.RANDOM):
         return Pipeline(diffusion)
     registry.load(model)  # an unknown name is refused there
@@ -152,7 +169,16 @@ def _checked(pipeline: Pipeline, model: str) -> Pipeline:
     return pipeline
 
 
-def _check_parts(row: Published, place: Place, parts: Parts) -> None:
+def _check_network(row: Published, diffusion: registry.DiffusionModel, network: str) -> None:
+    name = diffusion.source["name"]
+    if diffusion.config != model_json(row.network) or (name in PUBLISHED and name != network):
+        raise ValueError(
+            f"the bundle holds a network made of {name}, and the other parts are asked for of {network}: name "
+            "the bundle's own network as parts.network."
+        )
+
+
+def _check_parts(row: Published, parts: Parts) -> None:
     for name, has in (
         ("first_stage", row.first_stage),
         ("text", row.text),
@@ -206,6 +232,8 @@ def _first_stage(
     if whole is not None and "scale_factor" in whole:
         scale = float(np.asarray(whole["scale_factor"]))
         config = dataclasses.replace(config, scale_factor=scale)
+    elif row.scale_in_file:
+        config = dataclasses.replace(config, scale_factor=_scale_beside(place, parts))
     if parts.first_stage:
         at = find_place(parts.first_stage, parts.folder, f"the first stage of {parts.network}")
         path = part_of(at, ("vae", "vqvae"), "first stage") if at.is_pipeline else at.path
@@ -222,6 +250,18 @@ def _first_stage(
         )
     params, config = first_stage_params(tensors, config, path)
     return FirstStage(config, params)
+
+
+def _scale_beside(place: Place, parts: Parts) -> float:
+    """The scale factor from the config of a diffusers pipeline's first stage."""
+    if place.is_pipeline:
+        fields = load_config(part_of(place, ("vae", "vqvae"), "first stage"))
+        if "scaling_factor" in fields:
+            return float(fields["scaling_factor"])
+    raise ValueError(
+        f"{place.path} has no scale_factor, by which {parts.network} multiplies its latents and which every "
+        "training run measured for itself: take the whole checkpoint."
+    )
 
 
 def _text(row: Published, place: Place, whole: Mapping | None, parts: Parts) -> TextEncoder:

@@ -5,8 +5,8 @@ becomes images afterwards (`decode`); sampling itself sees latents and the pytre
 is a pipeline without first stage, a class-conditional one has no text encoder.
 
 Sources: Rombach et al. 2022, arXiv 2112.10752; the sampling scripts of latent diffusion, Stable Diffusion
-v1 and PixArt. In the unconditional branch stands the null class, the empty prompt, or the learned caption of
-PixArt-alpha's own files, which their code reads under the mask of each sample's prompt.
+v1 and PixArt. In the unconditional branch stands the null class, the empty prompt, or, from PixArt's own files,
+a caption that their code reads under the mask of each sample's prompt (alpha's learned, sigma's empty).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TextEncoder(NamedTuple):
 class Pipeline(NamedTuple):
     """diffusion: the network, its schedule and origin. first_stage: None for a model in pixels. text: None
     for a model conditioned on classes or on nothing. source: JSON, "sha256" of each further part by name.
-    null_caption: [L, D], what the network learned in place of the empty prompt, if it did."""
+    null_caption: [L, D], what the unconditional branch reads under each sample's own mask and sizes."""
 
     diffusion: DiffusionModel
     first_stage: FirstStage | None = None
@@ -118,8 +118,7 @@ def conditions(pipeline: Pipeline, wanted: Sequence[str] | np.ndarray | None) ->
 
 def null_condition(pipeline: Pipeline) -> Any:
     """What the unconditional branch reads, as `guidance.classifier_free` takes it: the null class, the row of
-    the empty prompt (every leaf [1, ...]), the learned caption alone, or None where the model has no such
-    branch."""
+    the empty prompt (every leaf [1, ...]), the null caption alone, or None where there is no such branch."""
     if pipeline.null_caption is not None:
         return {"context": pipeline.null_caption[None]}
     if pipeline.text is not None:

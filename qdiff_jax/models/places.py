@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qdiff_jax.eval.hub import PREFIX, on_disk
+from qdiff_jax.eval.hub import PREFIX, folder_on_disk, on_disk
 from qdiff_jax.runtime.state_dicts import FOLDER_FILES
 
 _INDEX = "model_index.json"
@@ -88,9 +87,5 @@ def _fetched(repository: str, names: Sequence[str]) -> pathlib.Path:
     # Repositories of one network have it at their root.
     weights = on_disk(repository, any_of=(*candidates, *FOLDER_FILES))
     part = next((name for name in names if weights.parent.name == name), "")
-    prefix = f"{part}/" if part else ""
-    on_disk(f"{repository}/{prefix}config.json")
-    if weights.name.endswith(".index.json"):
-        for shard in sorted(set(json.loads(weights.read_text())["weight_map"].values())):
-            on_disk(f"{repository}/{prefix}{shard}")
-    return weights.parent
+    folder = f"{repository}/{part}" if part else repository
+    return folder_on_disk(folder, needs=("config.json",), any_of=FOLDER_FILES)

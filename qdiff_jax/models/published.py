@@ -23,15 +23,18 @@ T5 = "t5"  # its sizes are read from the folder of its weights
 class Published(NamedTuple):
     """network: config of a family. schedule: JSON, as `schedule_of` takes it. origin: where the file comes
     from, for messages. first_stage: of `models.first_stage`, None for a model in pixels; the file's own
-    `scale_factor` goes before the one here. text: CLIP's sizes, `T5`, or None. null_caption: whether its own
-    code puts a caption from the network's file in the unconditional branch, and not the empty prompt."""
+    `scale_factor` goes before the one here. text: CLIP's sizes, `T5`, or None. null_caption: what its
+    own code reads in the unconditional branch under the mask of each prompt, "learned" (a caption in the
+    network's file) or "empty" (the empty prompt); "" for the null condition as a whole. scale_in_file: the
+    first stage's factor is known from the file alone."""
 
     network: Any
     schedule: dict
     origin: str
     first_stage: AutoencoderConfig | None = None
     text: TextConfig | str | None = None
-    null_caption: bool = False
+    null_caption: str = ""
+    scale_in_file: bool = False
 
 
 def _linear(name: str = "linear", **options) -> dict:
@@ -40,7 +43,11 @@ def _linear(name: str = "linear", **options) -> dict:
 
 def _latent(name: str, origin: str, first_stage: str, last_beta: float = 0.0195) -> Published:
     schedule = _linear("scaled_linear", beta_start=0.0015, beta_end=last_beta)
-    return Published(UNETS[name], schedule, origin, FIRST_STAGES[first_stage])
+    # Latents of a KL stage are scaled to unit variance, those of a VQ stage are left as they are.
+    measured = first_stage.startswith("kl")
+    return Published(
+        UNETS[name], schedule, origin, FIRST_STAGES[first_stage], scale_in_file=measured
+    )
 
 
 _LDM = "ommer-lab.com/files/latent-diffusion"
@@ -91,7 +98,7 @@ PUBLISHED = types.MappingProxyType(
                 f"{name}.pth of PixArt-alpha/PixArt-{'Sigma' if 'Sigma' in name else 'alpha'}",
                 FIRST_STAGES["sdxl" if "Sigma" in name else "sd"],
                 T5,
-                null_caption="Sigma" not in name,
+                null_caption="empty" if "Sigma" in name else "learned",
             )
             for name, config in PIXARTS.items()
         },

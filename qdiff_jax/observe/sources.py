@@ -246,7 +246,7 @@ def cached(
         if mixed and guidance is not None and guidance.form == "batch":
             guidance = guidance.replace(form="calls")  # A batch of two halves has one step.
     if trajectory.y is not None:
-        data["y"] = trajectory.y[::every]
+        data["y"] = jax.tree.map(lambda leaf: leaf[::every], trajectory.y)
 
     def init(key):
         return {"key": jax.random.key_data(key)}
@@ -273,7 +273,7 @@ def _context(data, position) -> StepContext:
 def _draw_cached(memory, visit, data, estimate):
     del estimate
     position, row = visit["position"], visit["row"]
-    y = data["y"][row] if "y" in data else None
+    y = jax.tree.map(lambda leaf: leaf[row], data.get("y"))
     batch = Batch(
         data["x"][position, row], _context(data, position), y, data["target"][position, row]
     )
@@ -288,7 +288,7 @@ def _draw_noised(memory, visit, data, estimate):
     noise = jax.random.normal(key, image.shape)
     column = (-1,) + (1,) * (image.ndim - 1)
     signal, level = (data[name][position].reshape(column) for name in ("signal", "noise"))
-    y = data["y"][row] if "y" in data else None
+    y = jax.tree.map(lambda leaf: leaf[row], data.get("y"))
     return memory, Batch(signal * image + level * noise, _context(data, position), y, noise)
 
 

@@ -201,7 +201,8 @@ def _decide(group, carry: Carry, params, x, operator, config) -> tuple[dict, tup
     leaves = {f"{site}/kernel": scale_rows(own, factors) for site, own in zip(group.sites, kernels)}
     if group.norm is None:
         (site,) = group.sites
-        leaves[f"{site}/divisor"] = factors
+        before = node_at(params, site).get("divisor")
+        leaves[f"{site}/divisor"] = factors if before is None else before * factors
     else:
         node = node_at(params, group.norm)
         leaves |= {f"{group.norm}/{k}": node[k] / factors for k in ("scale", "bias")}

@@ -76,6 +76,16 @@ class FinetuneConfig:
     save_seconds: float = 60.0
 
 
+def check_step_weights(name: str, step_weights: np.ndarray, source: Source) -> None:
+    """Raise ValueError for weights of another schedule than the source's."""
+    if len(step_weights) != len(source.timesteps):
+        raise ValueError(
+            f"{name}: there are weights for {len(step_weights)} steps, and the trajectories have "
+            f"{len(source.timesteps)}; train on the sampler's own steps (source.sampling_steps=0), or weigh "
+            "all alike."
+        )
+
+
 def finetune(
     name: str,
     model: Model,
@@ -95,12 +105,8 @@ def finetune(
     count (scaled to mean 1), None for equally. Raises ValueError for a label or a loss that does not exist, or
     weights of another schedule, FloatingPointError if a loss is not finite.
     """
-    if step_weights is not None and len(step_weights) != len(source.timesteps):
-        raise ValueError(
-            f"{name}: there are weights for {len(step_weights)} steps, and the trajectories have "
-            f"{len(source.timesteps)}; train on the sampler's own steps (source.sampling_steps=0), or weigh "
-            "all alike."
-        )
+    if step_weights is not None:
+        check_step_weights(name, step_weights, source)
     for phase in phases:
         unknown = [*set(phase.labels) - set(student.labels), *set(phase.losses) - set(LOSSES)]
         if unknown or phase.steps < 0:

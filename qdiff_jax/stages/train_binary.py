@@ -246,7 +246,7 @@ def _arrays(data: Any) -> tuple[dict, Noising | None]:
 def _example(arrays: Mapping) -> dict:
     """{"x", "t", "y"} of one sample, for shapes alone."""
     x, y = (arrays.get(own, arrays.get(other)) for own, other in (("x", "images"), ("y", "labels")))
-    return {"x": x[:1], "t": np.zeros(1, np.float32), "y": None if y is None else y[:1]}
+    return {"x": x[:1], "t": np.zeros(1, np.float32), "y": jax.tree.map(lambda leaf: leaf[:1], y)}
 
 
 def _batch(arrays: Mapping, rows, key: jax.Array, noising: Noising | None) -> dict:

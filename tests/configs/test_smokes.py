@@ -7,6 +7,7 @@ import pathlib
 import re
 import runpy
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,6 +93,20 @@ def test_every_published_row_has_its_config():
     }
 
 
+# tool, samples, seed, average of the authors' files, images of the published statistics.
+SAID = {
+    "cifar10_ddim100_quad": ("torch-fidelity", 50_000, 1234, False, 0),
+    "beds_200_eta1": ("adm", 50_000, 40, True, 3_033_042),
+    "churches_500_eta0": ("adm", 50_000, 40, True, 0),
+    "celebahq_200_eta0": ("torch-fidelity", 50_000, 40, True, 0),
+    "ffhq_200_eta1": ("torch-fidelity", 50_000, 40, True, 0),
+    "imagenet_20_cfg3": ("adm", 50_000, 0, False, 1_281_167),
+    "sd14_plms50_cfg7p5": ("adm", 30_000, 42, False, 0),
+    "pixart1024_dpm20": ("pytorch-fid", 1024, 42, False, 0),
+    "dit": ("adm", 10_000, 0, False, 1_281_167),
+}
+
+
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 def test_a_row_is_its_published_protocol(path):
     """Sampler, guidance, schedule and bytes are those of `PROTOCOLS`, and the docstring says what to expect."""
@@ -107,6 +122,9 @@ def test_a_row_is_its_published_protocol(path):
     assert sampler == {**protocol.sampler, "options": options}
     assert network.schedule == protocol.schedule
     assert config.uint8 == protocol.uint8
+    said = SAID["dit" if path.stem.startswith("dit") else path.stem]
+    counted = config.data.published_count
+    assert (config.tool, config.samples, config.seed, config.parts.average, counted) == said
     if path.stem.startswith("dit"):
         assert config.parts.network.endswith(path.stem[3:6])
     doc = inspect.cleandoc(runpy.run_path(str(path))["__doc__"])
@@ -162,6 +180,12 @@ def test_a_prompt_becomes_a_picture_in_a_file(tmp_path):
     evaluate(load_config(f"{path}:smoke", prompts), tmp_path / "one")
     again = load_arrays(tmp_path / "one" / "shards" / "0000000.npz", Shard)
     np.testing.assert_array_equal(again.images, shard.images)
+    # Pairs are of one prompt; the first pair of lines is not that of the other file.
+    with pytest.raises(ValueError, match="its prompts_sha256 is .*no two samples belong together"):
+        evaluate(
+            load_config(f"{path}:smoke", {**prompts, "paired": str(tmp_path / "other")}),
+            tmp_path / "one",
+        )
     # Other prompts at the same path are other samples.
     (tmp_path / "one.txt").write_text("snow\n")
     with pytest.raises(ValueError, match="holds samples of other weights .* or other prompts were"):
@@ -172,20 +196,33 @@ def test_a_bundle_is_sampled_with_the_rest_of_its_pipeline(tmp_path):
     """A bundle holds a network alone: prompts and pictures go through the parts of the config's model."""
     smoke = f"{ROWS[0].with_name('sd14_plms50_cfg7p5.py')}:smoke"
     model = registry.load("random:sd")
+    params = {
+        **model.model.params,
+        "out": jax.tree.map(lambda x: 2.0 * x, model.model.params["out"]),
+    }
     save_bundle(
         tmp_path / "bundle",
-        params=model.model.params,
+        params=params,
         quant={},
         plan_json=[],
         model_config=model.config,
         schedule_config=model.source["schedule"],
         sampler_config=read_config(load_config(smoke)).sampler.as_json(),
         source={"sha256": model.source["sha256"], "name": "random:sd"},
+        extra={"pipeline": {"model": "random:sd", "parts": {}, "prompts": ["a"]}},
     )
     for name, bundle in (("w", ""), ("b", str(tmp_path / "bundle"))):
         evaluate(load_config(smoke, {"bundle": bundle}), tmp_path / name)
     one, other = (load_arrays(tmp_path / w / "shards" / "0000000.npz", Shard).images for w in "wb")
-    np.testing.assert_array_equal(one, other)
+    assert one.shape == other.shape
+    assert np.abs(one.astype(int) - other.astype(int)).mean() > 5  # of the bundle's own weights
+    subject = json.loads((tmp_path / "b" / "metrics.json").read_text())["subject"]
+    assert "pipeline" not in subject  # thousands of prompts, of which the digest is kept
+    with pytest.raises(ValueError, match="draws latents, and config.parts names no network"):
+        evaluate(
+            load_config(smoke, {"bundle": str(tmp_path / "bundle"), "model": "unet_fashion"}),
+            tmp_path / "none",
+        )
     evaluate(load_config(smoke, {"paired": str(tmp_path / "w")}), tmp_path / "w")
     metrics = json.loads((tmp_path / "w" / "metrics.json").read_text())["metrics"]
     assert metrics["mse"]["value"] == 0

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from experiments import compare as compare_module
-from experiments.compare import compare, make_run, parse_overrides, with_bits
+from experiments.compare import compare, make_run, parse_overrides, protocol, with_bits
 from qdiff_jax.export.bundle import stored_bytes
 
 from ..main_job import ROOT, digests
@@ -89,6 +89,15 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'calibration.samples'"):
         compare([], [], [f"{PTQD}:smoke"], tmp_path, overrides={"calibration.sample": 3})
     assert not list(tmp_path.iterdir())
+
+
+def test_full_precision_is_not_shared_between_prompts(tmp_path):
+    path, found = tmp_path / "prompts.txt", []
+    for line in ("a cat", "a dog"):
+        path.write_text(line)
+        run = make_run(str(ROOT / "configs/methods/tfmq.py:smoke,model=sd"), {"prompts": str(path)})
+        found.append(protocol(run.parsed))
+    assert found[0] != found[1]
 
 
 def test_words_and_overrides_of_the_command():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.quantize import prepare, quantize
+from experiments.quantize import claim_prompts, prepare, quantize
+from experiments.quantize_config import check_sizes, read_config
 from experiments.sample import asked_for, sample_bundle
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.report import read_report
@@ -73,6 +74,11 @@ def test_prompts_are_read_before_anything_is_done(tmp_path):
     np.testing.assert_allclose(y, rows[[3, 0, 1]], atol=1e-6)
     assert job.guidance.null.shape == (1, *rows.shape[1:])
 
+    claim_prompts(tmp_path, job.asked.prompts)
+    claim_prompts(tmp_path, job.asked.prompts)
+    with pytest.raises(ValueError, match="was begun with other prompts than config.prompts holds"):
+        claim_prompts(tmp_path, ("another",))
+
     def refused(message, **overrides):
         with pytest.raises(ValueError, match=message):
             quantize(load_config(f"{TFMQ}:smoke,model=sd", overrides), tmp_path / "w")
@@ -87,6 +93,7 @@ def test_a_published_pipeline_must_say_where_it_is(tmp_path):
     for name, network in (("ldm", "cin256-v2"), ("sd", "sd-v1-4")):
         config = load_config(f"{TFMQ}:w4a8,laptop,model={name}")
         assert (config.model, config.parts.network) == ("", network)
+        check_sizes(read_config(config), {"ldm": 20, "sd": 51}[name])  # PLMS calls once more
         with pytest.raises(ValueError, match=f"no place is given for the model {network}"):
             quantize(config, tmp_path)
 

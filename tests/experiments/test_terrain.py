@@ -23,6 +23,9 @@ def test_the_smoke_variant_makes_a_table_and_resumes(tmp_path):
     made = place.stat().st_mtime_ns
     run(config, MINIATURE, params, tmp_path)
     assert place.stat().st_mtime_ns == made
+    other = random_params(parameter_shapes(MINIATURE), 1)
+    with pytest.raises(ValueError, match="was begun with other weights"):
+        run(config, MINIATURE, other, tmp_path)
     last = (tmp_path / "sqnr.md").read_text().splitlines()[-1]
     assert last.startswith(f"| rtn |  |  | {found['w4a32']:.1f} | {found['w4a8']:.1f} |")
 

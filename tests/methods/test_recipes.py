@@ -63,6 +63,9 @@ def run(recipe, case, steps=0, **own):
         ("rtn+ptqd+efficientdm", "'ptqd' before it corrects the sampling"),
         ("tcr+rtn+par", "'par' decides codes again.*which 'rtn' cannot"),
         ("csb+csb+rtn", "has 'csb' twice"),
+        ("tcr+tcaq", "'tcr' and 'tcaq' both bring the transform of tcaq"),
+        ("csb+ptq4dit", "'csb' and 'ptq4dit' both bring the transform of ptq4dit"),
+        ("tfmq+efficientdm", "one range for each activation, and 'tfmq' leaves tables by step"),
         ("csb+smoothing", "Part 'smoothing' of the recipe .* is unknown"),
         ("csb+brec", "Did you mean 'brecq'"),
     ],
@@ -223,6 +226,21 @@ def test_a_config_holds_the_recipe_and_each_of_its_parts(name):
     assert [v.method for v in other.variants.values()] == ["brecq+ptqd"]
     with pytest.raises(ValueError, match="both decide the codes"):
         read_config(load_config(f"{path}:only,parts=brecq+rtn"))
+    with pytest.raises(ValueError, match="leave the words that begin with no_ out"):
+        load_config(f"{path}:parts=brecq+ptqd,no_{recipe.split('+')[0]}")
+
+
+def test_words_of_the_recipes():
+    unet, dit = (
+        ROOT / "configs" / "recipes" / f"{name}.py" for name in sorted(CONFIGS, reverse=True)
+    )
+    left = read_config(load_config(f"{unet}:no_tfmq,no_par,only"))
+    assert [v.method for v in left.variants.values()] == ["tcr+rtn+ptqd"]
+    weighted = read_config(load_config(f"{dit}:w4a4,weights=eps_coefficient"))
+    assert weighted.efficientdm.weighted
+    assert weighted.efficientdm.source.sampling_steps == 0  # of the sampler's own steps
+    with pytest.raises(ValueError, match="weighted lets steps count by .*'uniform'"):
+        read_config(load_config(f"{dit}:w4a4", {"efficientdm.weighted": True}))
 
 
 def test_a_recipe_for_another_network_is_refused_before_any_work():

@@ -23,6 +23,7 @@ from qdiff_jax.models.port.unet_ldm import BUFFERS
 from qdiff_jax.models.port.unet_ldm_diffusers import block_names, native_key
 from qdiff_jax.models.published import PUBLISHED, T5, Published
 from qdiff_jax.models.registry import load, miniature
+from qdiff_jax.runtime.state_dicts import load_state_dict
 
 from ..parity.networks import seeded
 from . import test_first_stage as stages
@@ -46,9 +47,12 @@ T5_FIELDS = {
 }
 TINY = {
     "tiny-sd": Published(CONFIGS["text"], LINEAR, "nowhere", KL, CLIP),
+    "tiny-kl": Published(CONFIGS["text"], LINEAR, "nowhere", KL, scale_in_file=True),
     "tiny-ldm": Published(CONFIGS["classes"], LINEAR, "nowhere", KL),
     "tiny-dit": Published(dit.CONFIG, LINEAR, "nowhere", KL),
-    "tiny-pixart": Published(pixart.CONFIGS["alpha"], LINEAR, "nowhere", KL, T5, null_caption=True),
+    "tiny-pixart": Published(
+        pixart.CONFIGS["alpha"], LINEAR, "nowhere", KL, T5, null_caption="learned"
+    ),
 }
 
 
@@ -300,10 +304,16 @@ def test_pixart_with_t5(tmp_path):
         ("sd.ckpt", {"network": "ddpm_cifar10", "text": "x"}, "ddpm_cifar10 has no text; leave"),
         ("random:sd", {"network": "", "text": "x"}, "text is given without a network; name"),
         ("random:sdd", {"network": ""}, "Did you mean 'random:sd'"),
+        ("unet.ckpt", {"average": True}, "holds one set of weights and no moving averages"),
+        ("unet.ckpt", {"network": "tiny-kl"}, "has no scale_factor, by which tiny-kl multiplies"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_sentence(files, tmp_path, model, parts, message):
     (tmp_path / "sd.ckpt").symlink_to(files / "native" / "sd.ckpt")
+    mark = "model.diffusion_model."
+    whole = load_state_dict(files / "native" / "sd.ckpt")
+    own = {k.removeprefix(mark): np.asarray(v) for k, v in whole.items() if k.startswith(mark)}
+    save(own, tmp_path / "unet.ckpt")
     (tmp_path / "page.ckpt").write_text("<!DOCTYPE html><html>not found</html>" * 20)
     save({"model_ema.diffusion_modelout2bias": np.zeros(3, np.float32)}, tmp_path / "averages.ckpt")
     save({"odd.weight": np.zeros(3, np.float32)}, tmp_path / "other.ckpt")
@@ -336,6 +346,12 @@ def test_a_repository_of_one_network_has_it_in_shards_at_its_root(files, hub):
     assert find_place("hub:owner/t5", "", "it", files=("spiece.model",)).path == root
     with pytest.raises(ValueError, match="the repository has none of"):
         beside(place, ("vocab.json", "merges.txt"))
+
+
+def test_a_bundle_of_another_network_is_refused(files):
+    place = str(files / "native" / "sd.ckpt")
+    with pytest.raises(ValueError, match="made of random:sd, and the other parts .* of tiny-sd"):
+        load_pipeline(place, Parts(network="tiny-sd"), miniature("random:sd"))
 
 
 def test_models_of_this_project_are_pipelines_by_name():

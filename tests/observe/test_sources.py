@@ -120,6 +120,18 @@ def test_cached_states_carry_their_guided_estimates(order, scale):
         assert source.guidance is None or source.guidance.form == "calls"
 
 
+def test_cached_states_carry_conditions_of_several_parts():
+    """As PixArt's: a caption and its mask."""
+    given = recorded()
+    y = {"context": np.arange(15.0).reshape(5, 3), "mask": np.arange(5) % 2}
+    trajectory = given.trajectory.replace(y=y)
+    source = cached(given._replace(trajectory=trajectory), batch_size=4, order="mixed")
+    visits = jax.tree.map(lambda leaf: leaf[0], source.inputs(KEY, 0, 1))
+    _, batch = source.draw(source.init(KEY), visits, source.data, None)
+    for name, rows in y.items():
+        np.testing.assert_array_equal(batch.y[name], rows[visits["row"]])
+
+
 def test_noise_as_the_target_is_diffusion_training_on_the_final_images():
     source = cached(recorded(), batch_size=4, target="noise")
     (batch, other), _, _ = run(source, 0, 2)

@@ -38,6 +38,8 @@ def network_config(fields: Mapping[str, Any], source: object = "config.json") ->
             f"{source} describes a {kind}; the diffusion networks read here are {', '.join(NETWORKS)}."
         )
     known, build = NETWORKS[kind]
+    if kind == "Transformer2DModel" and fields.get("norm_type") == "ada_norm_single":
+        known, build = NETWORKS["PixArtTransformer2DModel"]  # the older name of both
     unknown = [
         name
         for name in fields

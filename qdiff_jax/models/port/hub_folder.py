@@ -69,6 +69,21 @@ def load_component(where) -> Component:
     return Component(kind, config, params, name)
 
 
+_DISCRETE = (
+    *(
+        "DDPM",
+        "DDIM",
+        "PNDM",
+        "LMSDiscrete",
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "HeunDiscrete",
+    ),
+    *("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep"),
+    *("KDPM2Discrete", "KDPM2AncestralDiscrete"),
+)
+
+
 def load_diffusion(where) -> DiffusionModel:
     """The diffusion network in a folder with the schedule of its scheduler_config.json, which lies beside it
     or in the pipeline's folder `scheduler`.
@@ -98,6 +113,12 @@ def schedule_json(fields: Mapping[str, Any], source: object = "scheduler_config.
     timesteps = fields.get("num_train_timesteps", 1000)
     if str(fields.get("_class_name")).startswith("FlowMatch"):
         return {"schedule": "flow", "timesteps": timesteps}
+    name = str(fields.get("_class_name"))
+    if name.removesuffix("Scheduler") not in _DISCRETE:
+        raise ValueError(
+            f"{source} describes a {name}, whose schedule is not built here; there are "
+            f"{', '.join(_DISCRETE)} and FlowMatch."
+        )
     betas, prediction = (
         fields.get("beta_schedule", "linear"),
         fields.get("prediction_type", "epsilon"),
@@ -121,7 +142,8 @@ def schedule_json(fields: Mapping[str, Any], source: object = "scheduler_config.
 
 def _scheduler(where: str) -> tuple[dict, pathlib.Path]:
     """(fields, path) of the scheduler's config of a network at `where`."""
-    name, parent = "scheduler_config.json", where.rstrip("/").rpartition("/")[0]
+    where = where.rstrip("/")
+    name, parent = "scheduler_config.json", where.rpartition("/")[0]
     if where.startswith(PREFIX):
         # A subfolder lies three names deep, hub:OWNER/REPO/SUBFOLDER.
         path = on_disk(f"{parent}/scheduler/{name}" if where.count("/") > 1 else f"{where}/{name}")

@@ -110,6 +110,8 @@ def test_the_published_configs():
     assert network_config(DIT) == DiTConfig.xl_2(64)
     alpha = PixArtConfig(caption_length=120, micro_conditions=True)
     assert network_config(PIXART) == alpha  # what a file does not say follows from its size
+    older = {**PIXART, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}
+    assert network_config(older) == alpha
     sigma = network_config({**PIXART, "use_additional_conditions": False, "sample_size": 64})
     assert sigma == PixArtConfig(resolution=64, interpolation=1.0)
 
@@ -299,17 +301,21 @@ def test_the_registry_loads_a_folder_with_its_scheduler(tmp_path):
 
 
 def test_schedules_of_schedulers():
-    assert schedule_json({})["options"] == {"beta_start": 1e-4, "beta_end": 0.02}
+    ddim = {"_class_name": "DDIMScheduler"}
+    assert schedule_json(ddim)["options"] == {"beta_start": 1e-4, "beta_end": 0.02}
     cosine = schedule_json(
-        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+        {**ddim, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
     )
     assert cosine == {"schedule": "cosine", "timesteps": 1000, "prediction": "v"}
     for changed in ({"beta_schedule": "sigmoid"}, {"prediction_type": "sample"}):
         ((name, value),) = changed.items()
         with pytest.raises(ValueError, match=f"not built here: {name}='{value}'"):
-            schedule_json(changed)
+            schedule_json({**ddim, **changed})
     with pytest.raises(ValueError, match="rescale_betas_zero_snr=True"):
-        schedule_json({"rescale_betas_zero_snr": True})
+        schedule_json({**ddim, "rescale_betas_zero_snr": True})
+    for other in ("CMStochasticIterativeScheduler", "EDMEulerScheduler", None):
+        with pytest.raises(ValueError, match=f"describes a {other}, whose schedule is not built"):
+            schedule_json({"_class_name": other, "num_train_timesteps": 40})
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
