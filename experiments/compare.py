@@ -33,7 +33,7 @@ from absl import app, flags, logging
 
 from experiments.compare_images import Judging, check_judging, judge_variants
 from experiments.compare_report import Finished, collect, write_leaderboard
-from experiments.evaluate_subject import prompts_digest, read_prompts
+from experiments.prompts import prompts_digest, read_prompts
 from experiments.quantize import quantize
 from experiments.quantize_config import QuantizeConfig, read_config
 from qdiff_jax.config import fingerprint, flatten, load_config
@@ -78,7 +78,7 @@ def protocol(config: QuantizeConfig) -> dict[str, Any]:
         "seed": config.seed,
         "classifier": config.classifier,
         **{f"parts.{k}": v for k, v in dataclasses.asdict(config.parts).items()},
-        "prompts": prompts_digest(read_prompts(config.prompts) if config.prompts else ()),
+        "prompts": prompts_digest(read_prompts(config.prompts)),
         **{f"sampler.{k}": v for k, v in flatten(config.sampler.as_json()).items()},
         # Held-out trajectories follow those of calibration.
         "calibration.samples": config.calibration.samples,

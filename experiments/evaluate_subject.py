@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.evaluate_config import EvaluateConfig
+from experiments.prompts import prompts_digest, read_prompts
 from qdiff_jax.eval.samples import labels
 from qdiff_jax.eval.shards import FIRST_INDEX, claim_shards
 from qdiff_jax.methods.run import load_for_sampling
@@ -74,34 +75,12 @@ class Subject(NamedTuple):
         return conditions(self.pipeline, [self.prompts[number] for number in numbers])
 
 
-def read_prompts(path: str) -> tuple[str, ...]:
-    """The prompts of a text file, one a line. Raises ValueError if it cannot be read, or has none or an
-    empty line."""
-    try:
-        lines = [line.strip() for line in pathlib.Path(path).read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the prompts {path} cannot be read ({error}).") from error
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise ValueError(f"the prompts {path} are an empty file; write one prompt a line.")
-    if "" in lines:
-        number = lines.index("") + 1
-        raise ValueError(f"line {number} of the prompts {path} is empty; every line is a prompt.")
-    return tuple(lines)
-
-
-def prompts_digest(prompts: Sequence[str]) -> str | None:
-    """sha256 of prompts, None without any: their file may be written again at the same path."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest() if prompts else None
-
-
 def load_subject(config: EvaluateConfig) -> Subject:
     """The model, or the bundle where one is named, with the rest of its pipeline and its prompts.
 
     Raises ValueError or BundleError as they do, and for prompts that are missing or not read.
     """
-    prompts = read_prompts(config.prompts) if config.prompts else ()
+    prompts = read_prompts(config.prompts)
     if config.parts.network in PUBLISHED:  # before gigabytes are read
         _check_prompts(config, PUBLISHED[config.parts.network].text is not None)
     subject = _network(config, prompts)

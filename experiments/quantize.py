@@ -26,7 +26,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from experiments.evaluate_subject import prompts_digest, read_prompts
+from experiments.prompts import prompts_digest, read_prompts
 from experiments.quantize_config import (
     DRAWING,
     FREE_TO_CHANGE,
@@ -136,7 +136,7 @@ def prepare(config: Any) -> Job:
     """Everything a config can get wrong, found out before the first minute of work."""
     config = read_config(config)
     settings = method_settings(config)
-    prompts = read_prompts(config.prompts) if config.prompts else ()
+    prompts = read_prompts(config.prompts)
     asked = asked_of(load_pipeline(config.model, config.parts), prompts, config.model)
     diffusion = asked.diffusion
     base = config.ptqd.base
