@@ -14,8 +14,8 @@ code (`official:svdquant`).
 unit at 128x128 has 16,384 positions in one map. `only=rtn_w4a8` runs one variant. `terrain.py:smoke` runs
 round-to-nearest on a miniature with random weights, without --weights.
 
-Measured: the table in the README; weights alone at 4 bits 7.9 dB (nearest), 14.6 (BRECQ, SVDQuant) and 32.0
-(closed form). The network's 311 sites compile slowly, minutes of every variant.
+Measured: the table in the README; weights alone at 4 bits 7.9 dB (nearest), 14.6 (BRECQ, SVDQuant), 16.0
+(Q-Diffusion) and 32.0 (closed form). The network's 311 sites compile slowly, minutes of every variant.
 """
 
 import ml_collections
