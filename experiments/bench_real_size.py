@@ -77,9 +77,18 @@ _DIT_NAMES = (
     (r"_adaLN/dense", r".adaLN_modulation.1"),
     (r"(attn|mlp)_(?=[a-z])", r"\1."),
 )
+
+
+def read_unet(tensors: Mapping, config: UNetLDMConfig, path: object) -> dict:
+    """Parameters of a U-Net's tensors, or of a whole CompVis checkpoint's."""
+    if any(name.startswith(unet_ldm.PARTS["unet"]) for name in tensors):
+        tensors, _ = unet_ldm.unet_tensors(tensors, config, ema=False, source=path)
+    return unet_ldm.from_native(tensors, config, path)
+
+
 # The families that are measured: renaming, and the strict reader of the released names.
 FAMILIES: Mapping[type, tuple[tuple, Callable]] = {
-    UNetLDMConfig: (_UNET_NAMES, unet_ldm.from_native),
+    UNetLDMConfig: (_UNET_NAMES, read_unet),
     DiTConfig: (_DIT_NAMES, dit.from_official),
 }
 _TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}

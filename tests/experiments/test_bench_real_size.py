@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.bench_real_size import (
     load,
     one_sample,
+    read_unet,
     released_name,
     table,
     torch_shape,
@@ -45,6 +47,20 @@ def test_random_files_have_the_names_that_the_strict_reader_wants(name, tmp_path
         np.testing.assert_array_equal(
             tensor.T if leaf.ndim == 2 and "kernel" in ours else tensor, leaf
         )
+
+
+def test_a_whole_checkpoint_is_read_as_its_network_alone(tmp_path):
+    config, path = TINY["text"], tmp_path / "weights.safetensors"
+    write_random(config, path)
+    alone = load_state_dict(path)
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in alone.items()}
+    whole["betas"] = np.zeros(1000, np.float32)
+    for mine, theirs in zip(
+        jax.tree.leaves(read_unet(whole, config, path)),
+        jax.tree.leaves(load(config, path)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_a_sample_has_the_condition_of_its_network():
