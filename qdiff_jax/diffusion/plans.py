@@ -86,13 +86,26 @@ def plan_of(
 
 
 def alpha_bars(
-    schedule: NoiseSchedule, timesteps: np.ndarray, final: str, distinct: str | None = None
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray,
+    final: str,
+    distinct: str | None = None,
+    stride: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(alpha_bar, alpha_bar_prev) on the grid, float64; distinct names who cannot repeat a step."""
+    """(alpha_bar, alpha_bar_prev) on the grid, float64; distinct names who cannot repeat a step.
+
+    stride: alpha_bar_prev is that of timesteps[j] - stride, or `final`'s below 0, whatever the grid's next
+    timestep is. Raises ValueError for a stride below 1, and as `check_grid`.
+    """
     timesteps = check_grid(timesteps, final, distinct)
     alpha_bar = alpha_bar_at(schedule, timesteps)
     last = 1.0 if final == "one" else schedule.alpha_bar[0]
-    return alpha_bar, np.concatenate([[last], alpha_bar[:-1]])
+    if stride is None:
+        return alpha_bar, np.concatenate([[last], alpha_bar[:-1]])
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, or None for the grid's own, got {stride}.")
+    before = timesteps - stride
+    return alpha_bar, np.where(before < 0, last, alpha_bar_at(schedule, np.maximum(before, 0)))
 
 
 def check_grid(timesteps: np.ndarray, final: str, distinct: str | None = None) -> np.ndarray:

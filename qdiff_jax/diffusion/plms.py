@@ -18,7 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qdiff_jax.diffusion.plans import Sampler, SamplerPlan, alpha_bars, plan_of, read_plain
+from qdiff_jax.diffusion.plans import (
+    SPLITS,
+    Sampler,
+    SamplerPlan,
+    Split,
+    alpha_bars,
+    eps_slope,
+    plan_of,
+    read_plain,
+)
 from qdiff_jax.diffusion.schedule import NoiseSchedule
 
 # Weights of this call's estimate and the three before it, by the number of the call.
@@ -34,10 +43,15 @@ _WEIGHTS = np.array(
 
 
 def plms_rows(
-    schedule: NoiseSchedule, timesteps: np.ndarray, *, final: str = "first"
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray,
+    *,
+    final: str = "first",
+    prediction: str = "eps",
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(timesteps of the calls, coefficients of `plms`), float64, [S + 1] each."""
     alpha_bar, prev = alpha_bars(schedule, timesteps, final, distinct="plms")
+    slope = eps_slope(prediction, alpha_bar)
     steps = len(alpha_bar)
     if steps < 2:
         raise ValueError("plms needs at least 2 timesteps: its first step looks at the second.")
@@ -58,7 +72,9 @@ def plms_rows(
         "redo": redo,
         **{f"weight_{i}": weights[:, i] for i in range(4)},
         "sigma": np.zeros(steps + 1),
-        "eps_coefficient": (noise_prev - signal_prev * noise / signal) * weights[:, 0],
+        "eps_coefficient": (noise_prev - signal_prev * noise / signal)
+        * weights[:, 0]
+        * slope[moved],
     }
     return np.asarray(timesteps, np.float64)[seen], rows
 
@@ -68,30 +84,39 @@ def _init(x: jax.Array) -> tuple:
     return x, (empty, empty, empty)
 
 
-def _step(row, state, x, eps, sigma, noise):
-    before, past = state
-    mixed = row["weight_0"] * eps
-    for i, old in enumerate(past, start=1):
-        mixed = mixed + row[f"weight_{i}"] * old
-    # The second call repeats the first step from x_T, and its estimate is used this once.
-    redo = row["redo"] > 0
-    start = jnp.where(redo, before, x)
-    x0 = (start - row["noise"] * mixed) / row["signal"]
-    past = jax.tree.map(lambda new, old: jnp.where(redo, old, new), (eps, *past[:2]), past)
-    return (x, past), row["signal_prev"] * x0 + row["noise_prev"] * mixed
+def _plms_step(split: Split):
+    def step(row, state, x, estimate, sigma, noise):
+        before, past = state
+        mixed = row["weight_0"] * estimate
+        for i, old in enumerate(past, start=1):
+            mixed = mixed + row[f"weight_{i}"] * old
+        # The second call repeats the first step from x_T, and its estimate is used this once.
+        redo = row["redo"] > 0
+        x0, eps = split(row, jnp.where(redo, before, x), mixed)
+        past = jax.tree.map(lambda new, old: jnp.where(redo, old, new), (estimate, *past[:2]), past)
+        return (x, past), row["signal_prev"] * x0 + row["noise_prev"] * eps
+
+    return step
 
 
-_PLMS = Sampler("plms", _init, read_plain, _step)
+_PLMS = {name: Sampler("plms", _init, read_plain, _plms_step(SPLITS[name])) for name in SPLITS}
 
 
-def plms(schedule: NoiseSchedule, timesteps: np.ndarray, *, final: str = "first") -> SamplerPlan:
+def plms(
+    schedule: NoiseSchedule,
+    timesteps: np.ndarray,
+    *,
+    final: str = "first",
+    prediction: str = "eps",
+) -> SamplerPlan:
     """PLMS on a grid of S timesteps: a plan of S + 1 calls, the second-noisiest timestep visited twice.
 
     timesteps: ascending [S]; Stable Diffusion's 50 are "uniform" with offset 1. final: the published
-    code ends at alpha_bar of training timestep 0. An ODE solver: sigma_j is 0 and a step takes no
-    fresh noise. For networks that predict the noise. c_j counts the estimate's part in its own step;
-    later steps see it again through the memory.
+    code ends at alpha_bar of training timestep 0. prediction: as `ddim`; what is combined is the
+    network's own estimate, as in diffusers. An ODE solver: sigma_j is 0 and a step takes no
+    fresh noise. c_j counts the estimate's part in its own step; later steps see it again through the
+    memory.
     ValueError: as `samplers.ddim`, a grid that repeats a timestep, or fewer than two.
     """
-    visited, rows = plms_rows(schedule, timesteps, final=final)
-    return plan_of(_PLMS, visited, rows)
+    visited, rows = plms_rows(schedule, timesteps, final=final, prediction=prediction)
+    return plan_of(_PLMS[prediction], visited, rows)

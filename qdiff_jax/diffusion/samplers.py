@@ -35,9 +35,10 @@ def ddim_rows(
     eta: float = 0.0,
     final: str = "one",
     prediction: str = "eps",
+    stride: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The coefficients of `ddim` in float64, [S] each."""
-    alpha_bar, prev = alpha_bars(schedule, timesteps, final)
+    alpha_bar, prev = alpha_bars(schedule, timesteps, final, stride=stride)
     slope = eps_slope(prediction, alpha_bar)
     if eta < 0:
         raise ValueError(f"eta must not be negative, got {eta}.")
@@ -75,6 +76,7 @@ def ddim(
     eta: float = 0.0,
     final: str = "one",
     prediction: str = "eps",
+    stride: int | None = None,
 ) -> SamplerPlan:
     """DDIM (Song et al. 2021, equation 12) without clipping; eta 0 is deterministic, 1 ancestral.
 
@@ -82,10 +84,15 @@ def ddim(
     sigma_j^2 = eta^2 (1 - a_prev) / (1 - a) (1 - a / a_prev), and
     c_j = sqrt(1 - a_prev - sigma_j^2) - sqrt(a_prev (1 - a) / a), for "v" times sqrt(a).
     prediction: what the network returns, "eps" or "v" (`plans.eps_slope`).
-    ValueError: a descending or empty grid, timesteps off the schedule, negative eta, unknown
+    stride: None, each step ends where the next begins. diffusers' DDIMScheduler instead always steps by
+    T // S, which is another thing on "linspace" and on a "trailing" grid that S does not divide (0.04 to 0.1 of
+    the sample with 7 to 10 steps); `stride=T // S` is its trajectory.
+    ValueError: a descending or empty grid, timesteps off the schedule, negative eta, a stride below 1, unknown
     `final` or prediction.
     """
-    rows = ddim_rows(schedule, timesteps, eta=eta, final=final, prediction=prediction)
+    rows = ddim_rows(
+        schedule, timesteps, eta=eta, final=final, prediction=prediction, stride=stride
+    )
     return plan_of(_DDIM[prediction], timesteps, rows)
 
 
@@ -166,7 +173,8 @@ def ddpm(
 
     variance: "fixed_large" (sigma^2 = beta), "fixed_small" (the posterior variance) or
     "learned_range" (the network returns [eps, v] on the channel axis and v interpolates the two in
-    the logarithm; Nichol and Dhariwal 2021, equation 15). The last step adds no noise.
+    the logarithm; Nichol and Dhariwal 2021, equation 15). The last step adds no noise; diffusers'
+    DDPMScheduler adds some with "fixed_large" where its last timestep is above 0 ("trailing").
     clip_x0: bound on |x0|; None, the default, clips nothing.
     prediction: as `ddim`; with a learned variance the first half of the channels.
     c_j = -beta / (sqrt(alpha) sqrt(1 - alpha_bar)), for "v" times sqrt(alpha_bar); valid without

@@ -38,7 +38,7 @@ class UNetConfig:
     """
 
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    multipliers: tuple[int | float, ...] = (1, 2, 2, 2)
     res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
     resolution: int = 32
@@ -58,13 +58,15 @@ class UNetConfig:
     def cifar10() -> UNetConfig:
         return UNetConfig()
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels per resolution, highest first."""
+        return tuple(int(self.channels * multiplier) for multiplier in self.multipliers)
+
     def __post_init__(self):
-        for multiplier in self.multipliers:
-            if self.channels * multiplier % self.groups:
-                raise ValueError(
-                    f"groups={self.groups} must divide every width; "
-                    f"{self.channels} * {multiplier} is not divisible by it."
-                )
+        for width in (self.channels, *self.widths):
+            if width % self.groups:
+                raise ValueError(f"groups={self.groups} must divide every width, {width} too.")
         if self.resolution % 2 ** (len(self.multipliers) - 1):
             raise ValueError(
                 f"resolution={self.resolution} must be divisible by "
@@ -220,10 +222,10 @@ def unet_program(config: UNetConfig) -> tuple[Node, ...]:
     h = block("conv_in", ConvIn(c.channels, c.dtype, parent=None), "x")
     skips = [h]
     side = c.resolution
-    levels = len(c.multipliers)
-    for level, multiplier in enumerate(c.multipliers):
+    levels = len(c.widths)
+    for level, features in enumerate(c.widths):
         for i in range(c.res_blocks):
-            h = res_block(f"down_{level}_block_{i}", c.channels * multiplier, h)
+            h = res_block(f"down_{level}_block_{i}", features, h)
             if side in c.attention_resolutions:
                 h = attention(f"down_{level}_attn_{i}", h)
             skips.append(h)
@@ -231,15 +233,13 @@ def unet_program(config: UNetConfig) -> tuple[Node, ...]:
             h = block(f"down_{level}_downsample", Downsample(parent=None), h)
             skips.append(h)
             side //= 2
-    width = c.channels * c.multipliers[-1]
+    width = c.widths[-1]
     h = res_block("mid_block_1", width, h)
     h = attention("mid_attn_1", h)
     h = res_block("mid_block_2", width, h)
     for level in reversed(range(levels)):
         for i in range(c.res_blocks + 1):
-            h = res_block(
-                f"up_{level}_block_{i}", c.channels * c.multipliers[level], h, skips.pop()
-            )
+            h = res_block(f"up_{level}_block_{i}", c.widths[level], h, skips.pop())
             if side in c.attention_resolutions:
                 h = attention(f"up_{level}_attn_{i}", h)
         if level:

@@ -64,8 +64,11 @@ TRAILING = flow_sigmas(10, mu=0.8, spacing="trailing")
 DETERMINISTIC = {
     "ddim": plan("ddim", LINEAR, "uniform", 10),
     "ddim_v": plan("ddim", LINEAR, "uniform", 10, prediction="v"),
+    "ddim_trailing": plan("ddim", LINEAR, "trailing", 7, stride=142),
+    "ddim_linspace": plan("ddim", LINEAR, "linspace", 10, stride=100),
     "plms_4": plan("plms", SCALED, "uniform", 4, offset=1),
     "plms_10": plan("plms", SCALED, "uniform", 10, offset=1),
+    "plms_v": plan("plms", SCALED, "uniform", 10, offset=1, prediction="v"),
     "dpmpp_linspace": plan("dpmpp_2m", SCALED, "solver_linspace", 16),
     "dpmpp_leading": plan("dpmpp_2m", SCALED, "solver_leading", 10, offset=1),
     "dpmpp_trailing": plan("dpmpp_2m", SCALED, "trailing", 10),
@@ -247,8 +250,10 @@ def test_mistakes_are_named():
         make_plan("plms", LINEAR, grid[:1])
     with pytest.raises(ValueError, match="plms cannot visit a timestep twice"):
         make_plan("plms", LINEAR, make_timesteps("quad", 1000, 100))
-    with pytest.raises(ValueError, match=r"'plms' has no option \['prediction'\].*'final'"):
-        make_plan("plms", LINEAR, grid, prediction="v")
+    with pytest.raises(ValueError, match=r"'plms' has no option \['eta'\].*'final'"):
+        make_plan("plms", LINEAR, grid, eta=1.0)
+    with pytest.raises(ValueError, match="stride must be at least 1.*got 0"):
+        make_plan("ddim", LINEAR, grid, stride=0)
     with pytest.raises(ValueError, match="unknown prediction 'x0'.*eps.*v"):
         make_plan("ddim", LINEAR, grid, prediction="x0")
     with pytest.raises(ValueError, match="unknown interpolation 'spline'"):

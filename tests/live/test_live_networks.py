@@ -119,6 +119,7 @@ def check(out, expected, floor):
 
 CASES = {
     "ddpm": ("UNet2DModel", _DDPM, None),
+    "ddpm of 1.5": ("UNet2DModel", {**_DDPM, "block_out_channels": (64, 64, 96)}, None),
     "ldm": ("UNet2DModel", _LDM, None),
     "adm": ("UNet2DModel", _ADM, np.int32([6, 2])),
     "sd": ("UNet2DConditionModel", _SD, draw("context", 2, 5, 20)),

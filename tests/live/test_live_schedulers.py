@@ -29,6 +29,21 @@ DETERMINISTIC = {
         lambda: ddim(**SD, prediction_type="v_prediction", timestep_spacing="trailing"),
         8,
     ),
+    "ddim by strides": (
+        lambda: plan("ddim", LINEAR, "trailing", 7, stride=142),
+        lambda: ddim(timestep_spacing="trailing"),
+        7,
+    ),
+    "ddim by strides on linspace": (
+        lambda: plan("ddim", LINEAR, "linspace", 10, stride=100),
+        lambda: ddim(timestep_spacing="linspace"),
+        10,
+    ),
+    "plms of v": (
+        lambda: plan("plms", SCALED, "uniform", 25, offset=1, prediction="v"),
+        lambda: diffusers.PNDMScheduler(**SD, **_PNDM, prediction_type="v_prediction"),
+        25,
+    ),
     "plms": (
         lambda: plan("plms", SCALED, "uniform", 20, offset=1),
         lambda: diffusers.PNDMScheduler(**SD, **_PNDM),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from qdiff_jax.models.families import parameter_shapes
 from qdiff_jax.models.port.unet_ddpm import from_native
 from qdiff_jax.models.unet_ddpm import (
     Downsample,
@@ -148,8 +149,15 @@ def test_a_quantized_bfloat16_model_traces(form):
     assert out.dtype == jnp.float32
 
 
+def test_widths_may_be_no_multiples_of_the_first():
+    config = dataclasses.replace(SMALL, channels=8, multipliers=(1, 1.5), groups=4)
+    shapes = parameter_shapes(config)
+    assert config.widths == (8, 12)
+    assert shapes["down_1_block_0"]["conv1"]["kernel"].shape == (3, 3, 8, 12)
+
+
 def test_sizes_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="groups=32 must divide every width; 48"):
+    with pytest.raises(ValueError, match="groups=32 must divide every width, 48 too"):
         UNetConfig(channels=48)
     with pytest.raises(ValueError, match="resolution=30 must be divisible by 8"):
         UNetConfig(resolution=30)

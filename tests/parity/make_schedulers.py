@@ -121,6 +121,8 @@ def cases():
     free = {"clip_sample": False}
     for name, options in {"ddim": {}, "ddim_v": {"prediction_type": "v_prediction"}}.items():
         yield name, run(DDIMScheduler(**free, **options), 10)
+    for spacing, steps in (("trailing", 7), ("linspace", 10)):
+        yield f"ddim_{spacing}", run(DDIMScheduler(**free, timestep_spacing=spacing), steps)
     latent = DDIMScheduler(**SD, **free, set_alpha_to_one=False, steps_offset=1)
     yield "ddim_latent_eta", run(latent, 10, stochastic=True, eta=0.7)
     for variance in ("fixed_small", "fixed_large", "learned_range"):
@@ -131,9 +133,10 @@ def cases():
         )
     clipped = DDPMScheduler(prediction_type="v_prediction")
     yield "ddpm_v_clipped", run(clipped, 10, stochastic=True)
+    plms = dict(skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     for steps in (4, 10):
-        pndm = PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-        yield f"plms_{steps}", run(pndm, steps)
+        yield f"plms_{steps}", run(PNDMScheduler(**SD, **plms), steps)
+    yield "plms_v", run(PNDMScheduler(**SD, **plms, prediction_type="v_prediction"), 10)
     for spacing, offset in (("linspace", 0), ("leading", 1), ("trailing", 0)):
         grid = {"timestep_spacing": spacing, "steps_offset": offset}
         solver = DPMSolverMultistepScheduler(**SD, **grid)
