@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from experiments import command_line
 from qdiff_jax.analysis.column import save
 from qdiff_jax.analysis.registry import ANALYSES, Given, names_of
 from qdiff_jax.analysis.subject import (
@@ -256,4 +257,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Of the noise.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["what", "out"])
-    app.run(main)
+    command_line.run(main)

@@ -26,6 +26,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
+from experiments import command_line
 from experiments.bench_sampling import sampling
 from experiments.bench_units import (
     counted_loss,
@@ -203,4 +204,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "JSON file for the figures.")
     flags.DEFINE_string("worker", None, "Set by this program for its own processes.")
     flags.DEFINE_bool("once", True, "Set by this program for its own processes.")
-    app.run(main)
+    command_line.run(main)

@@ -30,6 +30,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from experiments import command_line
 from experiments.inspect import aligned
 from qdiff_jax.export.bundle import load_bundle, save_bundle, stored_bytes
 from qdiff_jax.methods.rtn import rtn
@@ -300,4 +301,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("weights", "", "A file with released names instead of random weights.")
     flags.DEFINE_enum("part", None, PARTS, "One part alone, with its peak into the folder.")
     flags.mark_flags_as_required(["folder"])
-    app.run(main)
+    command_line.run(main)

@@ -26,6 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from experiments import command_line
 from experiments.compare import Run, run_once
 from experiments.quantize_config import read_config
 from qdiff_jax.analysis.column import column, dress, line_style, plain_log, save
@@ -243,4 +244,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Runs and tables go here; the same again resumes.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main)
+    command_line.run(main)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from experiments import command_line
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.tables import significant
 from qdiff_jax.models.families import parameter_shapes
@@ -177,4 +178,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("most_seconds", 300.0, "Longer layers are extrapolated.", lower_bound=0)
     flags.DEFINE_string("out", None, "Folder of the table.")
     flags.mark_flags_as_required(["out"])
-    app.run(main)
+    command_line.run(main)

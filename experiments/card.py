@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from experiments import command_line
 from experiments.evaluate_config import read_result
 from qdiff_jax.analysis.column import column, dress, plain_log, save
 from qdiff_jax.eval.files import write_atomic
@@ -165,4 +166,4 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(
         ["training", "evaluations", "weights", "data", "hardware", "command"]
     )
-    app.run(main)
+    command_line.run(main)

@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from experiments import command_line
 from experiments.compare import Run, make_run, run_once
 from experiments.quantize_config import read_config
 from qdiff_jax.eval.files import write_atomic
@@ -183,4 +184,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Runs and ledger go here; the same again resumes.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main)
+    command_line.run(main)

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
+from experiments import command_line
 from experiments.compare_images import Judging, check_judging, judge_variants
 from experiments.compare_report import Finished, collect, write_leaderboard
 from experiments.prompts import prompts_digest, read_prompts
@@ -240,4 +241,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Runs and leaderboard go here; the same again resumes.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["out"])
-    app.run(main)
+    command_line.run(main)

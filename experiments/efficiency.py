@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import command_line
 from experiments.evaluate_config import check_alike, read_config, read_result
 from experiments.evaluate_real import described, load_judge, real_images, with_classes
 from qdiff_jax.analysis.column import COLOURS, column, dress, legend, line_style, save
@@ -238,4 +239,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("draws", 200, "Random subsets of each size.", lower_bound=10)
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["config", "reference", "variants", "out"])
-    app.run(main)
+    command_line.run(main)

@@ -24,6 +24,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from experiments import command_line
 from experiments.evaluate_captions import Captions, load_captions, measure_captions
 from experiments.evaluate_config import (
     FREE_TO_CHANGE,
@@ -257,4 +258,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["workdir"])
-    app.run(main)
+    command_line.run(main)

@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments import command_line
 from qdiff_jax.eval.cost import FULL_BITS
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.site_table import (
@@ -218,4 +219,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("policies", ["all"], "Policies, the first one in full; all for every one.")
     flags.DEFINE_bool("collapse", False, "Equal sites of blocks that differ in numbers as one row.")
     flags.DEFINE_string("csv", None, "Write the table as CSV, too.")
-    app.run(main)
+    command_line.run(main)

@@ -26,6 +26,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
+from experiments import command_line
 from experiments.prompts import prompts_digest, read_prompts
 from experiments.quantize_config import (
     DRAWING,
@@ -330,4 +331,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Everything goes here; the same again resumes.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command_line.run(main)

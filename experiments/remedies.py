@@ -14,6 +14,7 @@ import pathlib
 
 from absl import app, flags
 
+from experiments import command_line
 from qdiff_jax.analysis.column import save
 from qdiff_jax.analysis.figures_remedies import remedies_figure
 from qdiff_jax.analysis.remedies import remedies
@@ -102,4 +103,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 16, "Samples at a time while sampling.", lower_bound=1)
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["run", "variants", "out"])
-    app.run(main)
+    command_line.run(main)

@@ -15,6 +15,7 @@ import pathlib
 
 from absl import app, flags, logging
 
+from experiments import command_line
 from qdiff_jax.eval import plots
 from qdiff_jax.eval.asked import Asked
 from qdiff_jax.eval.samples import FIRST_INDEX, Samples, draw_samples
@@ -112,4 +113,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", "", "Place of first stage and text encoder, if it has changed.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["bundle", "out"])
-    app.run(main)
+    command_line.run(main)

@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import command_line
 from experiments.quantize_config import FREE_TO_CHANGE, QuantizeConfig, method_settings, read_config
 from qdiff_jax.config import claim_workdir
 from qdiff_jax.diffusion.consistency import SIGMA_MAX, denoised, preconditioning
@@ -191,4 +192,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Everything goes here; the same again resumes.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command_line.run(main)

@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import command_line
 from experiments.train_tasks import TASKS, TrainConfig
 from qdiff_jax.config import claim_workdir, to_dataclass
 from qdiff_jax.data.images import batches, load_images
@@ -129,4 +130,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host run.")
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command_line.run(main)
