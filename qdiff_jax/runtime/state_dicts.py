@@ -21,8 +21,9 @@ import ml_dtypes  # noqa: F401 - safetensors reads bfloat16 only where NumPy kno
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qdiff_jax.runtime.torch_files import is_safetensors, load_torch, refuse_other_files
-from qdiff_jax.runtime.torch_pickle import Deferred
+from qdiff_jax.runtime.not_weights import refuse_other_files
+from qdiff_jax.runtime.torch_files import is_safetensors, is_torch, load_torch
+from qdiff_jax.runtime.torch_pickle import Deferred, Unknown
 
 # What Hugging Face calls the weights in a model's folder; the first one there is taken.
 FOLDER_FILES = (
@@ -67,27 +68,58 @@ def load_state_dict(path, entry: str | None = None) -> dict[str, LazyTensor]:
     A prefix "module.", as data parallelism leaves it on every name, is taken off.
 
     Raises:
-      ValueError: nothing there, a damaged or truncated file, a web page or a pointer in place of weights,
-        a missing shard, no state dict or several. Reading a tensor of a damaged archive raises, too.
+      ValueError: nothing there, a damaged or truncated file, text or a pointer in place of weights, a
+        missing shard, no state dict or several. Reading a tensor of a damaged archive raises, too.
     """
+    path, kind = _place(path)
+    if kind == "index":
+        return _sharded(path, entry)
+    if kind == "torch":
+        return _named(_torch(path, entry))
+    if entry is not None:
+        raise ValueError(f"{path} is a safetensors file and has no entry {entry!r}; leave it out.")
+    return _named(_safetensors(path))
+
+
+def state_dicts_in(path) -> dict[str, dict[str, LazyTensor]]:
+    """All the state dicts of a weights file or folder by their entries, "" where the file itself is one.
+
+    path, prefixes and what raises: as of `load_state_dict`, but that there may be several. A list as
+    pytorch_diffusion and ermongroup/ddim save in training, (model, optimizer, epoch, step[, averages]),
+    has the entries "model" and "ema".
+    """
+    place, kind = _place(path)
+    if kind != "torch":
+        return {"": load_state_dict(place)}
+    checkpoint = _torch_mapping(place)
+    inside = _entries(checkpoint)
+    if _is_state_dict(checkpoint):
+        inside = [""]
+    elif not inside:
+        return {"": _torch(place, None)}  # raises, and says what there is
+    return {
+        entry: _named(_lazy_all(checkpoint[entry] if entry else checkpoint)) for entry in inside
+    }
+
+
+def _place(path) -> tuple[pathlib.Path, str]:
+    """The file of `path`, which may be a folder, and how it is read: "index", "safetensors" or "torch"."""
     path = pathlib.Path(path)
     if path.is_dir():
         path = _file_of_folder(path)
     if not path.is_file():
         raise ValueError(f"there is no weights file {path}; check the path.")
     if path.name.endswith(".index.json"):
-        return _sharded(path, entry)
+        return path, "index"
     with open(path, "rb") as file:
         head = file.read(512)
     refuse_other_files(head, path)
-    if is_safetensors(head) or path.suffix == ".safetensors":
-        if entry is not None:
-            raise ValueError(
-                f"{path} is a safetensors file and has no entry {entry!r}; leave it out."
-            )
-        found = _safetensors(path)
-    else:
-        found = _torch(path, entry)
+    # By its name only where the content does not tell: a damaged file.
+    named = path.suffix == ".safetensors" and not is_torch(head)
+    return path, "safetensors" if is_safetensors(head) or named else "torch"
+
+
+def _named(found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     if found and all(key.startswith("module.") for key in found):
         found = {key.removeprefix("module."): tensor for key, tensor in found.items()}
     return found
@@ -211,13 +243,8 @@ _DTYPES = {
 
 
 def _torch(path: pathlib.Path, entry: str | None) -> dict[str, LazyTensor]:
-    checkpoint = load_torch(path, later=True)
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(
-            f"{path} holds a {type(checkpoint).__name__}, no state dict (named tensors); export one from "
-            "the model."
-        )
-    inside = [key for key, value in checkpoint.items() if _is_state_dict(value)]
+    checkpoint = _torch_mapping(path)
+    inside = _entries(checkpoint)
     wanted = "state_dict" if entry is None else entry
     if (
         wanted in checkpoint
@@ -237,13 +264,51 @@ def _torch(path: pathlib.Path, entry: str | None) -> dict[str, LazyTensor]:
             f"{path} has no state dict under {entry!r}; it has {', '.join(map(repr, inside)) or 'none'}."
         )
     elif entry is None and len(inside) != 1:
-        what = (
-            f"several ({', '.join(map(repr, inside))}): say which as `entry`" if inside else "none"
-        )
+        if inside:
+            what = (
+                f"several ({', '.join(map(repr, inside))}): say which as `entry`, or save it in a file of "
+                "its own"
+            )
+        else:
+            near = [k for k, v in checkpoint.items() if isinstance(v, Mapping) and _has_tensors(v)]
+            what = f"none: {_odd(checkpoint)}"
+            if near:
+                what = f"none: in {near[0]!r} {_odd(checkpoint[near[0]])}"
         raise ValueError(f"{path} should hold one state dict (named tensors) and has {what}.")
     else:
         found = checkpoint[entry if entry is not None else inside[0]]
+    return _lazy_all(found)
+
+
+def _torch_mapping(path: pathlib.Path) -> Mapping:
+    """What a file of torch holds, by names."""
+    checkpoint = load_torch(path, later=True)
+    if isinstance(checkpoint, list | tuple) and checkpoint and _is_state_dict(checkpoint[0]):
+        # Of training a DDPM: (model, optimizer, epoch, step[, averages]).
+        names = ("model", "optimizer", "epoch", "step", "ema")
+        if 4 <= len(checkpoint) <= len(names):
+            return dict(zip(names, checkpoint))
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(
+            f"{path} holds {_kind(checkpoint)}, no state dict (named tensors); export one from the model."
+        )
+    return checkpoint
+
+
+def _entries(checkpoint: Mapping) -> list:
+    return [key for key, value in checkpoint.items() if _is_state_dict(value)]
+
+
+def _lazy_all(found: Mapping[str, Deferred]) -> dict[str, LazyTensor]:
     return {key: _lazy(tensor.shape, tensor.dtype, tensor.read) for key, tensor in found.items()}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Deferred):
+        return "a lone tensor"
+    if isinstance(value, Unknown):
+        return f"a whole object of the class {value.path}"
+    return f"a {type(value).__name__}"
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -254,12 +319,16 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
+def _has_tensors(value: Mapping) -> bool:
+    return any(isinstance(held, Deferred) for held in value.values())
+
+
 def _odd(value: Any) -> str:
     """What keeps a value from being a state dict."""
     if not isinstance(value, Mapping):
-        return f"it is a {type(value).__name__}"
+        return f"it is {_kind(value)}"
     odd = [
-        f"{key!r} is a {type(held).__name__}"
+        f"{key!r} is {_kind(held)}"
         for key, held in value.items()
         if not (isinstance(key, str) and isinstance(held, Deferred))
     ]
