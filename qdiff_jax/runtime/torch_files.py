@@ -180,7 +180,8 @@ def _bytes_at(path: pathlib.Path, start: int, length: int) -> bytes:
         raw = file.read(length)
     if len(raw) < length:
         raise ValueError(
-            f"{path} ends {length - len(raw)} bytes too early; it was changed meanwhile."
+            f"{path} ends {length - len(raw)} bytes too early; it is damaged or was changed meanwhile: "
+            "download or copy it again."
         )
     return raw
 
