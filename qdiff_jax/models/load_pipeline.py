@@ -33,6 +33,7 @@ from qdiff_jax.models.port.t5 import t5_config, t5_params
 from qdiff_jax.models.published import PUBLISHED, Published
 from qdiff_jax.models.t5_tokenizer import load_t5_tokenizer
 from qdiff_jax.runtime.state_dicts import load_config, load_state_dict, state_dicts_in
+from qdiff_jax.runtime.torch_state_dicts import AVERAGES, NAMES, WEIGHTS
 
 _STAGE_IN_MODEL, _TEXT_IN_MODEL = "first_stage_model.", "cond_stage_model.transformer."
 
@@ -47,8 +48,6 @@ _LAYOUTS: Mapping[str, Mapping[str, Callable]] = {
     "dit": {"native": dit.from_official, "diffusers": dit.from_diffusers},
     "pixart": {"native": pixart.from_official, "diffusers": pixart.from_diffusers},
 }
-# Where checkpoints of training keep their weights, and where the moving averages of these.
-_WEIGHTS, _AVERAGES = ("", "state_dict", "model"), ("ema", "state_dict_ema")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +96,11 @@ def load_pipeline(
     if diffusion is not None:
         _check_network(row, diffusion, parts.network)
     path = part_of(place, ("unet", "transformer"), "network") if place.is_pipeline else place.path
-    tensors, layout = _state_dict(row, path, parts)
+    tensors, layout, entry = _state_dict(row, path, parts)
     whole = None if place.is_pipeline else tensors
     if layout == "CompVis":
-        tensors, _ = unet_ldm.unet_tensors(tensors, row.network, ema=parts.average, source=path)
+        inside = parts.average and entry not in AVERAGES
+        tensors, _ = unet_ldm.unet_tensors(tensors, row.network, ema=inside, source=path)
     # The smallest first: what is missing is said before the network is read.
     stage = _first_stage(row, place, whole, parts)
     text = None if row.text is None else _text(row, place, whole, parts)
@@ -176,24 +176,24 @@ def _check_parts(row: Published, parts: Parts) -> None:
             raise ValueError(f"{parts.network} has no {name}; leave {name} empty.")
 
 
-def _state_dict(row: Published, path: Any, parts: Parts) -> tuple[Mapping, str]:
-    """The weights or the moving averages of a file, and their layout.
+def _state_dict(row: Published, path: Any, parts: Parts) -> tuple[Mapping, str, str]:
+    """The weights or the moving averages of a file, their layout, and the entry where they lie.
 
     Averages are an entry of their own in training checkpoints, and further tensors in CompVis's.
     """
     found = state_dicts_in(path)
-    known = {entry: found[entry] for entry in (*_WEIGHTS, *_AVERAGES) if entry in found} or found
+    known = {entry: found[entry] for entry in NAMES if entry in found} or found
     # A file of another family is called that, whatever is wrong with its entries.
     layout = _layout(row, next(iter(known.values())), path, parts.network)
-    weights = [entry for entry in _WEIGHTS if entry in found]
-    averages = [entry for entry in _AVERAGES if entry in found]
+    weights = [entry for entry in WEIGHTS if entry in found]
+    averages = [entry for entry in AVERAGES if entry in found]
     if not weights and not averages and len(found) == 1:
         weights = list(found)
     names = ", ".join(map(repr, found))
     if not weights and not averages:
         raise ValueError(
-            f"{path} has several state dicts ({names}), none of them under {_WEIGHTS[1]!r} or "
-            f"{_WEIGHTS[2]!r}; save the one that is meant in a file of its own."
+            f"{path} has several state dicts ({names}), none of them under {WEIGHTS[1]!r} or "
+            f"{WEIGHTS[2]!r}; save the one that is meant in a file of its own."
         )
     if parts.average and not averages and layout != "CompVis":
         raise ValueError(
@@ -205,7 +205,7 @@ def _state_dict(row: Published, path: Any, parts: Parts) -> tuple[Mapping, str]:
             f"{path} holds moving averages ({names}) and no weights beside them: set average=True."
         )
     entry = averages[0] if parts.average and averages else weights[0]
-    return found[entry], _layout(row, found[entry], path, parts.network)
+    return found[entry], _layout(row, found[entry], path, parts.network), entry
 
 
 def _family(row: Published) -> str:

@@ -22,8 +22,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qdiff_jax.runtime.not_weights import refuse_other_files
-from qdiff_jax.runtime.torch_files import is_safetensors, is_torch, load_torch
-from qdiff_jax.runtime.torch_pickle import Deferred, Unknown
+from qdiff_jax.runtime.torch_files import is_safetensors, is_torch
+from qdiff_jax.runtime.torch_pickle import Deferred
+from qdiff_jax.runtime.torch_state_dicts import torch_state_dict, torch_state_dicts
 
 # What Hugging Face calls the weights in a model's folder; the first one there is taken.
 FOLDER_FILES = (
@@ -75,7 +76,7 @@ def load_state_dict(path, entry: str | None = None) -> dict[str, LazyTensor]:
     if kind == "index":
         return _sharded(path, entry)
     if kind == "torch":
-        return _named(_torch(path, entry))
+        return _named(_lazy_all(torch_state_dict(path, entry)))
     if entry is not None:
         raise ValueError(f"{path} is a safetensors file and has no entry {entry!r}; leave it out.")
     return _named(_safetensors(path))
@@ -84,22 +85,14 @@ def load_state_dict(path, entry: str | None = None) -> dict[str, LazyTensor]:
 def state_dicts_in(path) -> dict[str, dict[str, LazyTensor]]:
     """All the state dicts of a weights file or folder by their entries, "" where the file itself is one.
 
-    path, prefixes and what raises: as of `load_state_dict`, but that there may be several. A list as
-    pytorch_diffusion and ermongroup/ddim save in training, (model, optimizer, epoch, step[, averages]),
-    has the entries "model" and "ema".
+    path, prefixes and what raises: as of `load_state_dict`, but that there may be several; and an entry
+    of `torch_state_dicts.NAMES` that has something else in it.
     """
     place, kind = _place(path)
     if kind != "torch":
         return {"": load_state_dict(place)}
-    checkpoint = _torch_mapping(place)
-    inside = _entries(checkpoint)
-    if _is_state_dict(checkpoint):
-        inside = [""]
-    elif not inside:
-        return {"": _torch(place, None)}  # raises, and says what there is
-    return {
-        entry: _named(_lazy_all(checkpoint[entry] if entry else checkpoint)) for entry in inside
-    }
+    found = torch_state_dicts(place)
+    return {entry: _named(_lazy_all(tensors)) for entry, tensors in found.items()}
 
 
 def _place(path) -> tuple[pathlib.Path, str]:
@@ -242,100 +235,8 @@ _DTYPES = {
 }
 
 
-def _torch(path: pathlib.Path, entry: str | None) -> dict[str, LazyTensor]:
-    checkpoint = _torch_mapping(path)
-    inside = _entries(checkpoint)
-    wanted = "state_dict" if entry is None else entry
-    if (
-        wanted in checkpoint
-        and wanted not in inside
-        and not isinstance(checkpoint[wanted], Deferred)
-    ):
-        # Else another entry, such as the moving average, would be taken in its place unsaid.
-        raise ValueError(
-            f"{path}: {wanted!r} is no state dict (named tensors): {_odd(checkpoint[wanted])}."
-        )
-    if entry is None and "state_dict" in inside:
-        entry = "state_dict"
-    if entry is None and _is_state_dict(checkpoint):
-        found = checkpoint
-    elif entry is not None and entry not in inside:
-        raise ValueError(
-            f"{path} has no state dict under {entry!r}; it has {', '.join(map(repr, inside)) or 'none'}."
-        )
-    elif entry is None and len(inside) != 1:
-        if inside:
-            what = (
-                f"several ({', '.join(map(repr, inside))}): say which as `entry`, or save it in a file of "
-                "its own"
-            )
-        else:
-            near = [k for k, v in checkpoint.items() if isinstance(v, Mapping) and _has_tensors(v)]
-            what = f"none: {_odd(checkpoint)}"
-            if near:
-                what = f"none: in {near[0]!r} {_odd(checkpoint[near[0]])}"
-        raise ValueError(f"{path} should hold one state dict (named tensors) and has {what}.")
-    else:
-        found = checkpoint[entry if entry is not None else inside[0]]
-    return _lazy_all(found)
-
-
-def _torch_mapping(path: pathlib.Path) -> Mapping:
-    """What a file of torch holds, by names."""
-    checkpoint = load_torch(path, later=True)
-    if isinstance(checkpoint, list | tuple) and checkpoint and _is_state_dict(checkpoint[0]):
-        # Of training a DDPM: (model, optimizer, epoch, step[, averages]).
-        names = ("model", "optimizer", "epoch", "step", "ema")
-        if 4 <= len(checkpoint) <= len(names):
-            return dict(zip(names, checkpoint))
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(
-            f"{path} holds {_kind(checkpoint)}, no state dict (named tensors); export one from the model."
-        )
-    return checkpoint
-
-
-def _entries(checkpoint: Mapping) -> list:
-    return [key for key, value in checkpoint.items() if _is_state_dict(value)]
-
-
 def _lazy_all(found: Mapping[str, Deferred]) -> dict[str, LazyTensor]:
     return {key: _lazy(tensor.shape, tensor.dtype, tensor.read) for key, tensor in found.items()}
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Deferred):
-        return "a lone tensor"
-    if isinstance(value, Unknown):
-        return f"a whole object of the class {value.path}"
-    return f"a {type(value).__name__}"
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(k, str) and isinstance(v, Deferred) for k, v in value.items())
-    )
-
-
-def _has_tensors(value: Mapping) -> bool:
-    return any(isinstance(held, Deferred) for held in value.values())
-
-
-def _odd(value: Any) -> str:
-    """What keeps a value from being a state dict."""
-    if not isinstance(value, Mapping):
-        return f"it is {_kind(value)}"
-    odd = [
-        f"{key!r} is {_kind(held)}"
-        for key, held in value.items()
-        if not (isinstance(key, str) and isinstance(held, Deferred))
-    ]
-    if not odd:
-        return "it is empty"
-    rest = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-    return f"{', '.join(odd[:5])}{rest}; save it again with tensors only"
 
 
 def _lazy(shape, dtype: str, read: Callable[[], np.ndarray]) -> LazyTensor:

@@ -201,6 +201,8 @@ def test_a_state_dict_with_something_else_in_it_is_not_passed_over(tmp_path):
             ValueError, match=r"'state_dict' is no state dict .*: 'step' is a int; save"
         ):
             load_state_dict(path, entry)
+    with pytest.raises(ValueError, match=r"'state_dict' is no state dict .*: 'step' is a int"):
+        state_dicts_in(path)
     np.testing.assert_array_equal(load_state_dict(path, "ema")["w"], [0, 1])
     empty = (
         b"("
