@@ -28,33 +28,25 @@ from qdiff_jax.models.places import Place, beside, find_place, part_of
 from qdiff_jax.models.port import dit, pixart, unet_ddpm, unet_ldm, unet_ldm_diffusers
 from qdiff_jax.models.port.clip import text_params
 from qdiff_jax.models.port.first_stage import first_stage_params
+from qdiff_jax.models.port.looks import look_of
 from qdiff_jax.models.port.t5 import t5_config, t5_params
 from qdiff_jax.models.published import PUBLISHED, Published
 from qdiff_jax.models.t5_tokenizer import load_t5_tokenizer
-from qdiff_jax.runtime.state_dicts import load_config, load_state_dict
+from qdiff_jax.runtime.state_dicts import load_config, load_state_dict, state_dicts_in
+from qdiff_jax.runtime.torch_state_dicts import AVERAGES, NAMES, WEIGHTS
 
-_COMPVIS = "model.diffusion_model."
 _STAGE_IN_MODEL, _TEXT_IN_MODEL = "first_stage_model.", "cond_stage_model.transformer."
 
-# family -> {layout: (a tensor that files of it have, parameters of its state dict)}.
-_LAYOUTS: Mapping[str, Mapping[str, tuple[str, Callable]]] = {
-    "unet_ddpm": {
-        "native": ("temb.dense.0.weight", unet_ddpm.from_native),
-        "diffusers": ("time_embedding.linear_1.weight", unet_ddpm.from_diffusers),
-    },
+# family -> {layout, as `port.looks` calls it: parameters of its state dict}.
+_LAYOUTS: Mapping[str, Mapping[str, Callable]] = {
+    "unet_ddpm": {"native": unet_ddpm.from_native, "diffusers": unet_ddpm.from_diffusers},
     "unet_ldm": {
-        "CompVis": (f"{_COMPVIS}time_embed.0.weight", unet_ldm.from_native),
-        "native": ("time_embed.0.weight", unet_ldm.from_native),
-        "diffusers": ("time_embedding.linear_1.weight", unet_ldm_diffusers.from_diffusers),
+        "CompVis": unet_ldm.from_native,
+        "native": unet_ldm.from_native,
+        "diffusers": unet_ldm_diffusers.from_diffusers,
     },
-    "dit": {
-        "native": ("y_embedder.embedding_table.weight", dit.from_official),
-        "diffusers": ("proj_out_1.weight", dit.from_diffusers),
-    },
-    "pixart": {
-        "native": ("y_embedder.y_proj.fc1.weight", pixart.from_official),
-        "diffusers": ("adaln_single.linear.weight", pixart.from_diffusers),
-    },
+    "dit": {"native": dit.from_official, "diffusers": dit.from_diffusers},
+    "pixart": {"native": pixart.from_official, "diffusers": pixart.from_diffusers},
 }
 
 
@@ -63,7 +55,8 @@ class Parts:
     """What a published pipeline is made of, beside its model's place.
 
     network: a name of `published.PUBLISHED`; "" for a model of this project (shipped, trained, random).
-    average: take the moving averages that the model's file keeps beside its weights. first_stage, text,
+    average: take the moving averages that the model's file keeps beside its weights, and not these; a file that
+    is the averages, as released ones are, has none beside it. first_stage, text,
     vocabulary: places of the other parts; "" where the model's own file or folder has them. folder: where
     relative places are looked for besides the working directory.
     """
@@ -103,23 +96,18 @@ def load_pipeline(
     if diffusion is not None:
         _check_network(row, diffusion, parts.network)
     path = part_of(place, ("unet", "transformer"), "network") if place.is_pipeline else place.path
-    tensors = _state_dict(row, path, parts)
+    tensors, layout, entry = _state_dict(row, path, parts)
     whole = None if place.is_pipeline else tensors
-    layout = _layout(row, tensors, path, parts.network)
-    if parts.average and layout == "native" and _family(row) == "unet_ldm":
-        raise ValueError(
-            f"{path} holds one set of weights and no moving averages: take the whole checkpoint, or set "
-            "average=False if these are the averages."
-        )
     if layout == "CompVis":
-        tensors, _ = unet_ldm.unet_tensors(tensors, row.network, ema=parts.average, source=path)
+        inside = parts.average and entry not in AVERAGES
+        tensors, _ = unet_ldm.unet_tensors(tensors, row.network, ema=inside, source=path)
     # The smallest first: what is missing is said before the network is read.
     stage = _first_stage(row, place, whole, parts)
     text = None if row.text is None else _text(row, place, whole, parts)
     read = {"first_stage_sha256": stage, "text_sha256": text}
     digests = {name: fingerprint(part.params) for name, part in read.items() if part is not None}
     if diffusion is None:
-        params = _LAYOUTS[_family(row)][layout][1](tensors, row.network, path)
+        params = _LAYOUTS[_family(row)][layout](tensors, row.network, path)
         source = {"name": parts.network, "sha256": fingerprint(params), "schedule": row.schedule}
         diffusion = registry.assembled(row.network, params, source)
     made = _checked(Pipeline(diffusion, stage, text, digests), model)
@@ -188,10 +176,36 @@ def _check_parts(row: Published, parts: Parts) -> None:
             raise ValueError(f"{parts.network} has no {name}; leave {name} empty.")
 
 
-def _state_dict(row: Published, path: Any, parts: Parts) -> Mapping:
-    """Averages are an entry of their own in training checkpoints, and further tensors in CompVis's."""
-    apart = parts.average and _family(row) != "unet_ldm"
-    return load_state_dict(path, entry="ema" if apart else None)
+def _state_dict(row: Published, path: Any, parts: Parts) -> tuple[Mapping, str, str]:
+    """The weights or the moving averages of a file, their layout, and the entry where they lie.
+
+    Averages are an entry of their own in training checkpoints, and further tensors in CompVis's.
+    """
+    found = state_dicts_in(path)
+    known = {entry: found[entry] for entry in NAMES if entry in found} or found
+    # A file of another family is called that, whatever is wrong with its entries.
+    layout = _layout(row, next(iter(known.values())), path, parts.network)
+    weights = [entry for entry in WEIGHTS if entry in found]
+    averages = [entry for entry in AVERAGES if entry in found]
+    if not weights and not averages and len(found) == 1:
+        weights = list(found)
+    names = ", ".join(map(repr, found))
+    if not weights and not averages:
+        raise ValueError(
+            f"{path} has several state dicts ({names}), none of them under {WEIGHTS[1]!r} or "
+            f"{WEIGHTS[2]!r}; save the one that is meant in a file of its own."
+        )
+    if parts.average and not averages and layout != "CompVis":
+        raise ValueError(
+            f"{path} holds one set of weights and no moving averages: take the whole checkpoint, or set "
+            "average=False if these are the averages."
+        )
+    if not parts.average and not weights:
+        raise ValueError(
+            f"{path} holds moving averages ({names}) and no weights beside them: set average=True."
+        )
+    entry = averages[0] if parts.average and averages else weights[0]
+    return found[entry], _layout(row, found[entry], path, parts.network), entry
 
 
 def _family(row: Published) -> str:
@@ -200,23 +214,20 @@ def _family(row: Published) -> str:
 
 def _layout(row: Published, tensors: Mapping, path: Any, network: str) -> str:
     """The layout of a state dict of the family. Raises ValueError if it is none, naming the one it is."""
-    family = _family(row)
-    for layout, (mark, _) in _LAYOUTS[family].items():
-        if mark in tensors:
-            return layout
+    family, look = _family(row), look_of(tensors)
+    if look is not None and family in look.families:
+        return look.layout
     if any(key.startswith("model_ema.") for key in tensors):
         raise ValueError(
             f"{path} has moving averages and not the weights that they are of, by whose names they are told "
             "apart; take the whole checkpoint."
         )
-    other = [
-        name
-        for name, layouts in _LAYOUTS.items()
-        if name != family and any(mark in tensors for mark, _ in layouts.values())
-    ]
-    said = (
-        f"is of the family {other[0]}" if other else "has tensors of no network that is known here"
-    )
+    if look is None:
+        said = "has tensors of no network that is known here"
+    elif look.families:
+        said = f"is of the family {' or '.join(look.families)}: it looks like {look.text}"
+    else:
+        said = f"looks like {look.text}"
     raise ValueError(
         f"{path} {said} (such as {next(iter(tensors), 'none')}), and {network} is of the family {family}; "
         "give its file, or name the network that this file holds."

@@ -21,8 +21,10 @@ import ml_dtypes  # noqa: F401 - safetensors reads bfloat16 only where NumPy kno
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qdiff_jax.runtime.torch_files import is_safetensors, load_torch, refuse_other_files
+from qdiff_jax.runtime.not_weights import refuse_other_files
+from qdiff_jax.runtime.torch_files import is_safetensors, is_torch
 from qdiff_jax.runtime.torch_pickle import Deferred
+from qdiff_jax.runtime.torch_state_dicts import torch_state_dict, torch_state_dicts
 
 # What Hugging Face calls the weights in a model's folder; the first one there is taken.
 FOLDER_FILES = (
@@ -67,27 +69,50 @@ def load_state_dict(path, entry: str | None = None) -> dict[str, LazyTensor]:
     A prefix "module.", as data parallelism leaves it on every name, is taken off.
 
     Raises:
-      ValueError: nothing there, a damaged or truncated file, a web page or a pointer in place of weights,
-        a missing shard, no state dict or several. Reading a tensor of a damaged archive raises, too.
+      ValueError: nothing there, a damaged or truncated file, text or a pointer in place of weights, a
+        missing shard, no state dict or several. Reading a tensor of a damaged archive raises, too.
     """
+    path, kind = _place(path)
+    if kind == "index":
+        return _sharded(path, entry)
+    if kind == "torch":
+        return _named(_lazy_all(torch_state_dict(path, entry)))
+    if entry is not None:
+        raise ValueError(f"{path} is a safetensors file and has no entry {entry!r}; leave it out.")
+    return _named(_safetensors(path))
+
+
+def state_dicts_in(path) -> dict[str, dict[str, LazyTensor]]:
+    """All the state dicts of a weights file or folder by their entries, "" where the file itself is one.
+
+    path, prefixes and what raises: as of `load_state_dict`, but that there may be several; and an entry
+    of `torch_state_dicts.NAMES` that has something else in it.
+    """
+    place, kind = _place(path)
+    if kind != "torch":
+        return {"": load_state_dict(place)}
+    found = torch_state_dicts(place)
+    return {entry: _named(_lazy_all(tensors)) for entry, tensors in found.items()}
+
+
+def _place(path) -> tuple[pathlib.Path, str]:
+    """The file of `path`, which may be a folder, and how it is read: "index", "safetensors" or "torch"."""
     path = pathlib.Path(path)
     if path.is_dir():
         path = _file_of_folder(path)
     if not path.is_file():
         raise ValueError(f"there is no weights file {path}; check the path.")
     if path.name.endswith(".index.json"):
-        return _sharded(path, entry)
+        return path, "index"
     with open(path, "rb") as file:
         head = file.read(512)
     refuse_other_files(head, path)
-    if is_safetensors(head) or path.suffix == ".safetensors":
-        if entry is not None:
-            raise ValueError(
-                f"{path} is a safetensors file and has no entry {entry!r}; leave it out."
-            )
-        found = _safetensors(path)
-    else:
-        found = _torch(path, entry)
+    # By its name only where the content does not tell: a damaged file.
+    named = path.suffix == ".safetensors" and not is_torch(head)
+    return path, "safetensors" if is_safetensors(head) or named else "torch"
+
+
+def _named(found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     if found and all(key.startswith("module.") for key in found):
         found = {key.removeprefix("module."): tensor for key, tensor in found.items()}
     return found
@@ -210,63 +235,8 @@ _DTYPES = {
 }
 
 
-def _torch(path: pathlib.Path, entry: str | None) -> dict[str, LazyTensor]:
-    checkpoint = load_torch(path, later=True)
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(
-            f"{path} holds a {type(checkpoint).__name__}, no state dict (named tensors); export one from "
-            "the model."
-        )
-    inside = [key for key, value in checkpoint.items() if _is_state_dict(value)]
-    wanted = "state_dict" if entry is None else entry
-    if (
-        wanted in checkpoint
-        and wanted not in inside
-        and not isinstance(checkpoint[wanted], Deferred)
-    ):
-        # Else another entry, such as the moving average, would be taken in its place unsaid.
-        raise ValueError(
-            f"{path}: {wanted!r} is no state dict (named tensors): {_odd(checkpoint[wanted])}."
-        )
-    if entry is None and "state_dict" in inside:
-        entry = "state_dict"
-    if entry is None and _is_state_dict(checkpoint):
-        found = checkpoint
-    elif entry is not None and entry not in inside:
-        raise ValueError(
-            f"{path} has no state dict under {entry!r}; it has {', '.join(map(repr, inside)) or 'none'}."
-        )
-    elif entry is None and len(inside) != 1:
-        what = (
-            f"several ({', '.join(map(repr, inside))}): say which as `entry`" if inside else "none"
-        )
-        raise ValueError(f"{path} should hold one state dict (named tensors) and has {what}.")
-    else:
-        found = checkpoint[entry if entry is not None else inside[0]]
+def _lazy_all(found: Mapping[str, Deferred]) -> dict[str, LazyTensor]:
     return {key: _lazy(tensor.shape, tensor.dtype, tensor.read) for key, tensor in found.items()}
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(k, str) and isinstance(v, Deferred) for k, v in value.items())
-    )
-
-
-def _odd(value: Any) -> str:
-    """What keeps a value from being a state dict."""
-    if not isinstance(value, Mapping):
-        return f"it is a {type(value).__name__}"
-    odd = [
-        f"{key!r} is a {type(held).__name__}"
-        for key, held in value.items()
-        if not (isinstance(key, str) and isinstance(held, Deferred))
-    ]
-    if not odd:
-        return "it is empty"
-    rest = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-    return f"{', '.join(odd[:5])}{rest}; save it again with tensors only"
 
 
 def _lazy(shape, dtype: str, read: Callable[[], np.ndarray]) -> LazyTensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pathlib
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from qdiff_jax.runtime.not_weights import refuse_other_files
 from qdiff_jax.runtime.torch_pickle import (
     DTYPES,
     Later,
+    NotRead,
     Storage,
     storage_entry,
     storage_values,
@@ -59,6 +62,8 @@ def load_torch(path, later: bool = False) -> Any:
     try:
         read = _read_zip if head.startswith(b"PK\x03\x04") else _read_legacy
         return read(path, later)
+    except NotRead as error:
+        raise ValueError(f"{path} is not read here: {error}.") from error
     except _UNPICKLING_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise ValueError(
@@ -75,9 +80,11 @@ _UNPICKLING_ERRORS = (
     EOFError,
     LookupError,
     MemoryError,
-    RecursionError,
+    OSError,  # a place before the file's beginning
+    RuntimeError,  # zipfile's, for features that it does not have
     TypeError,
     ValueError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -91,23 +98,10 @@ def is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{"
 
 
-def refuse_other_files(head: bytes, path: pathlib.Path) -> None:
-    """ValueError if a file that begins with `head` (its first 512 bytes) is clearly no weights file."""
-    text = head.lstrip().lower()
-    if not head:
-        raise ValueError(f"{path} is empty; download or copy it again.")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(
-            f"{path} is a web page, not weights: the download was answered with HTML or XML; open it to "
-            "see why, and download it again."
-        )
-    if text.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not weights; run `git lfs pull`.")
-    if head[257:262] == b"ustar":
-        raise ValueError(
-            f"{path} is a checkpoint in the tar format of PyTorch before 0.1.10, which is not read; load "
-            "it with torch and save it again."
-        )
+def is_torch(head: bytes) -> bool:
+    """Whether a file that begins so is one of `torch.save`'s, in either container."""
+    magic = _LEGACY_MAGIC.to_bytes(10, "little")
+    return head.startswith(b"PK\x03\x04") or magic in head[:32]
 
 
 def _read_zip(path: pathlib.Path, later: bool) -> Any:
@@ -115,12 +109,12 @@ def _read_zip(path: pathlib.Path, later: bool) -> Any:
         names = archive.namelist()
         root = names[0].split("/", 1)[0] if names else ""
         if f"{root}/constants.pkl" in names:
-            raise ValueError("it is a TorchScript archive, not a state dict")
+            raise NotRead("it is a TorchScript archive, not a state dict")
         if f"{root}/data.pkl" not in names:
             raise ValueError("the archive has no data.pkl")
         order = "little"
         if f"{root}/byteorder" in names:
-            order = archive.read(f"{root}/byteorder").decode("ascii")
+            order = _stored(archive, f"{root}/byteorder").decode("ascii")
         cache: dict[str, Storage] = {}
 
         def storage(pid) -> Storage:
@@ -137,12 +131,21 @@ def _read_zip(path: pathlib.Path, later: bool) -> Any:
                     read = _entry_reader(path, archive, info, dtype, order)
                     cache[key] = Storage(dtype, Later(count, read))
                 else:
-                    cache[key] = Storage(dtype, storage_values(archive.read(info), dtype, order))
+                    cache[key] = Storage(
+                        dtype, storage_values(_stored(archive, info), dtype, order)
+                    )
             if cache[key].dtype != dtype:
                 raise ValueError(f"storage {key} is both {cache[key].dtype} and {dtype}")
             return cache[key]
 
-        return unpickle(io.BytesIO(archive.read(f"{root}/data.pkl")), storage)
+        return unpickle(io.BytesIO(_stored(archive, f"{root}/data.pkl")), storage)
+
+
+def _stored(archive: zipfile.ZipFile, entry: str | zipfile.ZipInfo) -> bytes:
+    info = archive.getinfo(entry) if isinstance(entry, str) else entry
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed, which torch.save does not do")
+    return archive.read(info)
 
 
 def _entry_reader(
@@ -177,7 +180,8 @@ def _bytes_at(path: pathlib.Path, start: int, length: int) -> bytes:
         raw = file.read(length)
     if len(raw) < length:
         raise ValueError(
-            f"{path} ends {length - len(raw)} bytes too early; it was changed meanwhile."
+            f"{path} ends {length - len(raw)} bytes too early; it is damaged or was changed meanwhile: "
+            "download or copy it again."
         )
     return raw
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import pickle
+import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +51,10 @@ _STORAGES = {
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
 }
+
+
+class NotRead(ValueError):
+    """What the file holds is whole, and of a kind that this reader does not read."""
 
 
 class Unknown:
@@ -128,11 +133,11 @@ def storage_values(raw: bytes, dtype: str, order: str) -> np.ndarray:
 
 def storage_entry(pid) -> tuple[str, str, int]:
     """(dtype, key, length) of ("storage", class, key, location, length, ...)."""
-    kind, storage, key, _, count = pid[:5]
-    if kind != "storage":
-        raise ValueError(f"unknown reference to {kind!r}")
+    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+        raise ValueError(f"{pid!r} is no reference to a storage")
+    _, storage, key, _, count = pid[:5]
     if not isinstance(storage, _Dtype):
-        raise ValueError(f"storages of {getattr(storage, 'path', storage)} are not supported")
+        raise NotRead(f"storages of {getattr(storage, 'path', storage)} are not supported")
     return storage.name, key, count
 
 
@@ -160,8 +165,34 @@ def _view(values, offset, size, stride):
     return np.lib.stride_tricks.as_strided(values[offset:], size, steps, writeable=False)
 
 
-def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, *_unused):
+def _rebuild_tensor_v2(storage, offset, size, stride, _grad, _hooks, bits=None):
+    """bits: {"neg": ..., "conj": ...}, whether the values are to be negated or conjugated, which torch
+    leaves undone until they are used, and undone in the file too."""
+    tensor = _rebuild_tensor(storage, offset, size, stride)
+    functions = [_BITS[name] for name, is_set in (bits or {}).items() if is_set]
+    if tensor is None or not functions:
+        return tensor
+    if isinstance(tensor, Deferred):
+        return tensor._replace(read=lambda: _applied(functions, tensor.read()))
+    return _applied(functions, tensor)
+
+
+_BITS = {"neg": np.negative, "conj": np.conjugate}
+
+
+def _applied(functions, values):
+    for function in functions:
+        values = np.asarray(function(values))
+    values.flags.writeable = False
+    return values
+
+
+def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, bits=None):
     """Tensors whose storage is bytes and whose dtype stands beside it."""
+    if not isinstance(dtype, _Dtype):
+        raise NotRead(
+            f"tensors of {getattr(dtype, 'path', dtype)} are not supported; save them as float32"
+        )
 
     def typed(values):
         return storage_values(values.tobytes(), dtype.name, _NATIVE_ORDER)
@@ -172,7 +203,9 @@ def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, *_un
         values = Later(count, lambda: typed(storage.values.read()))
     elif values is not None:
         values = typed(values)
-    return _rebuild_tensor(Storage(dtype.name, values), offset, size, stride)
+    return _rebuild_tensor_v2(
+        Storage(dtype.name, values), offset, size, stride, _grad, _hooks, bits
+    )
 
 
 _NATIVE_ORDER = "little" if np.dtype("<i4") == np.dtype("i4") else "big"
@@ -210,7 +243,7 @@ _GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
     "torch.Size": _Function(_size),
     "torch._utils._rebuild_tensor": _Function(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": _Function(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": _Function(_rebuild_tensor_v2),
     "torch._utils._rebuild_tensor_v3": _Function(_rebuild_tensor_v3),
     "torch._utils._rebuild_parameter": _Function(_first),
     "torch._utils._rebuild_parameter_with_state": _Function(_first),
@@ -244,6 +277,9 @@ class _Unpickler(pickle.Unpickler):
         return self._unknown[path]
 
     def persistent_load(self, pid):
+        # Sequences of pickles keep the source code of a whole module beside its class.
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]
         return self._storage(pid)
 
 
@@ -253,4 +289,17 @@ def unpickle(file, storage: Callable[[tuple], Storage]) -> Any:
     storage: gives the values for a reference to a storage, the tuple that torch wrote. May raise
     whatever `pickle` raises on a broken file.
     """
+    _check_memo(file)
     return _Unpickler(file, storage).load()
+
+
+def _check_memo(file) -> None:
+    """The C unpickler makes room for twice the highest number that an object is stored under: ten bytes
+    may ask for gigabytes. Picklers count from 0, so that no number is beyond that of the bytes before it."""
+    start = file.tell()
+    for opcode, number, place in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > place - start:
+            raise pickle.UnpicklingError(
+                f"an object is stored under the impossible number {number}"
+            )
+    file.seek(start)

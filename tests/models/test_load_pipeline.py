@@ -244,8 +244,41 @@ def test_diffusion_transformers_with_a_first_stage_apart(tmp_path):
     pipeline = load_pipeline("dit.pt", parts)
     assert pipeline.image_shape == (32, 32, 3)
     jax.tree.map(np.testing.assert_array_equal, pipeline.diffusion.model.params, dit.parameters())
-    with pytest.raises(ValueError, match="has no state dict under 'ema'|has no entry 'ema'"):
+    with pytest.raises(ValueError, match="holds one set of weights and no moving averages"):
         load_pipeline("dit.pt", dataclasses.replace(parts, average=True))
+
+
+def test_weights_and_averages_of_a_training_file(tmp_path, monkeypatch):
+    """{"model", "ema", "opt", "args"}, as DiT's training saves; the names of two other projects."""
+    save(stages.tensors("kl", "compvis"), tmp_path / "kl.ckpt")
+    (tmp_path / "dit.pt").write_bytes(b"read by the stand-in")
+    parts = Parts(network="tiny-dit", first_stage="kl.ckpt", folder=str(tmp_path))
+    weights = dit.official()
+    average = {key: 2 * value for key, value in weights.items()}
+
+    def outcome(entries, **changes):
+        monkeypatch.setattr(loading, "state_dicts_in", lambda path: entries)
+        pipeline = load_pipeline("dit.pt", dataclasses.replace(parts, **changes))
+        kernels = [
+            params["final_layer"]["linear"]["kernel"]
+            for params in (pipeline.diffusion.model.params, dit.parameters())
+        ]
+        return float((kernels[0] / kernels[1]).mean())
+
+    for names in (("model", "ema"), ("state_dict", "state_dict_ema"), ("", "ema")):
+        both = dict(zip(names, (weights, average)))
+        assert outcome(both) == 1
+        assert outcome(both, average=True) == 2
+    assert outcome({"net": weights}) == 1
+    other = {"model": load_state_dict(tmp_path / "kl.ckpt")}
+    for entries, changes, message in (
+        ({"ema": average}, {}, r"holds moving averages \('ema'\) and no .*: set average=True\."),
+        ({"model": weights}, {"average": True}, "one set of weights .* set average=False if"),
+        ({"a": weights, "b": weights}, {}, r"several state dicts \('a', 'b'\), none of them under"),
+        (other, {"average": True}, r"looks like a first stage .*, and tiny-dit is of the family"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            outcome(entries, **changes)
 
 
 def test_pixart_with_t5(tmp_path):
@@ -296,7 +329,7 @@ def test_pixart_with_t5(tmp_path):
         (
             "sd.ckpt",
             {"network": "tiny-dit"},
-            "is of the family unet_ldm .* of the family dit; give",
+            "is of the family unet_ldm: .* of the family dit; give",
         ),
         ("averages.ckpt", {}, "has moving averages and not the weights .*; take the whole"),
         ("page.ckpt", {}, "web page"),
@@ -305,6 +338,15 @@ def test_pixart_with_t5(tmp_path):
         ("random:sd", {"network": "", "text": "x"}, "text is given without a network; name"),
         ("random:sdd", {"network": ""}, "Did you mean 'random:sd'"),
         ("unet.ckpt", {"average": True}, "holds one set of weights and no moving averages"),
+        (
+            "unet.ckpt",
+            {"network": "tiny-dit", "average": True},
+            "is of the family unet_ldm: it looks",
+        ),
+        ("sd/unet", {"network": "ddpm_cifar10"}, "unet_ldm: it looks like a U-Net with cross-att"),
+        ("sd/unet", {"network": "tiny-dit"}, "is of the family unet_ldm: it .* of the family dit"),
+        ("sd/unet", {"average": True}, "holds one set of weights and no moving averages"),
+        ("sd/vae", {}, r"looks like a first stage \(autoencoder\) .* of the family unet_ldm"),
         ("unet.ckpt", {"network": "tiny-kl"}, "has no scale_factor, by which tiny-kl multiplies"),
     ],
 )
@@ -314,6 +356,7 @@ def test_what_cannot_be_loaded_is_one_sentence(files, tmp_path, model, parts, me
     whole = load_state_dict(files / "native" / "sd.ckpt")
     own = {k.removeprefix(mark): np.asarray(v) for k, v in whole.items() if k.startswith(mark)}
     save(own, tmp_path / "unet.ckpt")
+    (tmp_path / "sd").symlink_to(files / "diffusers")
     (tmp_path / "page.ckpt").write_text("<!DOCTYPE html><html>not found</html>" * 20)
     save({"model_ema.diffusion_modelout2bias": np.zeros(3, np.float32)}, tmp_path / "averages.ckpt")
     save({"odd.weight": np.zeros(3, np.float32)}, tmp_path / "other.ckpt")

@@ -11,7 +11,13 @@ import pytest
 import safetensors.numpy
 
 from qdiff_jax.models.port.strict import take, with_moving_average
-from qdiff_jax.runtime.state_dicts import LazyTensor, load_config, load_state_dict, to_device
+from qdiff_jax.runtime.state_dicts import (
+    LazyTensor,
+    load_config,
+    load_state_dict,
+    state_dicts_in,
+    to_device,
+)
 from qdiff_jax.runtime.torch_files import load_torch
 from qdiff_jax.runtime.torch_pickle import Deferred
 
@@ -121,8 +127,58 @@ def test_which_state_dict(tmp_path):
         load_state_dict(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", b"}.")
-    with pytest.raises(ValueError, match="should hold one state dict .* and has none"):
+    with pytest.raises(ValueError, match="should hold one state dict .* and has none: it is empty"):
         load_state_dict(path)
+
+
+def raw(path, pickled, storages=()):
+    """A torch archive of this pickle."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickled + b".")
+        for key, array in enumerate(storages):
+            file.writestr(f"archive/data/{key}", array.tobytes())
+    return path
+
+
+def named(name, opcodes):
+    return b"X" + struct.pack("<I", len(name)) + name.encode() + opcodes
+
+
+def test_what_keeps_a_file_from_being_a_state_dict(tmp_path):
+    one, path = tensor_opcodes("0", 2, "FloatStorage"), tmp_path / "c.pt"
+    odd = b"(" + named("w", one) + named("step", b"I3\n") + b"d"
+    for pickled, message in (
+        (one, "holds a lone tensor, no state dict"),
+        (odd, "has none: 'step' is a int; save it again with tensors only"),
+        (
+            b"(" + named("net", odd) + named("epoch", b"I3\n") + b"d",
+            "none: in 'net' 'step' is a int",
+        ),
+        (b"(cnets\nNet\no", "holds a whole object of the class nets.Net, no state dict"),
+    ):
+        for read in (load_state_dict, state_dicts_in):
+            with pytest.raises(ValueError, match=message):
+                read(raw(path, pickled, [RAMP[:2]]))
+
+
+def test_all_state_dicts_of_a_file(tmp_path):
+    one, two = {"module.w": ("FloatStorage", RAMP[:2])}, {"w": ("FloatStorage", RAMP[2:4])}
+    path = archive(tmp_path / "c.pt", {"model": one, "ema": two})
+    found = state_dicts_in(path)
+    assert list(found) == ["model", "ema"]
+    equal(found["model"], {"w": RAMP[:2]})
+    equal(state_dicts_in(archive(path, {"": two}))[""], {"w": RAMP[2:4]})
+    # As DDPMs are trained: (model, optimizer, epoch, step, averages).
+    states = [
+        b"(" + named("w", tensor_opcodes(key, 2, "FloatStorage")) + b"d" for key in ("0", "1")
+    ]
+    trained = b"(" + states[0] + b"}I1\nI2\n" + states[1] + b"l"
+    found = state_dicts_in(raw(path, trained, [RAMP[:2], RAMP[2:4]]))
+    assert list(found) == ["model", "ema"]
+    equal(found["ema"], {"w": RAMP[2:4]})
+    equal(load_state_dict(path, "model"), {"w": RAMP[:2]})
+    safetensors.numpy.save_file(STATE, tmp_path / "c.safetensors")
+    assert list(state_dicts_in(tmp_path / "c.safetensors")) == [""]
 
 
 def test_a_state_dict_with_something_else_in_it_is_not_passed_over(tmp_path):
@@ -145,6 +201,8 @@ def test_a_state_dict_with_something_else_in_it_is_not_passed_over(tmp_path):
             ValueError, match=r"'state_dict' is no state dict .*: 'step' is a int; save"
         ):
             load_state_dict(path, entry)
+    with pytest.raises(ValueError, match=r"'state_dict' is no state dict .*: 'step' is a int"):
+        state_dicts_in(path)
     np.testing.assert_array_equal(load_state_dict(path, "ema")["w"], [0, 1])
     empty = (
         b"("
@@ -170,6 +228,10 @@ def test_a_file_is_known_by_its_content(tmp_path):
     zipped = tmp_path / "model.pth"
     zipped.write_bytes((FIXTURES / "zip.pt").read_bytes())
     assert list(load_state_dict(zipped))[0] == "0.weight"
+    for name in FORMATS:
+        named = tmp_path / "model.safetensors"
+        named.write_bytes((FIXTURES / f"{name}.pt").read_bytes())
+        assert list(load_state_dict(named))[0] == "0.weight"
 
 
 def test_a_folder_of_one_model(tmp_path):
@@ -234,6 +296,7 @@ def test_shards(tmp_path):
     [
         (b"<!DOCTYPE html><html>quota exceeded</html>", "is a web page, not weights"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b'{"error": "not found"}', "is text, not weights"),
         (b"", "is empty"),
     ],
 )

@@ -10,6 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
+from qdiff_jax.runtime.state_dicts import load_state_dict
 from qdiff_jax.runtime.torch_files import load_torch
 from qdiff_jax.runtime.torch_pickle import Unknown
 
@@ -117,11 +118,11 @@ def numbers(*values):
     return b"(" + b"".join(f"I{v}\n".encode() for v in values) + b"t"
 
 
-def tensor(offset, size, stride, count=4, storage="FloatStorage"):
+def tensor(offset, size, stride, count=4, storage="FloatStorage", bits=b""):
     entry = f"(X\x07\0\0\0storagectorch\n{storage}\n".encode() + text("0") + text("cpu")
     entry += f"I{count}\ntQ".encode()
     place = (f"I{offset}\n".encode(), numbers(*size), numbers(*stride))
-    return call("torch._utils", "_rebuild_tensor_v2", entry, *place, b"I00\n", b"N")
+    return call("torch._utils", "_rebuild_tensor_v2", entry, *place, b"I00\n", b"N", bits)
 
 
 def test_a_resolved_function_cannot_be_a_payload(tmp_path):
@@ -161,6 +162,63 @@ def test_tensors_stay_within_their_storage(tmp_path):
         load_torch(archive(path, tensor(0, (1,), (1,), storage="QInt8Storage") + b"."))
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_negation_and_conjugation_that_torch_left_undone(later, tmp_path):
+    """The bits beside a tensor; those of another name are no checkpoint's."""
+    values = (RAMP[:4] + 1j).astype(np.complex64)
+    for bits, expected in (
+        ({"neg": True}, -values),
+        ({"conj": True}, values.conj()),
+        ({"neg": True, "conj": True}, -values.conj()),
+        ({"neg": False}, values),
+    ):
+        state = b"}" + b"".join(
+            text(k) + (b"I01\n" if v else b"I00\n") + b"s" for k, v in bits.items()
+        )
+        pickled = tensor(0, (4,), (1,), storage="ComplexFloatStorage", bits=state) + b"."
+        found = load_torch(archive(tmp_path / "t.pt", pickled, values.tobytes()), later)
+        np.testing.assert_array_equal(found.read() if later else found, expected, strict=True)
+    other = tensor(0, (1,), (1,), bits=b"}" + text("upside down") + b"I01\ns") + b"."
+    with pytest.raises(ValueError, match="cannot be read as a torch checkpoint"):
+        load_torch(archive(tmp_path / "t.pt", other))
+
+
+def test_what_is_whole_and_not_read_is_not_called_damaged(tmp_path):
+    entry = b"(" + text("storage") + b"ctorch.storage\nUntypedStorage\n" + text("0") + text("cpu")
+    place = (b"I0\n", numbers(4), numbers(1), b"I00\n", b"N", b"ctorch\nfloat8_e4m3fn\n")
+    float8 = call("torch._utils", "_rebuild_tensor_v3", entry + b"I16\ntQ", *place) + b"."
+    with pytest.raises(ValueError, match="tensors of torch.float8_e4m3fn are not supported") as e:
+        load_torch(archive(tmp_path / "t.pt", float8))
+    assert "again" not in str(e.value)
+    # A whole module: sequences of pickles keep its source beside its class.
+    module = b"(" + text("module") + b"cnets\nNet\n" + text("net.py") + text("code") + b"tQ)\x81."
+    with pytest.raises(ValueError, match="holds a whole object of the class nets.Net, no state"):
+        load_state_dict(legacy(tmp_path / "t.pt", b"\x80\x02" + module))
+
+
+def test_a_pickle_cannot_ask_for_memory_by_a_number(tmp_path):
+    """Ten bytes would take gigabytes."""
+    for opcode in (b"r\xff\xff\xff\x07", b"p134217727\n"):
+        for write in (archive, legacy):
+            with pytest.raises(ValueError, match="impossible number 134217727"):
+                load_torch(write(tmp_path / "t.pt", b"\x80\x02N" + opcode + b"."))
+
+
+def test_flipped_bits_are_one_sentence(tmp_path):
+    """Whatever zipfile and the operating system make of them."""
+    path = archive(tmp_path / "t.pt", tensor(0, (4,), (1,)) + b".")
+    whole, said = path.read_bytes(), []
+    for place in range(len(whole)):
+        flipped = bytes([whole[place] ^ (1 << place % 8)])
+        path.write_bytes(whole[:place] + flipped + whole[place + 1 :])
+        try:
+            np.asarray(load_torch(path, later=True).read())
+        except ValueError as error:
+            said.append(str(error))
+    assert len(whole) / 2 < len(said) < len(whole)
+    assert all(message.endswith("again.") for message in said)
+
+
 def test_storages_of_the_other_byte_order(tmp_path):
     path = archive(
         tmp_path / "t.pt", tensor(0, (4,), (1,)) + b".", RAMP[:4].astype(">f4").tobytes()
@@ -179,6 +237,16 @@ def test_storages_of_the_other_byte_order(tmp_path):
         (struct.pack("<Q", 40) + b'{"a":{"dtype":"F32"}}', "safetensors"),
         (b"\0" * 257 + b"ustar" + b"\0" * 300, "tar format"),
         (b"", "is empty"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "web page"),
+        ("<!DOCTYPE html>".encode("utf-16"), "web page"),
+        ("<head>".encode("utf-16-le"), "web page"),
+        (b"<!-- proxy --><script>", "web page"),
+        (b"<title>Acc\xe8s refus\xe9", "web page"),
+        (b"<Error><Code>AccessDenied</Code>", r"web page.* \('<Error><Code>AccessDenied</Code>'\)"),
+        (b'{"error": {"code": 404}}', r"is text, not weights: it begins '\{\"error"),
+        (b"Entry not found", "is text, not weights: it begins 'Entry not found'; if that"),
+        ("Zugriff verweigert: ü".encode() * 40, r"begins 'Zugriff .*\.\.\.'; if"),
+        (b"404", "is text, not weights"),
         (b"\x89PNG\r\n", "cannot be read as a torch checkpoint"),
         (pickle.dumps({"a": 1}), "cannot be read as a torch checkpoint"),
     ],

@@ -13,7 +13,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from qdiff_jax.models.port.looks import looks_like
 
 
 def _same(tensor: np.ndarray) -> np.ndarray:
@@ -83,11 +86,13 @@ def port_parameters(
 
     Raises:
       ValueError: one message that lists every tensor without a row, every parameter without a tensor,
-        every parameter that two tensors claim, and every shape that differs.
+        every parameter that two tensors claim, every shape that differs, every tensor that is not of
+        real floating-point numbers (an 8-bit checkpoint) and every one with values that are not finite
+        in float32. Before a long list it says what the tensors look like, and how many are wrong.
     """
     wanted = dict(_leaves(shapes))
     found: dict[str, tuple[str, np.ndarray]] = {}
-    unmapped, doubled, misshapen = [], [], []
+    unmapped, doubled, misshapen, untyped, infinite = [], [], [], [], []
     for key, tensor in tensors.items():
         if any(re.fullmatch(pattern, key) for pattern in table.drops):
             continue
@@ -99,8 +104,13 @@ def port_parameters(
         if path in found:
             doubled.append(f"{path} from {found[path][0]} and {key}")
             continue
-        value = layout(np.asarray(tensor))
+        given = np.asarray(tensor)
+        value = layout(given)
         found[path] = (key, value)
+        if not jnp.issubdtype(given.dtype, np.floating):
+            untyped.append(f"{key} ({given.dtype})")
+        elif not _all_finite(given):
+            infinite.append(key)
         if value.shape != tuple(wanted[path].shape):
             misshapen.append(f"{key} {np.shape(tensor)} for {path} {tuple(wanted[path].shape)}")
     unfilled = [path for path in wanted if path not in found]
@@ -109,11 +119,16 @@ def port_parameters(
         ("parameters without a tensor", unfilled),
         ("parameters with two tensors", doubled),
         ("tensors of another shape", misshapen),
+        ("tensors that are not of floating-point numbers (quantized before?)", untyped),
+        ("tensors with NaN or infinite values", infinite),
     )
-    if any(items for _, items in wrong):
-        said = "; ".join(
-            f"{len(items)} {what}: {', '.join(items)}" for what, items in wrong if items
-        )
+    wrong = [(what, items) for what, items in wrong if items]
+    if wrong:
+        said = "; ".join(f"{len(items)} {what}: {', '.join(items)}" for what, items in wrong)
+        if sum(len(items) for _, items in wrong) > _FEW:
+            counts = ", ".join(f"{len(items)} {what}" for what, items in wrong)
+            looks = looks_like({key: np.shape(tensor) for key, tensor in tensors.items()})
+            said = f"{f'it looks like {looks}; ' if looks else ''}{counts}. All of them: {said}"
         raise ValueError(f"{source} does not fit this model: {said}.")
     tree: dict = {}
     for path, (_, value) in found.items():
@@ -123,6 +138,19 @@ def port_parameters(
             node = node.setdefault(parent, {})
         node[leaf] = value.astype(np.float32, copy=False)
     return tree
+
+
+# How many wrong tensors are listed at once, without a summary.
+_FEW = 8
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether all are finite in float32, without an array of their size."""
+    if not values.size:
+        return True
+    with np.errstate(over="ignore"):
+        bounds = np.array([values.min(), values.max()]).astype(np.float32)
+    return bool(np.isfinite(bounds).all())
 
 
 def our_place(table: Table, key: str):

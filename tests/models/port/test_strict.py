@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qdiff_jax.models.port import unet_ddpm, unet_ldm_diffusers
+from qdiff_jax.models.port.looks import look_of, looks_like
 from qdiff_jax.models.port.strict import (
     Row,
     Table,
@@ -103,6 +104,51 @@ def test_one_error_lists_all_that_does_not_fit():
     double = Table((Row(r"(down\.\d)\.(?:q|other)", r"\1/q", "dense"), *TABLE.rows), TABLE.drops)
     with pytest.raises(ValueError, match=r"two tensors: down_0/q/kernel from down.0.q.weight and"):
         port_parameters(state(**{"down.0.other.weight": (4, 2)}), double, shapes())
+
+
+def test_a_long_list_begins_with_what_the_tensors_look_like():
+    other = test_dit_port.official()
+    other["odd\nname"] = np.zeros(3)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        port_parameters(other, TABLE, shapes(), source="m.ckpt")
+    begin = (
+        f"m.ckpt does not fit this model: it looks like a DiT in official names (width 96, 3 blocks); "
+        f"{len(other)} tensors without a parameter, 7 parameters without a tensor. All of them: "
+    )
+    assert str(error.value).startswith(begin)
+    assert all(key in str(error.value) for key in other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.astype(np.int8), r"1 tensors that are not of .*: down.0.q.weight \(int8\)\."),
+        (lambda w: w > 0, r"1 tensors that are not of .*: down.0.q.weight \(bool\)\."),
+        (lambda w: w + 1j, r"1 tensors that are not of .*: down.0.q.weight \(complex128\)\."),
+        (lambda w: np.where(w < w.max(), w, np.nan), "1 tensors with NaN .*: down.0.q.weight."),
+        (lambda w: np.where(w < w.max(), w, -np.inf), "1 tensors with NaN .*: down.0.q.weight."),
+        (lambda w: 1e300 * w, "1 tensors with NaN .*: down.0.q.weight."),  # beyond float32
+    ],
+)
+def test_values_that_are_no_weights_are_refused(change, message):
+    torch = state()
+    torch["down.0.q.weight"] = change(torch["down.0.q.weight"])
+    torch["betas"] = np.array([np.nan])  # dropped
+    with pytest.raises(ValueError, match=message):
+        port_parameters(torch, TABLE, shapes())
+
+
+def test_networks_are_told_apart_by_their_names():
+    sd = ldm_cases.state_dict("text")
+    assert look_of(sd).families == ("unet_ldm",)
+    assert looks_like({key: value.shape for key, value in sd.items()}).startswith(
+        "a U-Net with cross-attention, as Stable Diffusion's, in diffusers' layout (width "
+    )
+    assert set(look_of(ldm_cases.state_dict("ddpm")).families) == {"unet_ddpm", "unet_ldm"}
+    assert look_of(test_dit_port.as_diffusers(test_dit_port.official())).layout == "diffusers"
+    assert look_of(test_pixart.official("sigma")).families == ("pixart",)
+    assert look_of({"odd.weight": 0}) is None
+    assert looks_like({"odd.weight": (3,)}) == ""
 
 
 def test_ported_denoisers_lie_on_the_device_as_the_other_networks_do():
