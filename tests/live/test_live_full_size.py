@@ -167,7 +167,7 @@ def test_a_unet(name, folder):
     x = draw(f"live {name}", 2, model.config.in_channels, side, side)
     saved(model, folder)
     expected, floor = both(model, unet_call(x, y))
-    del model  # its float64 passed 7 GB; ours comes after
+    del model  # up to 7 GB in float64
     component = load_component(folder)
     assert component.config == published(name)
     assert parameters(component) == count
