@@ -123,13 +123,29 @@ UNETS = {
         64,
         552_814_086,
     ),
+    # A class is a context of one token, whose table diffusers keeps outside the U-Net.
+    "cin256-v2": (
+        "UNet2DConditionModel",
+        dict(
+            sample_size=64,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(192, 384, 576, 960),
+            cross_attention_dim=512,
+            attention_head_dim=1,  # heads, in this class
+            **text_blocks(False, True, True, True),
+        ),
+        draw("class", 2, 1, 512),
+        32,
+        400_920_579,
+    ),
     "sd-v1-4": (
         "UNet2DConditionModel",
         dict(
             sample_size=64,
             block_out_channels=(320, 640, 1280, 1280),
             cross_attention_dim=768,
-            attention_head_dim=8,  # heads, in this class
+            attention_head_dim=8,
             **text_blocks(True, True, True, False),
         ),
         draw("context", 2, 77, 768),
@@ -152,12 +168,14 @@ def parameters(component):
 
 
 def published(name):
-    """A folder says nothing of dropout, and names the levels with attention in the order of the levels."""
-    config = PUBLISHED[name].network
-    if not hasattr(config, "attention_downsampling"):
-        return dataclasses.replace(config, dropout=0.0)
-    levels = tuple(sorted(config.attention_downsampling))
-    return dataclasses.replace(config, dropout=0.0, attention_downsampling=levels)
+    """As a folder tells it: no dropout, no classes beside a context, attention in the order of the levels."""
+    config = dataclasses.replace(PUBLISHED[name].network, dropout=0.0)
+    if getattr(config, "context_dim", None) is not None:
+        config = dataclasses.replace(config, num_classes=None, context_length=77)
+    if hasattr(config, "attention_downsampling"):
+        levels = tuple(sorted(config.attention_downsampling))
+        config = dataclasses.replace(config, attention_downsampling=levels)
+    return config
 
 
 @pytest.mark.parametrize("name", UNETS)
