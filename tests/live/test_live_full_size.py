@@ -18,7 +18,7 @@ deviations of 0.4 to 1.2):
 | sd-v1-4             |     166 | 10.1 | 3.9e-06 | 1.2e-05 | 1.6e-05 |
 | DiT-XL-2, official  |     101 |  8.9 | 5.0e-06 | 1.4e-05 | 1.1e-05 |
 | DiT-XL-2, diffusers |      85 |  8.9 | 3.7e-06 | 1.2e-05 | 3.9e-05 |
-| PixArt-XL-2-1024-MS |     131 |  7.4 | 1.0e-05 | 1.8e-05 | 1.5e-05 |
+| PixArt-XL-2-1024-MS |      74 |  7.4 | 5.0e-06 | 1.7e-05 | 1.5e-05 |
 
 First stages, both in one process of 44 s and 2.4 GiB, largest difference and its limit: KL-f8 encoder 3.2e-6
 (1.4e-5), decoder 5.6e-6 (4.7e-5); VQ-f4 encoder 5.3e-6 (3.4e-5), decoder 4.1e-6 (2.8e-5).
