@@ -13,7 +13,7 @@ import qdiff_jax
 
 _PACKAGE = pathlib.Path(qdiff_jax.__file__).resolve().parent
 _HERE = pathlib.Path(__file__).resolve().parent
-OURS = (_PACKAGE, _HERE, _HERE.parent / "configs")
+_OURS = (_PACKAGE, _HERE, _HERE.parent / "configs")
 
 
 def sentence_of(error: BaseException) -> str | None:
@@ -25,10 +25,12 @@ def sentence_of(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename:
         return str(error)
     raised = traceback.extract_tb(error.__traceback__)
-    if not raised or not raised[-1].line.startswith("raise "):
+    if isinstance(error, AssertionError) or not raised:
+        return None
+    if not (raised[-1].line or "").startswith("raise "):
         return None
     last = pathlib.Path(raised[-1].filename).resolve()
-    return str(error) if any(last.is_relative_to(folder) for folder in OURS) else None
+    return str(error) if any(last.is_relative_to(folder) for folder in _OURS) else None
 
 
 def run(main: Callable[[list[str]], None]) -> None:

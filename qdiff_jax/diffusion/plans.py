@@ -8,7 +8,8 @@ the schedule (how strongly the network's error enters the next state) are read o
 Step index j is the position on the ascending grid of timesteps; `alpha_bar_prev(j)` is
 `alpha_bar[timesteps[j - 1]]`, and what follows the last visited step (j = 0) is an option: "one"
 (alpha_bar = 1, a clean image; DDIM, diffusers with `set_alpha_to_one`) or "first" (alpha_bar of
-training timestep 0; the latent diffusion code).
+training timestep 0; the latent diffusion code). A `stride` (`alpha_bars`) makes it
+alpha_bar[timesteps[j] - stride] instead.
 """
 
 from __future__ import annotations
@@ -95,15 +96,18 @@ def alpha_bars(
     """(alpha_bar, alpha_bar_prev) on the grid, float64; distinct names who cannot repeat a step.
 
     stride: alpha_bar_prev is that of timesteps[j] - stride, or `final`'s below 0, whatever the grid's next
-    timestep is. Raises ValueError for a stride below 1, and as `check_grid`.
+    timestep is; such a grid cannot repeat a step. Raises ValueError for a stride that is no positive integer,
+    and as `check_grid`.
     """
-    timesteps = check_grid(timesteps, final, distinct)
+    if stride is not None and (stride < 1 or stride != int(stride)):
+        raise ValueError(
+            f"stride must be a positive integer, or None for the grid's own, got {stride}."
+        )
+    timesteps = check_grid(timesteps, final, distinct if stride is None else "a sampler by strides")
     alpha_bar = alpha_bar_at(schedule, timesteps)
     last = 1.0 if final == "one" else schedule.alpha_bar[0]
     if stride is None:
         return alpha_bar, np.concatenate([[last], alpha_bar[:-1]])
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1, or None for the grid's own, got {stride}.")
     before = timesteps - stride
     return alpha_bar, np.where(before < 0, last, alpha_bar_at(schedule, np.maximum(before, 0)))
 

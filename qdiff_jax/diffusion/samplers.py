@@ -85,10 +85,10 @@ def ddim(
     c_j = sqrt(1 - a_prev - sigma_j^2) - sqrt(a_prev (1 - a) / a), for "v" times sqrt(a).
     prediction: what the network returns, "eps" or "v" (`plans.eps_slope`).
     stride: None, each step ends where the next begins. diffusers' DDIMScheduler instead always steps by
-    T // S, which is another thing on "linspace" and on a "trailing" grid that S does not divide (0.04 to 0.1 of
-    the sample with 7 to 10 steps); `stride=T // S` is its trajectory.
-    ValueError: a descending or empty grid, timesteps off the schedule, negative eta, a stride below 1, unknown
-    `final` or prediction.
+    T // S, which is another thing on "linspace", and on "trailing" where S does not divide T; `stride=T // S`
+    is its trajectory.
+    ValueError: a descending or empty grid, timesteps off the schedule, negative eta, a stride that is no
+    positive integer, a grid that repeats a timestep with a stride, unknown `final` or prediction.
     """
     rows = ddim_rows(
         schedule, timesteps, eta=eta, final=final, prediction=prediction, stride=stride

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -25,29 +24,16 @@ from qdiff_jax.models.families import model_json
 from qdiff_jax.models.miniature_pipelines import miniature_pipeline
 from qdiff_jax.models.pipeline import FirstStage, Pipeline, TextEncoder, conditions
 from qdiff_jax.models.places import Place, beside, find_place, part_of
-from qdiff_jax.models.port import dit, pixart, unet_ddpm, unet_ldm, unet_ldm_diffusers
+from qdiff_jax.models.port import pixart
 from qdiff_jax.models.port.clip import text_params
 from qdiff_jax.models.port.first_stage import first_stage_params
-from qdiff_jax.models.port.looks import look_of
 from qdiff_jax.models.port.t5 import t5_config, t5_params
 from qdiff_jax.models.published import PUBLISHED, Published
+from qdiff_jax.models.released_layouts import parameters, read_network
 from qdiff_jax.models.t5_tokenizer import load_t5_tokenizer
-from qdiff_jax.runtime.state_dicts import load_config, load_state_dict, state_dicts_in
-from qdiff_jax.runtime.torch_state_dicts import AVERAGES, NAMES, WEIGHTS
+from qdiff_jax.runtime.state_dicts import load_config, load_state_dict
 
 _STAGE_IN_MODEL, _TEXT_IN_MODEL = "first_stage_model.", "cond_stage_model.transformer."
-
-# family -> {layout, as `port.looks` calls it: parameters of its state dict}.
-_LAYOUTS: Mapping[str, Mapping[str, Callable]] = {
-    "unet_ddpm": {"native": unet_ddpm.from_native, "diffusers": unet_ddpm.from_diffusers},
-    "unet_ldm": {
-        "CompVis": unet_ldm.from_native,
-        "native": unet_ldm.from_native,
-        "diffusers": unet_ldm_diffusers.from_diffusers,
-    },
-    "dit": {"native": dit.from_official, "diffusers": dit.from_diffusers},
-    "pixart": {"native": pixart.from_official, "diffusers": pixart.from_diffusers},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +41,10 @@ class Parts:
     """What a published pipeline is made of, beside its model's place.
 
     network: a name of `published.PUBLISHED`; "" for a model of this project (shipped, trained, random).
-    average: take the moving averages that the model's file keeps beside its weights, and not these; a file that
-    is the averages, as released ones are, has none beside it. first_stage, text,
-    vocabulary: places of the other parts; "" where the model's own file or folder has them. folder: where
-    relative places are looked for besides the working directory.
+    average: use the moving averages that the model's file holds beside the weights, instead of the weights; a
+    released file that holds averages alone is loaded with False. first_stage, text, vocabulary: places of the
+    other parts; "" where the model's own file or folder has them. folder: where relative places are looked
+    for besides the working directory.
     """
 
     network: str = ""
@@ -96,26 +82,23 @@ def load_pipeline(
     if diffusion is not None:
         _check_network(row, diffusion, parts.network)
     path = part_of(place, ("unet", "transformer"), "network") if place.is_pipeline else place.path
-    tensors, layout, entry = _state_dict(row, path, parts)
-    whole = None if place.is_pipeline else tensors
-    if layout == "CompVis":
-        inside = parts.average and entry not in AVERAGES
-        tensors, _ = unet_ldm.unet_tensors(tensors, row.network, ema=inside, source=path)
+    read = read_network(path, row.network, parts.network, average=parts.average)
+    whole = None if place.is_pipeline else read.whole
     # The smallest first: what is missing is said before the network is read.
     stage = _first_stage(row, place, whole, parts)
     text = None if row.text is None else _text(row, place, whole, parts)
-    read = {"first_stage_sha256": stage, "text_sha256": text}
-    digests = {name: fingerprint(part.params) for name, part in read.items() if part is not None}
+    others = {"first_stage_sha256": stage, "text_sha256": text}
+    digests = {name: fingerprint(part.params) for name, part in others.items() if part is not None}
     if diffusion is None:
-        params = _LAYOUTS[_family(row)][layout](tensors, row.network, path)
+        params = parameters(read, row.network, path)
         source = {"name": parts.network, "sha256": fingerprint(params), "schedule": row.schedule}
         diffusion = registry.assembled(row.network, params, source)
     made = _checked(Pipeline(diffusion, stage, text, digests), model)
     # diffusers encodes the empty prompt, and reads it under its own mask.
-    if not row.null_caption or layout != "native":
+    if not row.null_caption or read.layout != "native":
         return made
     if row.null_caption == "learned":
-        return made._replace(null_caption=pixart.null_caption(tensors, path))
+        return made._replace(null_caption=pixart.null_caption(read.tensors, path))
     return made._replace(null_caption=conditions(made, [""])["context"][0])
 
 
@@ -174,64 +157,6 @@ def _check_parts(row: Published, parts: Parts) -> None:
     ):
         if getattr(parts, name) and has is None:
             raise ValueError(f"{parts.network} has no {name}; leave {name} empty.")
-
-
-def _state_dict(row: Published, path: Any, parts: Parts) -> tuple[Mapping, str, str]:
-    """The weights or the moving averages of a file, their layout, and the entry where they lie.
-
-    Averages are an entry of their own in training checkpoints, and further tensors in CompVis's.
-    """
-    found = state_dicts_in(path)
-    known = {entry: found[entry] for entry in NAMES if entry in found} or found
-    # A file of another family is called that, whatever is wrong with its entries.
-    layout = _layout(row, next(iter(known.values())), path, parts.network)
-    weights = [entry for entry in WEIGHTS if entry in found]
-    averages = [entry for entry in AVERAGES if entry in found]
-    if not weights and not averages and len(found) == 1:
-        weights = list(found)
-    names = ", ".join(map(repr, found))
-    if not weights and not averages:
-        raise ValueError(
-            f"{path} has several state dicts ({names}), none of them under {WEIGHTS[1]!r} or "
-            f"{WEIGHTS[2]!r}; save the one that is meant in a file of its own."
-        )
-    if parts.average and not averages and layout != "CompVis":
-        raise ValueError(
-            f"{path} holds one set of weights and no moving averages: take the whole checkpoint, or set "
-            "average=False if these are the averages."
-        )
-    if not parts.average and not weights:
-        raise ValueError(
-            f"{path} holds moving averages ({names}) and no weights beside them: set average=True."
-        )
-    entry = averages[0] if parts.average and averages else weights[0]
-    return found[entry], _layout(row, found[entry], path, parts.network), entry
-
-
-def _family(row: Published) -> str:
-    return model_json(row.network)["family"]
-
-
-def _layout(row: Published, tensors: Mapping, path: Any, network: str) -> str:
-    """The layout of a state dict of the family. Raises ValueError if it is none, naming the one it is."""
-    family, look = _family(row), look_of(tensors)
-    if look is not None and family in look.families:
-        return look.layout
-    if any(key.startswith("model_ema.") for key in tensors):
-        raise ValueError(
-            f"{path} has moving averages and not the weights that they are of, by whose names they are told "
-            "apart; take the whole checkpoint."
-        )
-    if look is None:
-        said = "has tensors of no network that is known here"
-    elif look.families:
-        said = f"is of the family {' or '.join(look.families)}: it looks like {look.text}"
-    else:
-        said = f"looks like {look.text}"
-    raise ValueError(
-        f"{path} {said} (such as {next(iter(tensors), 'none')}), and {network} is of the family {family}; "
-        "give its file, or name the network that this file holds."
-    )
 
 
 def _first_stage(

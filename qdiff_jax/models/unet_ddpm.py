@@ -31,7 +31,8 @@ _DOWNSAMPLE = Operator("conv", (2, 2), ((0, 1), (0, 1)))
 class UNetConfig:
     """Sizes of the network. The published CIFAR-10 model is `UNetConfig.cifar10()`.
 
-    multipliers: channel multiplier per resolution, highest first. attention_resolutions: side lengths
+    multipliers: channel multiplier per resolution, highest first; a fraction where the product is a whole
+    number. attention_resolutions: side lengths
     with attention after each residual block (the middle always has one). num_classes: None for an
     unconditional model; otherwise classes 0..num_classes-1 and the null class num_classes.
     dtype: "float32" or "bfloat16", the compute type; parameters are float32.
@@ -61,12 +62,19 @@ class UNetConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels per resolution, highest first."""
-        return tuple(int(self.channels * multiplier) for multiplier in self.multipliers)
+        return tuple(round(self.channels * multiplier) for multiplier in self.multipliers)
 
     def __post_init__(self):
+        for multiplier, width in zip(self.multipliers, self.widths):
+            if abs(self.channels * multiplier - width) > 1e-6:
+                raise ValueError(
+                    f"channels={self.channels} times the multiplier {multiplier} is no whole number."
+                )
         for width in (self.channels, *self.widths):
             if width % self.groups:
-                raise ValueError(f"groups={self.groups} must divide every width, {width} too.")
+                raise ValueError(
+                    f"groups={self.groups} must divide every width, and {width} is not divisible by it."
+                )
         if self.resolution % 2 ** (len(self.multipliers) - 1):
             raise ValueError(
                 f"resolution={self.resolution} must be divisible by "

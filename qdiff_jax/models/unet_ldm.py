@@ -92,7 +92,7 @@ class UNetLDMConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels per resolution, highest first."""
-        return tuple(int(self.channels * multiplier) for multiplier in self.multipliers)
+        return tuple(round(self.channels * multiplier) for multiplier in self.multipliers)
 
     def heads_of(self, width: int) -> int:
         """How many heads an attention of this many channels has."""

@@ -14,7 +14,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 - safetensors reads bfloat16 only where NumPy knows that type
@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from qdiff_jax.runtime.not_weights import refuse_other_files
 from qdiff_jax.runtime.torch_files import is_safetensors, is_torch
-from qdiff_jax.runtime.torch_pickle import Deferred
 from qdiff_jax.runtime.torch_state_dicts import torch_state_dict, torch_state_dicts
+from qdiff_jax.runtime.torch_storages import Deferred
 
 # What Hugging Face calls the weights in a model's folder; the first one there is taken.
 FOLDER_FILES = (
@@ -33,6 +33,7 @@ FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
@@ -82,17 +83,24 @@ def load_state_dict(path, entry: str | None = None) -> dict[str, LazyTensor]:
     return _named(_safetensors(path))
 
 
-def state_dicts_in(path) -> dict[str, dict[str, LazyTensor]]:
-    """All the state dicts of a weights file or folder by their entries, "" where the file itself is one.
+class StateDicts(NamedTuple):
+    """found: tensors by entry, "" where the file itself is a state dict. odd: of the names in
+    `torch_state_dicts.WEIGHTS` and `AVERAGES`, those with something else under them: what, in words."""
 
-    path, prefixes and what raises: as of `load_state_dict`, but that there may be several; and an entry
-    of `torch_state_dicts.NAMES` that has something else in it.
+    found: dict[str, dict[str, LazyTensor]]
+    odd: Mapping[str, str]
+
+
+def state_dicts_in(path) -> StateDicts:
+    """All the state dicts of a weights file or folder.
+
+    path, prefixes and what raises: as of `load_state_dict`, but that there may be several.
     """
     place, kind = _place(path)
     if kind != "torch":
-        return {"": load_state_dict(place)}
-    found = torch_state_dicts(place)
-    return {entry: _named(_lazy_all(tensors)) for entry, tensors in found.items()}
+        return StateDicts({"": load_state_dict(place)}, {})
+    found, odd = torch_state_dicts(place)
+    return StateDicts({entry: _named(_lazy_all(tensors)) for entry, tensors in found.items()}, odd)
 
 
 def _place(path) -> tuple[pathlib.Path, str]:

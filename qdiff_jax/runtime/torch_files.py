@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from qdiff_jax.runtime.not_weights import refuse_other_files
-from qdiff_jax.runtime.torch_pickle import (
+from qdiff_jax.runtime.torch_pickle import unpickle
+from qdiff_jax.runtime.torch_storages import (
     DTYPES,
     Later,
     NotRead,
     Storage,
     storage_entry,
     storage_values,
-    unpickle,
 )
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -109,9 +109,15 @@ def _read_zip(path: pathlib.Path, later: bool) -> Any:
         names = archive.namelist()
         root = names[0].split("/", 1)[0] if names else ""
         if f"{root}/constants.pkl" in names:
-            raise NotRead("it is a TorchScript archive, not a state dict")
+            raise NotRead(
+                "it is a TorchScript archive, not a state dict; save the state dict of the loaded module"
+            )
         if f"{root}/data.pkl" not in names:
-            raise ValueError("the archive has no data.pkl")
+            shown = ", ".join(names[:3]) or "nothing"
+            raise NotRead(
+                f"it is an archive of files ({shown}), not a checkpoint: unpack it and give the file "
+                "inside or, if it was a checkpoint, download it again"
+            )
         order = "little"
         if f"{root}/byteorder" in names:
             order = _stored(archive, f"{root}/byteorder").decode("ascii")

@@ -17,44 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# bfloat16 has no NumPy type: its 16 bits are the upper half of a float32.
-_BFLOAT16 = "bfloat16"
-DTYPES = {
-    "float64": "f8",
-    "float32": "f4",
-    "float16": "f2",
-    "bfloat16": "u2",
-    "int64": "i8",
-    "int32": "i4",
-    "int16": "i2",
-    "int8": "i1",
-    "uint8": "u1",
-    "uint16": "u2",
-    "uint32": "u4",
-    "uint64": "u8",
-    "bool": "?",
-    "complex64": "c8",
-    "complex128": "c16",
-}
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "UntypedStorage": "uint8",
-}
-
-
-class NotRead(ValueError):
-    """What the file holds is whole, and of a kind that this reader does not read."""
+from qdiff_jax.runtime.torch_storages import (
+    DTYPES,
+    STORAGES,
+    Deferred,
+    Dtype,
+    Later,
+    NotRead,
+    Storage,
+    storage_values,
+)
 
 
 class Unknown:
@@ -93,52 +65,10 @@ class Unknown:
         return f"<{self.path}, not rebuilt>"
 
 
-class _Dtype(NamedTuple):
-    """A torch dtype by name; also the class of its storage."""
+class _Parameter(Unknown):
+    """A parameter as torch before 0.4 saved it, an object around its tensor; `unpickle` leaves the tensor."""
 
-    name: str
-
-
-class Later(NamedTuple):
-    """Values [count] that are read when asked for, anew each time."""
-
-    count: int
-    read: Callable[[], np.ndarray]
-
-
-class Storage(NamedTuple):
-    """The values of one storage; None on the pass that only lists what the file holds."""
-
-    dtype: str
-    values: np.ndarray | Later | None
-
-
-class Deferred(NamedTuple):
-    """A tensor that `read` reads from its file, anew each time. dtype: torch's name of it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-
-def storage_values(raw: bytes, dtype: str, order: str) -> np.ndarray:
-    """The numbers of a storage, [N], in this machine's byte order."""
-    kind = np.dtype(DTYPES[dtype])
-    values = np.frombuffer(raw, kind.newbyteorder("<" if order == "little" else ">"))
-    values = values.astype(kind, copy=False)
-    if dtype == _BFLOAT16:
-        values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values
-
-
-def storage_entry(pid) -> tuple[str, str, int]:
-    """(dtype, key, length) of ("storage", class, key, location, length, ...)."""
-    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-        raise ValueError(f"{pid!r} is no reference to a storage")
-    _, storage, key, _, count = pid[:5]
-    if not isinstance(storage, _Dtype):
-        raise NotRead(f"storages of {getattr(storage, 'path', storage)} are not supported")
-    return storage.name, key, count
+    path = "torch.nn.parameter.Parameter"
 
 
 def _rebuild_tensor(storage, offset, size, stride, *_unused):
@@ -169,6 +99,9 @@ def _rebuild_tensor_v2(storage, offset, size, stride, _grad, _hooks, bits=None):
     """bits: {"neg": ..., "conj": ...}, whether the values are to be negated or conjugated, which torch
     leaves undone until they are used, and undone in the file too."""
     tensor = _rebuild_tensor(storage, offset, size, stride)
+    unknown = sorted(set(bits or {}) - set(_BITS))
+    if unknown:
+        raise NotRead(f"tensors marked {unknown[0]!r} are not supported; save them anew without it")
     functions = [_BITS[name] for name, is_set in (bits or {}).items() if is_set]
     if tensor is None or not functions:
         return tensor
@@ -189,7 +122,7 @@ def _applied(functions, values):
 
 def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, bits=None):
     """Tensors whose storage is bytes and whose dtype stands beside it."""
-    if not isinstance(dtype, _Dtype):
+    if not isinstance(dtype, Dtype):
         raise NotRead(
             f"tensors of {getattr(dtype, 'path', dtype)} are not supported; save them as float32"
         )
@@ -248,10 +181,11 @@ _GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_parameter": _Function(_first),
     "torch._utils._rebuild_parameter_with_state": _Function(_first),
     "torch._tensor._rebuild_from_type_v2": _Function(_as_called),
-    "torch.storage.UntypedStorage": _Dtype("uint8"),
+    "torch.nn.parameter.Parameter": _Parameter,
+    "torch.storage.UntypedStorage": Dtype("uint8"),
     "_codecs.encode": _Function(_encoded),
-    **{f"torch.{name}": _Dtype(dtype) for name, dtype in _STORAGES.items()},
-    **{f"torch.{name}": _Dtype(name) for name in DTYPES},
+    **{f"torch.{name}": Dtype(dtype) for name, dtype in STORAGES.items()},
+    **{f"torch.{name}": Dtype(name) for name in DTYPES},
     **{
         f"{module}.{container.__name__}": container
         for module in ("builtins", "__builtin__")
@@ -290,7 +224,18 @@ def unpickle(file, storage: Callable[[tuple], Storage]) -> Any:
     whatever `pickle` raises on a broken file.
     """
     _check_memo(file)
-    return _Unpickler(file, storage).load()
+    return _without_parameters(_Unpickler(file, storage).load())
+
+
+def _without_parameters(value: Any, depth: int = 3) -> Any:
+    """State dicts lie at the top, in an entry of it or in a list of such."""
+    if isinstance(value, _Parameter) and value.args:
+        return value.args[0]
+    if depth and isinstance(value, dict | list):
+        for key, held in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(held, _Parameter | dict | list):
+                value[key] = _without_parameters(held, depth - 1)
+    return value
 
 
 def _check_memo(file) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from qdiff_jax.runtime.torch_files import load_torch
-from qdiff_jax.runtime.torch_pickle import Deferred, Unknown
+from qdiff_jax.runtime.torch_pickle import Unknown
+from qdiff_jax.runtime.torch_storages import Deferred
 
 # Where checkpoints of training keep their weights ("" is the file itself), and the averages of these.
 WEIGHTS, AVERAGES = ("", "state_dict", "model"), ("ema", "state_dict_ema")
-NAMES = (*WEIGHTS, *AVERAGES)
 
 
 def torch_state_dict(path: pathlib.Path, entry: str | None) -> Mapping[str, Deferred]:
@@ -19,53 +19,62 @@ def torch_state_dict(path: pathlib.Path, entry: str | None) -> Mapping[str, Defe
     checkpoint = _torch_mapping(path)
     inside = _entries(checkpoint)
     wanted = "state_dict" if entry is None else entry
-    if (
-        wanted in checkpoint
-        and wanted not in inside
-        and not isinstance(checkpoint[wanted], Deferred)
-    ):
+    if wanted in inside:
+        return checkpoint[wanted]
+    if wanted in checkpoint and not isinstance(checkpoint[wanted], Deferred):
         # Else another entry, such as the moving average, would be taken in its place unsaid.
-        raise ValueError(
-            f"{path}: {wanted!r} is no state dict (named tensors): {_odd(checkpoint[wanted])}."
-        )
-    if entry is None and "state_dict" in inside:
-        entry = "state_dict"
-    if entry is None and _is_state_dict(checkpoint):
-        found = checkpoint
-    elif entry is not None and entry not in inside:
+        raise ValueError(f"{path}: {no_state_dict(wanted, checkpoint[wanted])}.")
+    if entry is not None:
         raise ValueError(
             f"{path} has no state dict under {entry!r}; it has {', '.join(map(repr, inside)) or 'none'}."
         )
-    elif entry is None and len(inside) != 1:
-        if inside:
-            what = (
-                f"several ({', '.join(map(repr, inside))}): say which as `entry`, or save it in a file of "
-                "its own"
-            )
-        else:
-            near = [k for k, v in checkpoint.items() if isinstance(v, Mapping) and _has_tensors(v)]
-            what = f"none: {_odd(checkpoint)}"
-            if near:
-                what = f"none: in {near[0]!r} {_odd(checkpoint[near[0]])}"
-        raise ValueError(f"{path} should hold one state dict (named tensors) and has {what}.")
-    else:
-        found = checkpoint[entry if entry is not None else inside[0]]
-    return found
+    if _is_state_dict(checkpoint):
+        return checkpoint
+    if len(inside) == 1:
+        return checkpoint[inside[0]]
+    if inside:
+        raise ValueError(
+            f"{path} should hold one state dict (named tensors) and has several "
+            f"({', '.join(map(repr, inside))}): say which as `entry`, or save it in a file of its own."
+        )
+    raise ValueError(_none_inside(path, checkpoint))
 
 
-def torch_state_dicts(path: pathlib.Path) -> dict[str, Mapping[str, Deferred]]:
-    """All the state dicts of a file by their entries, "" where the file itself is one.
+class TorchEntries(NamedTuple):
+    """found: the state dicts of a file by their entries, "" where the file itself is one. odd: what else lies
+    under a name of `WEIGHTS` or `AVERAGES`, as `no_state_dict` says it."""
 
-    Raises ValueError if there is none, or for an entry of `NAMES` that has something else in it.
-    """
+    found: dict[str, Mapping[str, Deferred]]
+    odd: dict[str, str]
+
+
+def torch_state_dicts(path: pathlib.Path) -> TorchEntries:
+    """All the state dicts of a file. Raises ValueError if there is none."""
     checkpoint = _torch_mapping(path)
     if _is_state_dict(checkpoint):
-        return {"": checkpoint}
-    inside = _entries(checkpoint)
-    odd = [n for n in NAMES if n not in inside and isinstance(checkpoint.get(n), Mapping)]
-    if odd or not inside:
-        torch_state_dict(path, odd[0] if odd else None)  # raises, and says what there is
-    return {entry: checkpoint[entry] for entry in inside}
+        return TorchEntries({"": checkpoint}, {})
+    found = {entry: checkpoint[entry] for entry in _entries(checkpoint)}
+    odd = {
+        name: no_state_dict(name, checkpoint[name])
+        for name in (*WEIGHTS, *AVERAGES)
+        if name not in found and isinstance(checkpoint.get(name), Mapping | Unknown)
+    }
+    if not found:
+        raise ValueError(
+            f"{path}: {next(iter(odd.values()))}." if odd else _none_inside(path, checkpoint)
+        )
+    return TorchEntries(found, odd)
+
+
+def _none_inside(path: pathlib.Path, checkpoint: Mapping) -> str:
+    near = [k for k, v in checkpoint.items() if isinstance(v, Mapping) and _has_tensors(v)]
+    what = f"in {near[0]!r} {_odd(checkpoint[near[0]])}" if near else _odd(checkpoint)
+    return f"{path} should hold one state dict (named tensors) and has none: {what}."
+
+
+def no_state_dict(entry: str, value: Any) -> str:
+    """Why what lies under an entry is no state dict, without a full stop."""
+    return f"{entry!r} is no state dict (named tensors): {_odd(value)}"
 
 
 def _torch_mapping(path: pathlib.Path) -> Mapping:
@@ -94,7 +103,7 @@ def _kind(value: Any) -> str:
         return "a lone tensor"
     if isinstance(value, Unknown):
         return f"a whole object of the class {value.path}"
-    return f"a {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -252,8 +252,11 @@ def test_mistakes_are_named():
         make_plan("plms", LINEAR, make_timesteps("quad", 1000, 100))
     with pytest.raises(ValueError, match=r"'plms' has no option \['eta'\].*'final'"):
         make_plan("plms", LINEAR, grid, eta=1.0)
-    with pytest.raises(ValueError, match="stride must be at least 1.*got 0"):
-        make_plan("ddim", LINEAR, grid, stride=0)
+    for stride in (0, 1.5):
+        with pytest.raises(ValueError, match=f"stride must be a positive integer.*got {stride}"):
+            make_plan("ddim", LINEAR, grid, stride=stride)
+    with pytest.raises(ValueError, match="a sampler by strides cannot visit a timestep twice"):
+        make_plan("ddim", LINEAR, make_timesteps("quad", 1000, 100), stride=10)
     with pytest.raises(ValueError, match="unknown prediction 'x0'.*eps.*v"):
         make_plan("ddim", LINEAR, grid, prediction="x0")
     with pytest.raises(ValueError, match="unknown interpolation 'spline'"):

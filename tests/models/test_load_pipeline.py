@@ -26,6 +26,7 @@ from qdiff_jax.models.registry import load, miniature
 from qdiff_jax.runtime.state_dicts import load_state_dict
 
 from ..parity.networks import seeded
+from ..runtime.torch_zips import archive
 from . import test_first_stage as stages
 from . import test_pixart as pixart
 from .ldm_cases import CONFIGS, state_dict
@@ -248,16 +249,24 @@ def test_diffusion_transformers_with_a_first_stage_apart(tmp_path):
         load_pipeline("dit.pt", dataclasses.replace(parts, average=True))
 
 
-def test_weights_and_averages_of_a_training_file(tmp_path, monkeypatch):
+def test_weights_and_averages_of_a_training_file(tmp_path):
     """{"model", "ema", "opt", "args"}, as DiT's training saves; the names of two other projects."""
     save(stages.tensors("kl", "compvis"), tmp_path / "kl.ckpt")
-    (tmp_path / "dit.pt").write_bytes(b"read by the stand-in")
     parts = Parts(network="tiny-dit", first_stage="kl.ckpt", folder=str(tmp_path))
-    weights = dit.official()
-    average = {key: 2 * value for key, value in weights.items()}
+
+    def state(factor, tensors):
+        return {
+            key: ("FloatStorage", np.float32(factor) * np.asarray(value, np.float32))
+            for key, value in tensors.items()
+        }
+
+    weights, average = state(1, dit.official()), state(2, dit.official())
+    other = {key: value for key, value in dit.official().items() if "final_layer" not in key}
+    stage = state(1, load_state_dict(tmp_path / "kl.ckpt"))
+    counter, nothing = b"I3\n", b"}"
 
     def outcome(entries, **changes):
-        monkeypatch.setattr(loading, "state_dicts_in", lambda path: entries)
+        archive(tmp_path / "dit.pt", entries)
         pipeline = load_pipeline("dit.pt", dataclasses.replace(parts, **changes))
         kernels = [
             params["final_layer"]["linear"]["kernel"]
@@ -265,17 +274,33 @@ def test_weights_and_averages_of_a_training_file(tmp_path, monkeypatch):
         ]
         return float((kernels[0] / kernels[1]).mean())
 
-    for names in (("model", "ema"), ("state_dict", "state_dict_ema"), ("", "ema")):
-        both = dict(zip(names, (weights, average)))
+    for names in (("model", "ema"), ("state_dict", "state_dict_ema")):
+        both = {**dict(zip(names, (weights, average))), "opt": nothing, "steps": counter}
         assert outcome(both) == 1
         assert outcome(both, average=True) == 2
     assert outcome({"net": weights}) == 1
-    other = {"model": load_state_dict(tmp_path / "kl.ckpt")}
+    # What nobody asks for may be anything.
+    assert outcome({"state_dict": weights, "ema": nothing}) == 1
+    assert outcome({"model": b"(cnets\nNet\no", "ema": average}, average=True) == 2
     for entries, changes, message in (
         ({"ema": average}, {}, r"holds moving averages \('ema'\) and no .*: set average=True\."),
+        ({"net": weights, "ema": average}, {}, r"holds moving averages \('ema'\) and no weights"),
         ({"model": weights}, {"average": True}, "one set of weights .* set average=False if"),
+        (
+            {"model": weights, "model_ema": average},
+            {"average": True},
+            r"several state dicts \('model', 'model_ema'\), none of them under 'ema' or",
+        ),
         ({"a": weights, "b": weights}, {}, r"several state dicts \('a', 'b'\), none of them under"),
-        (other, {"average": True}, r"looks like a first stage .*, and tiny-dit is of the family"),
+        ({"state_dict": weights, "model": weights}, {}, r"may be meant \('state_dict', 'model'\)"),
+        ({"state_dict": weights, "ema": nothing}, {"average": True}, "'ema' is no .*: it is empty"),
+        (
+            {"model": b"(cnets\nNet\no", "net": weights},
+            {},
+            "'model' is no .* of the class nets.Net",
+        ),
+        ({"model": stage}, {"average": True}, "looks like a first stage .*, and tiny-dit is of"),
+        ({"model": state(1, other)}, {}, "final_layer"),
     ):
         with pytest.raises(ValueError, match=message):
             outcome(entries, **changes)
@@ -331,7 +356,7 @@ def test_pixart_with_t5(tmp_path):
             {"network": "tiny-dit"},
             "is of the family unet_ldm: .* of the family dit; give",
         ),
-        ("averages.ckpt", {}, "has moving averages and not the weights .*; take the whole"),
+        ("averages.ckpt", {}, "holds moving averages without their weights, .*; take the whole"),
         ("page.ckpt", {}, "web page"),
         ("other.ckpt", {}, "has tensors of no network that is known here .such as odd.weight"),
         ("sd.ckpt", {"network": "ddpm_cifar10", "text": "x"}, "ddpm_cifar10 has no text; leave"),

@@ -150,14 +150,17 @@ def test_a_quantized_bfloat16_model_traces(form):
 
 
 def test_widths_may_be_no_multiples_of_the_first():
-    config = dataclasses.replace(SMALL, channels=8, multipliers=(1, 1.5), groups=4)
+    # 352 * (480 / 352) is a little below 480.
+    config = dataclasses.replace(SMALL, channels=352, multipliers=(1, 480 / 352), groups=32)
     shapes = parameter_shapes(config)
-    assert config.widths == (8, 12)
-    assert shapes["down_1_block_0"]["conv1"]["kernel"].shape == (3, 3, 8, 12)
+    assert config.widths == (352, 480)
+    assert shapes["down_1_block_0"]["conv1"]["kernel"].shape == (3, 3, 352, 480)
 
 
 def test_sizes_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="groups=32 must divide every width, 48 too"):
+    with pytest.raises(ValueError, match="groups=32 must divide every width, and 48 is not"):
         UNetConfig(channels=48)
+    with pytest.raises(ValueError, match="multiplier 1.2578 is no whole number"):
+        UNetConfig(multipliers=(1, 1.2578))
     with pytest.raises(ValueError, match="resolution=30 must be divisible by 8"):
         UNetConfig(resolution=30)

@@ -19,7 +19,9 @@ from qdiff_jax.runtime.state_dicts import (
     to_device,
 )
 from qdiff_jax.runtime.torch_files import load_torch
-from qdiff_jax.runtime.torch_pickle import Deferred
+from qdiff_jax.runtime.torch_storages import Deferred
+
+from .torch_zips import archive, tensor_opcodes
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "parity" / "torch_files"
 FORMATS = ("zip", "legacy")
@@ -62,34 +64,6 @@ def test_the_state_dict_of_a_checkpoint(name):
         load_state_dict(FIXTURES / f"{name}.pt", entry="ema")
 
 
-def tensor_opcodes(key, count, dtype):
-    """The pickle of one 1-D tensor whose storage is `key`."""
-    entry = f"(X\x07\0\0\0storagectorch\n{dtype}\n".encode()
-    entry += b"".join(b"X" + struct.pack("<I", len(s)) + s.encode() for s in (key, "cpu"))
-    entry += f"I{count}\ntQ".encode()
-    rest = f"I0\n(I{count}\nt(I1\ntI00\nNtR".encode()
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + entry + rest
-
-
-def archive(path, entries, compression=zipfile.ZIP_STORED):
-    """A torch archive {entry: {name: (storage class, 1-D array)}}; entry "" is the checkpoint itself."""
-    pickled, storages = b"(", {}
-    for entry, state in entries.items():
-        if entry:
-            pickled += b"X" + struct.pack("<I", len(entry)) + entry.encode() + b"("
-        for name, (kind, array) in state.items():
-            key = str(len(storages))
-            storages[key] = array.tobytes()
-            pickled += b"X" + struct.pack("<I", len(name)) + name.encode()
-            pickled += tensor_opcodes(key, array.size, kind)
-        pickled += b"d" if entry else b""
-    with zipfile.ZipFile(path, "w", compression) as file:
-        file.writestr("archive/data.pkl", pickled + b"d.")
-        for key, raw in storages.items():
-            file.writestr(f"archive/data/{key}", raw)
-    return path
-
-
 HALF = {
     "w": ("HalfStorage", (RAMP / 8).astype(np.float16)),
     "b": ("BFloat16Storage", (RAMP / 8).astype(ml_dtypes.bfloat16)),
@@ -123,7 +97,7 @@ def test_which_state_dict(tmp_path):
     assert list(load_state_dict(path)) == ["module.w", "b"]
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", b"].")
-    with pytest.raises(ValueError, match="holds a list, no state dict"):
+    with pytest.raises(ValueError, match="holds a value of type list, no state dict"):
         load_state_dict(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", b"}.")
@@ -149,10 +123,10 @@ def test_what_keeps_a_file_from_being_a_state_dict(tmp_path):
     odd = b"(" + named("w", one) + named("step", b"I3\n") + b"d"
     for pickled, message in (
         (one, "holds a lone tensor, no state dict"),
-        (odd, "has none: 'step' is a int; save it again with tensors only"),
+        (odd, "has none: 'step' is a value of type int; save it again with tensors only"),
         (
             b"(" + named("net", odd) + named("epoch", b"I3\n") + b"d",
-            "none: in 'net' 'step' is a int",
+            "none: in 'net' 'step' is a value of type int",
         ),
         (b"(cnets\nNet\no", "holds a whole object of the class nets.Net, no state dict"),
     ):
@@ -164,21 +138,21 @@ def test_what_keeps_a_file_from_being_a_state_dict(tmp_path):
 def test_all_state_dicts_of_a_file(tmp_path):
     one, two = {"module.w": ("FloatStorage", RAMP[:2])}, {"w": ("FloatStorage", RAMP[2:4])}
     path = archive(tmp_path / "c.pt", {"model": one, "ema": two})
-    found = state_dicts_in(path)
+    found = state_dicts_in(path).found
     assert list(found) == ["model", "ema"]
     equal(found["model"], {"w": RAMP[:2]})
-    equal(state_dicts_in(archive(path, {"": two}))[""], {"w": RAMP[2:4]})
+    equal(state_dicts_in(archive(path, {"": two})).found[""], {"w": RAMP[2:4]})
     # As DDPMs are trained: (model, optimizer, epoch, step, averages).
     states = [
         b"(" + named("w", tensor_opcodes(key, 2, "FloatStorage")) + b"d" for key in ("0", "1")
     ]
     trained = b"(" + states[0] + b"}I1\nI2\n" + states[1] + b"l"
-    found = state_dicts_in(raw(path, trained, [RAMP[:2], RAMP[2:4]]))
+    found = state_dicts_in(raw(path, trained, [RAMP[:2], RAMP[2:4]])).found
     assert list(found) == ["model", "ema"]
     equal(found["ema"], {"w": RAMP[2:4]})
     equal(load_state_dict(path, "model"), {"w": RAMP[:2]})
     safetensors.numpy.save_file(STATE, tmp_path / "c.safetensors")
-    assert list(state_dicts_in(tmp_path / "c.safetensors")) == [""]
+    assert list(state_dicts_in(tmp_path / "c.safetensors").found) == [""]
 
 
 def test_a_state_dict_with_something_else_in_it_is_not_passed_over(tmp_path):
@@ -198,11 +172,16 @@ def test_a_state_dict_with_something_else_in_it_is_not_passed_over(tmp_path):
     write(whole.replace(head, head + b"X" + struct.pack("<I", 4) + b"stepI7\n"))
     for entry in (None, "state_dict"):
         with pytest.raises(
-            ValueError, match=r"'state_dict' is no state dict .*: 'step' is a int; save"
+            ValueError,
+            match=r"'state_dict' is no state dict .*: 'step' is a value of type int; save",
         ):
             load_state_dict(path, entry)
-    with pytest.raises(ValueError, match=r"'state_dict' is no state dict .*: 'step' is a int"):
-        state_dicts_in(path)
+    entries = state_dicts_in(path)
+    assert list(entries.found) == ["ema"]
+    assert (
+        "'state_dict' is no state dict (named tensors): 'step' is a value"
+        in entries.odd["state_dict"]
+    )
     np.testing.assert_array_equal(load_state_dict(path, "ema")["w"], [0, 1])
     empty = (
         b"("

@@ -164,7 +164,7 @@ def test_tensors_stay_within_their_storage(tmp_path):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_negation_and_conjugation_that_torch_left_undone(later, tmp_path):
-    """The bits beside a tensor; those of another name are no checkpoint's."""
+    """The bits beside a tensor; those of another name are refused by it."""
     values = (RAMP[:4] + 1j).astype(np.complex64)
     for bits, expected in (
         ({"neg": True}, -values),
@@ -179,7 +179,7 @@ def test_negation_and_conjugation_that_torch_left_undone(later, tmp_path):
         found = load_torch(archive(tmp_path / "t.pt", pickled, values.tobytes()), later)
         np.testing.assert_array_equal(found.read() if later else found, expected, strict=True)
     other = tensor(0, (1,), (1,), bits=b"}" + text("upside down") + b"I01\ns") + b"."
-    with pytest.raises(ValueError, match="cannot be read as a torch checkpoint"):
+    with pytest.raises(ValueError, match="tensors marked .upside down. are not supported"):
         load_torch(archive(tmp_path / "t.pt", other))
 
 
@@ -264,5 +264,24 @@ def test_absent_and_torchscript(tmp_path):
     path = archive(tmp_path / "script.pt", b"N.")
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("archive/constants.pkl", b"N.")
-    with pytest.raises(ValueError, match="TorchScript"):
+    with pytest.raises(ValueError, match="TorchScript.*; save the state dict"):
         load_torch(path)
+
+
+def test_an_archive_of_other_files_says_what_it_has(tmp_path):
+    with zipfile.ZipFile(tmp_path / "lsun.zip", "w") as file:
+        file.writestr("model.ckpt", b"whatever")
+    with pytest.raises(
+        ValueError, match=r"archive of files \(model.ckpt\), .* give the file inside"
+    ):
+        load_torch(tmp_path / "lsun.zip")
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_parameters_as_objects_are_their_tensors(later, tmp_path):
+    """torch before 0.4 saved them so: an object made of the tensor, with a state of its own."""
+    made = b"ctorch.nn.parameter\nParameter\n(" + tensor(0, (4,), (1,)) + b"t%b(I01\nI00\nNtb"
+    for how in (b"R", b"\x81"):  # called, and as `cls.__new__`
+        pickled = b"\x80\x02}X\x01\0\0\0w" + made % how + b"s."
+        found = load_torch(archive(tmp_path / "t.pt", pickled, RAMP[:4].tobytes()), later)["w"]
+        np.testing.assert_array_equal(found.read() if later else found, RAMP[:4])

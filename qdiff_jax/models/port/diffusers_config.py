@@ -91,12 +91,9 @@ def _levels(read, plain, attended, kind, source) -> tuple[bool, ...]:
     return has
 
 
-def _multipliers(read, kind, source) -> tuple[int | float, ...]:
+def _multipliers(read) -> tuple[int | float, ...]:
     widths = tuple(read["block_out_channels"])
-    found = tuple(w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths)
-    if any(int(widths[0] * m) != w for m, w in zip(found, widths)):
-        _refuse({"block_out_channels": widths}, kind, source)
-    return found
+    return tuple(w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths)
 
 
 def _unet(read: Mapping[str, Any], kind: str, source: object) -> UNetConfig | UNetLDMConfig:
@@ -126,7 +123,7 @@ def _unet_ddpm(read, kind, source) -> UNetConfig:
     side = _side(read, kind, source)
     return UNetConfig(
         channels=read["block_out_channels"][0],
-        multipliers=_multipliers(read, kind, source),
+        multipliers=_multipliers(read),
         res_blocks=read["layers_per_block"],
         attention_resolutions=tuple(side >> i for i, attends in enumerate(has) if attends),
         resolution=side,
@@ -210,7 +207,7 @@ def _ldm_config(read, kind, source, has, **sizes) -> UNetLDMConfig:
         _refuse({"resnet_time_scale_shift": shift}, kind, source)
     return UNetLDMConfig(
         channels=read["block_out_channels"][0],
-        multipliers=_multipliers(read, kind, source),
+        multipliers=_multipliers(read),
         res_blocks=read["layers_per_block"],
         attention_downsampling=tuple(2**i for i, attends in enumerate(has) if attends),
         resolution=_side(read, kind, source),

@@ -22,8 +22,9 @@ class Look(NamedTuple):
 
 
 _LDM, _DIT, _PIXART = ("unet_ldm",), ("dit",), ("pixart",)
-_CONTEXT = r"(?:.*\.)?transformer_blocks\.0\.attn2\.to_k\.weight"
-_FIRST = r"(?:.*\.)?(?:input_blocks\.0\.0|conv_in|x_embedder\.proj|pos_embed\.proj)\.weight"
+_AT = r"(?:model\.diffusion_model\.)?"
+_CONTEXT = rf"{_AT}(?:.*\.)?transformer_blocks\.0\.attn2\.to_k\.weight"
+_FIRST = rf"{_AT}(?:input_blocks\.0\.0|conv_in|x_embedder\.proj|pos_embed\.proj)\.weight"
 
 # The first that matches decides.
 LOOKS = (
@@ -62,7 +63,7 @@ LOOKS = (
         r"(?:first_stage_model\.)?decoder\.conv_in\.weight", (), "", "a first stage (autoencoder)"
     ),
     Look(
-        r"(?:text_model\.|vision_model\.)?(?:embeddings\.|encoder\.layers\.0\.self_attn\.).*",
+        r"(?:text_model\.|vision_model\.)?(?:embeddings\.(?:token|position|patch|class)_embedding|encoder\.layers\.0\.self_attn)\b.*",
         (),
         "",
         "a CLIP",
