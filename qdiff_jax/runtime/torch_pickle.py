@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import pickle
 import pickletools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -223,8 +224,11 @@ def unpickle(file, storage: Callable[[tuple], Storage]) -> Any:
     storage: gives the values for a reference to a storage, the tuple that torch wrote. May raise
     whatever `pickle` raises on a broken file.
     """
-    _check_memo(file)
-    return _without_parameters(_Unpickler(file, storage).load())
+    with warnings.catch_warnings():
+        # Python warns of backslashes before odd letters, which only a broken file has.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        _check_memo(file)
+        return _without_parameters(_Unpickler(file, storage).load())
 
 
 def _without_parameters(value: Any, depth: int = 3) -> Any:

@@ -71,10 +71,10 @@ def test_every_truncation_is_an_error(name, tmp_path):
 
 
 def archive(path, pickled, storage=bytes(16)):
-    """A checkpoint in the zip format with one storage, "0"."""
+    """A checkpoint in the zip format with one storage, "0"; the same bytes at any time of day."""
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", pickled)
-        file.writestr("archive/data/0", storage)
+        for name, content in (("data.pkl", pickled), ("data/0", storage)):
+            file.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
     return path
 
 
@@ -217,6 +217,15 @@ def test_flipped_bits_are_one_sentence(tmp_path):
             said.append(str(error))
     assert len(whole) / 2 < len(said) < len(whole)
     assert all(message.endswith("again.") for message in said)
+
+
+@pytest.mark.parametrize("write", [archive, legacy])
+@pytest.mark.parametrize("opcode", [rb"S'\S'", rb"c\S" + b"\nname"])
+def test_odd_escapes_are_one_sentence(write, opcode, tmp_path, recwarn):
+    """Python would warn of them while it reads the damaged file."""
+    with pytest.raises(ValueError, match=r"again\.$"):
+        load_torch(write(tmp_path / "t.pt", b"\x80\x02" + opcode + b"\n0."))
+    assert not recwarn
 
 
 def test_storages_of_the_other_byte_order(tmp_path):
