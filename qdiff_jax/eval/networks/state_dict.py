@@ -33,9 +33,11 @@ def to_parameters(
       source: where the tensors come from, for messages.
 
     Raises:
-      ValueError: names tensors that are missing, left over or of another shape.
+      ValueError: names tensors that are missing, left over or of another shape, that are not of
+        floating-point numbers (an 8-bit copy) or hold values that are not finite.
     """
     tree: dict = {}
+    wrong = []
     for key, tensor in tensors.items():
         path = our_path(key)
         if path is None:
@@ -46,10 +48,17 @@ def to_parameters(
             node = node.setdefault(parent, {})
         if leaf in node:
             raise ValueError(f"{source} has two tensors for {path}, the second is {key}.")
+        if not (jnp.issubdtype(tensor.dtype, np.floating) and np.isfinite(tensor).all()):
+            wrong.append(f"{key} ({tensor.dtype})")
         if leaf == "kernel":
             tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
         node[leaf] = tensor
     fitted = fit_weights(tree, template, source)
+    if wrong:
+        raise ValueError(
+            f"{source} has tensors that are not finite floating-point numbers: {', '.join(wrong)}; take "
+            "the weights as they were published, not a quantized copy."
+        )
     return jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(np.float32)), fitted)
 
 

@@ -68,3 +68,11 @@ def test_strict_both_ways():
     del tensors["_blocks.0._bn1.running_var"]
     with pytest.raises(ValueError, match="block_0/depthwise/var: absent"):
         efficientnet_params(tensors, "the file")
+
+
+def test_values_that_are_no_weights():
+    tensors = {key: np.zeros(shape, np.float32) for key, shape in stored()[0].items()}
+    tensors["_bn0.weight"] = np.full_like(tensors["_bn0.weight"], np.nan)
+    tensors["_fc.weight"] = tensors["_fc.weight"].astype(np.int8)
+    with pytest.raises(ValueError, match=r"_bn0.weight \(float32\), _fc.weight \(int8\); take"):
+        efficientnet_params(tensors, "the file")
