@@ -36,6 +36,7 @@ from experiments.quantize_config import (
     method_settings,
     read_config,
 )
+from experiments.quantize_images import training_images
 from experiments.quantize_report import draw, is_measured, measure, provenance, reference
 from qdiff_jax.config import claim_workdir
 from qdiff_jax.diffusion.guidance import Guidance
@@ -64,6 +65,7 @@ from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
 from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.sites import Site, list_sites
+from qdiff_jax.stages.noising import Images
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
 
 
@@ -78,6 +80,7 @@ class Job(NamedTuple):
     plans: dict[str, SitePlan]
     settings: MethodSettings
     sampler: SamplerPlan
+    images: Images | None = None
 
     @property
     def diffusion(self) -> registry.DiffusionModel:
@@ -101,6 +104,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
             paired=pairs_of(job, calibration),
             sampling=sampling_of(job),
             step_weights=step_weights(job, workdir),
+            images=job.images,
         )
         enter("fp32")
         records = [reference(config, asked, workdir)]
@@ -159,7 +163,8 @@ def prepare(config: Any) -> Job:
         name: make_plan(sites, policy(config.policy, sites, *v.targets))
         for name, v in config.variants.items()
     }
-    job = Job(config, asked, guidance, sites, plans, settings, sampler)
+    images = training_images(config.data, methods, asked)
+    job = Job(config, asked, guidance, sites, plans, settings, sampler, images)
     source = settings.efficientdm.source
     if source.kind == "online" and "efficientdm" in methods and asked.prompts:
         raise ValueError(

@@ -22,6 +22,7 @@ Expected of `w4a4,laptop`: the table of recipes in the README.
 
 from configs.methods import efficientdm, svdquant
 from configs.methods._start import ROUNDING, parse, start
+from configs.recipes._parts import take_settings
 from qdiff_jax.methods.recipes import JOIN, PARTS
 
 POLICIES = {"svdquant": "official:svdquant", "common": "common"}
@@ -50,6 +51,7 @@ def get_config(arg=None):
     alone = {} if arg.only or arg.parts else {part: _whole([part]) for part in recipe.split(JOIN)}
     config = start(arg, **alone, **({"recipe": recipe} if recipe not in alone.values() else {}))
     size = ",".join(word for word in ("laptop", "smoke") if getattr(arg, word))
+    take_settings(config, recipe, size, "dit")
     trained = efficientdm.get_config(f"{arg.bits},model=dit,{size}")
     smoothing = arg.smoothing or ("fast" if arg.laptop or arg.smoke else "full")
     branch = svdquant.get_config(f"{arg.bits},model=dit,smoothing={smoothing},{size}")

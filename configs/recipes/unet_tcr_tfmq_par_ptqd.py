@@ -20,6 +20,7 @@ Expected: nothing has been measured yet but that the smoke runs.
 
 from configs.methods import tcaq
 from configs.methods._start import ROUNDING, parse, start
+from configs.recipes._parts import take_settings
 from qdiff_jax.methods.recipes import JOIN
 
 ALONE = {"tcr": "tcr+rtn", "tfmq": "tfmq", "par": "tfmq+par", "ptqd": "rtn+ptqd"}
@@ -51,6 +52,7 @@ def get_config(arg=None):
     alone = {p: ALONE[p] for p in used if p in ALONE and not arg.only and not arg.parts}
     config = start(arg, **alone, **({"recipe": recipe} if recipe not in alone.values() else {}))
     size = ",".join(word for word in ("laptop", "smoke") if getattr(arg, word))
+    take_settings(config, recipe, size, "unet")
     config.tcaq = tcaq.get_config(f"rounds={arg.rounds},{size}").tcaq
     if arg.laptop and not arg.smoke:
         config.reconstruct.steps = 100

@@ -14,6 +14,7 @@ import optax
 
 from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.stages.partial import KEPT, resume_partial, save_partial
+from qdiff_jax.stages.resume_settings import check_settings
 from qdiff_jax.stages.stage import QuantState, Stage
 
 
@@ -41,6 +42,7 @@ def train_whole(
     save_seconds: float,
     optimizer: Callable[[Any], Any] | None = None,
     kept: tuple[str, ...] = KEPT,
+    settings: dict | None = None,
     on_progress=None,
 ) -> Stage:
     """A stage of `steps` steps.
@@ -50,12 +52,15 @@ def train_whole(
     inputs(state, first, stop): what steps first..stop-1 read, functions of the state's key and the step's
     number alone, so that a resumed run sees the same. step(work, input) -> (work, loss).
     optimizer(trainable): its state before the first step, Adam's by default; averages of the weights belong
-    there too. kept: the parts of work that steps change, which are saved. Raises FloatingPointError if a
-    loss is not finite.
+    there too. kept: the parts of work that steps change, which are saved. settings: what all this was made
+    with, by name (`resume_settings`): a middle that was saved under others is refused with ValueError. Raises
+    FloatingPointError if a loss is not finite.
     """
     start = optax.scale_by_adam().init if optimizer is None else optimizer
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
+        if settings is not None:
+            check_settings(name, _partial(store), {"steps": steps, **settings})
         trainable, frozen, data, *shared = begin(state)
         moments = start(trainable)
         work = {"trainable": trainable, "optimizer": moments, "frozen": frozen, "data": data}

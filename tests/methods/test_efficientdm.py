@@ -1,5 +1,6 @@
 """EfficientDM as a method: its site policy, who is left alone, its words, what it refuses, one whole run."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from experiments.quantize import quantize
 from experiments.quantize_config import method_settings, read_config
 from experiments.sample import sample_bundle
-from qdiff_jax.config import load_config
+from qdiff_jax.config import flatten, load_config
 from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.eval.samples import Samples
 from qdiff_jax.export.bundle import load_bundle
@@ -97,12 +98,15 @@ def test_its_stages_and_what_it_refuses():
         dict(activation_lr=float("nan")),
         dict(lora_lr=-1.0),
         dict(lora_divisor=0.0),
+        dict(lora_divisor=float("nan")),
+        dict(variant="faithful", student=QALoRAConfig(base="full_precision")),
     )
     for wrong in wrongs:
         with pytest.raises(ValueError, match="EfficientDMConfig"):
             EfficientDMConfig(**wrong)
-    with pytest.raises(ValueError, match="QALoRAConfig.rates"):
-        QALoRAConfig(rates="layer")
+    for wrong in (dict(rates="layer"), dict(rank=0)):
+        with pytest.raises(ValueError, match=f"QALoRAConfig.{next(iter(wrong))}"):
+            QALoRAConfig(**wrong)
 
 
 def test_the_one_phase_of_the_paper():
@@ -126,6 +130,8 @@ def test_the_one_phase_of_the_paper():
         "w2a8,model=dit,no_talsq,rates=mean,laptop",
         "w4a8,base=full_precision,ranges=mse",
         "w4a4,source=cached,target=noise,untuned",
+        "w4a4,source=cached,target=noise,order=trajectory",
+        "w4a4,source=cached,order=mixed",
         "w6a6,no_lora",
     ],
 )
@@ -145,11 +151,29 @@ def test_every_word_of_the_config_is_read(words):
     assert made.student.base == base
     ranges = "mse" if {"ranges=mse", "laptop"} & set(given) else "minmax"
     assert made.weight_method == ranges
+    order = "mixed" if "order=mixed" in given or "untuned" in given else "trajectory"
+    assert made.source.order == order  # noise is noised to mixed steps where nothing is said
     assert made.source.target == ("noise" if "target=noise" in given else "teacher")
     assert ("dit" in config.model) == ("model=dit" in given)
     if words == "w4a4":  # the paper's figures
         assert made == EfficientDMConfig()
         assert method_settings(config).activations.observer == "mse"
+
+
+def test_every_field_is_a_key_of_the_config():
+    given = {
+        "training.remat": True,
+        "training.weight_decay": 0.0,
+        "training.save_seconds": 5.0,
+        "student.zp_ste": False,
+        "student.subsample": "every",
+        "loss": "eps_mse",
+        "lora_lr": 0.5,
+    }
+    config = load_config(f"{CONFIG}:laptop", {f"efficientdm.{k}": v for k, v in given.items()})
+    made = dataclasses.asdict(method_settings(read_config(config)).efficientdm)
+    assert {name: flatten(made)[name] for name in given} == given
+    assert set(flatten(made)) == set(flatten(config.efficientdm.to_dict()))
 
 
 @pytest.mark.slow
