@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from experiments import command_line
 from qdiff_jax.diffusion.guidance import classifier_free
 from qdiff_jax.diffusion.samplers import ddim
 from qdiff_jax.diffusion.schedule import make_schedule
@@ -35,7 +36,6 @@ from qdiff_jax.stages.train_binary import BinaryTrainConfig, train_binary
 from qdiff_jax.stages.weights import calibrate_weights
 from qdiff_jax.stages.whole_network import Carry, step_memory
 
-_OUT = flags.DEFINE_string("out", "", "Where the table is written; empty to print it alone.")
 GRID = make_timesteps("uniform", 1000, 20)
 PHASES = (Phase(8, {"lora": 1e-3, "scales": 1e-6, "tables": 1e-3}, {"eps_sum": 1.0}),)
 
@@ -135,37 +135,49 @@ def with_activations(state: QuantState) -> QuantState:
     return state.replace(quant=nest_sites(flat))
 
 
-def table() -> str:
+def cases_of(name: str) -> list[Case]:
+    both = (False, True)
+    cases = [Case("efficientdm", remat=remat, guided=guided) for guided in both for remat in both]
+    if name == "unet_fashion":
+        cases += [Case("binarydm", batch=16, remat=remat) for remat in both]
+    return cases
+
+
+def row(name: str, case: Case, made: Memory) -> str:
+    bits = "W1A4" if case.method == "binarydm" else "W4A4"
+    cells = (
+        name,
+        f"{case.method} {bits}",
+        case.batch,
+        "yes" if case.guided else "no",
+        "recomputed" if case.remat else "kept",
+        f"{made.sum / 2**20:.1f}",
+        f"{made.plan['peak'] / 2**20:.1f}",
+        f"{made.ratio:.2f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(argv) -> None:
+    if argv[1:]:
+        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    head = f"{(__doc__ or '').strip()}\n\njax {jax.__version__}, {jax.default_backend()}.\n\n"
     rows = [
         "| network | method | batch | guided | blocks | sum MiB | plan MiB | plan / sum |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in ("dit_fashion", "unet_fashion"):
+    for name in flags.FLAGS.models.split(","):
         model = registry.load(name).model
-        cases = [
-            Case("efficientdm", remat=r, guided=g) for g in (False, True) for r in (False, True)
-        ]
-        if name == "unet_fashion":
-            cases += [Case("binarydm", batch=16, remat=remat) for remat in (False, True)]
-        for case in cases:
+        for case in cases_of(name):
+            # Of LLVM alone, which comes after the memory has been laid out.
             made, _ = measure(model, case, xla_backend_optimization_level=0)
-            bits = "W1A4" if case.method == "binarydm" else "W4A4"
-            rows.append(
-                f"| {name} | {case.method} {bits} | {case.batch} | {'yes' if case.guided else 'no'} | "
-                f"{'recomputed' if case.remat else 'kept'} | {made.sum / 2**20:.0f} | "
-                f"{made.plan['peak'] / 2**20:.0f} | {made.ratio:.2f} |"
-            )
+            rows.append(row(name, case, made))
             print(rows[-1], flush=True)
-    return "\n".join(rows) + "\n"
-
-
-def main(argv) -> None:
-    del argv
-    made = table()
-    if _OUT.value:
-        head = (__doc__ or "").strip()
-        pathlib.Path(_OUT.value).write_text(f"{head}\n\n{made}")
+            pathlib.Path(flags.FLAGS.out).write_text(head + "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.DEFINE_string("out", None, "The file of the table, written anew after every row.")
+    flags.DEFINE_string("models", "dit_fashion,unet_fashion", "Which networks.")
+    flags.mark_flags_as_required(["out"])
+    command_line.run(main)

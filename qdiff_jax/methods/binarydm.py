@@ -27,7 +27,7 @@ differ; this is the paper's form where nothing else is said:
   still missed at nine tenths leaves one tenth for it.
 - The policy decides who is binary. `two_bases` 0.5 takes the paper's rule (blocks at half of the input's side
   and more), which is about 15 % of its network's parameters, and of the shipped U-Net's, whose blocks differ
-  less in width, @SHARE@ %.
+  less in width, 44 %.
 - First and last layer: 8 bits in the paper (policy `common`); full precision in the code, the time embedding
   with them (`official:binarydm`, which the config takes).
 """
