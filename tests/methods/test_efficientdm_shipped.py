@@ -10,13 +10,14 @@ from qdiff_jax.config import load_config
 from ..main_job import ROOT
 
 pytestmark = pytest.mark.slow
-# The laptop's setting cut to minutes: 100 steps on the sampler's own timesteps.
+# The laptop's setting cut to minutes: 60 steps on the sampler's own timesteps.
 CUT = {
-    "efficientdm.steps": 100,
-    "efficientdm.student.rank": 16,
+    "efficientdm.steps": 60,
     "calibration.samples": 8,
+    "activations.batch_size": 32,
+    "reconstruct.walk_batch": 32,
     "evaluation.held_out": 8,
-    "evaluation.samples": 2,
+    "evaluation.samples": 8,
     "evaluation.batch": 8,
     "classifier": "",
 }

@@ -145,11 +145,12 @@ def test_the_same_function_with_uneven_layers_is_rounded_alike():
     assert max(scales) > 30 * min(scales)
 
 
-def test_scale_aware_rates_gain_over_one_rate_of_the_same_size_where_steps_differ():
-    """The average rate is the same: what is compared is that each layer has its own."""
+def test_one_rate_of_the_same_mean_does_as_well_even_where_steps_differ():
+    """So that what scale-aware rates gain over 1e-3 above is a rate of the right size, not one for each layer:
+    measured at steps that differ 64 times, 0.0281 scale-aware and 0.0263 at the mean of the same rates."""
     aware, same = (tuned(2, gains=UNEVEN, rates=rates) for rates in ("scale_aware", "mean"))
-    assert aware < 0.8 * same
-    assert aware == pytest.approx(tuned(2), rel=0.1)  # as if the layers were even
+    assert 0.75 < aware / same < 1.33
+    assert max(aware, same) < 0.25 * rounded(2, UNEVEN)
 
 
 def test_starting_from_full_precision_weights_gains_little():
