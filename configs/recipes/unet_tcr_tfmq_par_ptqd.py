@@ -11,9 +11,9 @@ TFMQ-DM, and PAR on TFMQ-DM, which it needs to repeat. Words behind the colon: b
 `w8a8`, `w6a6`; `no_tcr`, `no_tfmq` (round-to-nearest in its place, and no PAR), `no_par`, `no_ptqd` leave a
 part out of the recipe; `only` runs the recipe without its parts beside it; `rounds=2` of PAR;
 `rounding=closed_form` solves the units in place of AdaRound's steps, in every round; `parts=tcr+brecq+ptqd`
-runs another recipe alone (`qdiff_jax/methods/recipes.py`). 20,000 steps a unit and 5,000 in each round: hours
-on a CPU. `laptop` takes 100 of 16 and 25 in each round; `smoke` runs in seconds
-(`unet_tcr_tfmq_par_ptqd.py:smoke`).
+runs another recipe alone (`qdiff_jax/methods/recipes.py`; each part has the settings of its own config under
+the same words of size). 20,000 steps a unit and 5,000 in each round: hours on a CPU. `laptop` takes 100 of 16
+and 25 in each round; `smoke` runs in seconds (`unet_tcr_tfmq_par_ptqd.py:smoke`).
 
 Expected: nothing has been measured yet but that the smoke runs.
 """
