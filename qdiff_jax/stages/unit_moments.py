@@ -28,6 +28,9 @@ from qdiff_jax.runtime.mesh import AXIS, replicate, shard_batch
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, operand
 from qdiff_jax.stages.unit_structure import Layer, UnitPlan, offset_trees, tapped_inputs
 
+BLOCK = "block_fp_output"
+LAYER_TARGETS = ("layer_fp_output", BLOCK)
+
 
 class Sampling(NamedTuple):
     """Which rows count. rows: at most so many a layer (0: all). chunk: samples a chunk. weights: [N]
@@ -64,13 +67,16 @@ def full_pass(
     sampling: Sampling,
     mesh: Mesh,
     allocate: Callable[[int, tuple[int, ...], Any], np.ndarray],
+    target: str = BLOCK,
 ) -> tuple[list[np.ndarray], list[dict]]:
     """The unit in full precision: its outputs over the set, and for each layer of the plan what it puts
-    out, {"rows" [N, p, N_out], "mean" [N, N_out] over positions}; host arrays.
+    out, {"rows" [N, p, N_out], "mean" [N, N_out] over positions}; host arrays. A layer that closes an
+    output through a gain that varies has "gain" [N, N_out] too, its mean square over positions.
 
-    allocate(index of the output, shape, dtype): where an output is written.
+    allocate(index of the output, shape, dtype): where an output is written. target: see
+    `ClosedFormConfig`.
     """
-    run = _full_function(signature, plan.layers, mesh)
+    run = _full_function(signature, plan.layers, target, mesh)
     picks = [layer_picks(layer, sampling) for layer in plan.layers]
     params = replicate(tuple(params), mesh)
     size = len(sampling.weights)
@@ -113,7 +119,12 @@ def level_pass(
     run = _level_function(signature, plan, level, target, hessian_mib, mesh)
     members = [plan.layers[i] for i in plan.levels[level]]
     picks = [layer_picks(layer, sampling) for layer in members]
-    params, quant = replicate((tuple(params), tuple(quant)), mesh)
+    powers = {
+        str(i): np.average(targets[i]["gain"], axis=0, weights=sampling.weights).astype(np.float32)
+        for i in plan.levels[level]
+        if _gated(plan.layers[i], target)
+    }
+    params, quant, powers = replicate((tuple(params), tuple(quant), powers), mesh)
     # Only what R needs travels: nothing for a layer that aims at its own output.
     needed = sorted({j for layer in members for j in _reads_targets(layer, plan, target)})
     closes = sorted({layer.closes for layer in members if _closes(layer, target)})
@@ -130,7 +141,7 @@ def level_pass(
             "full_inputs": {str(k): full_inputs[k] for k in summed},
         }
         batch = _rows(batch, rows)
-        made = run(params, quant, shard_batch({**batch, "weights": weights}, mesh))
+        made = run(params, quant, powers, shard_batch({**batch, "weights": weights}, mesh))
         # On one device, chunk by chunk: the same additions for any number of devices.
         made = made if mesh.size == 1 else jax.device_get(made)
         if total is None:
@@ -151,12 +162,12 @@ def _accumulated(total, stacked, i):
     return [merge(a, b) for a, b in zip(total, parts, strict=True)]
 
 
-BLOCK = "block_fp_output"
-LAYER_TARGETS = ("layer_fp_output", BLOCK)
-
-
 def _closes(layer: Layer, target: str) -> bool:
     return target == BLOCK and layer.closes is not None
+
+
+def _gated(layer: Layer, target: str) -> bool:
+    return _closes(layer, target) and not layer.unit_gain
 
 
 def _reads_targets(layer: Layer, plan: UnitPlan, target: str) -> tuple[int, ...]:
@@ -167,14 +178,18 @@ def _reads_targets(layer: Layer, plan: UnitPlan, target: str) -> tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=256)
-def _full_function(signature: Signature, layers: tuple[Layer, ...], mesh: Mesh):
+def _full_function(signature: Signature, layers: tuple[Layer, ...], target: str, mesh: Mesh):
     def run(params, inputs, picks):
         taps = _tap_trees(layers, len(signature.modules), {})
         outputs, written = apply_unit(signature, params, taps, inputs, mutable=["observed"])
-        targets = []
+        targets: list[dict[str, jax.Array]] = []
         for layer, x, pick in zip(layers, tapped_inputs(layers, written), picks, strict=True):
             y = _output(layer, x, params)
             targets.append({"rows": take_rows(y, pick), "mean": jnp.mean(y, axis=1)})
+            if _gated(layer, target):
+                empty = [{} for _ in signature.modules]
+                gain = _gain(signature, layer, params, empty, inputs)
+                targets[-1]["gain"] = jnp.mean(gain**2, axis=1)
         return list(outputs), targets
 
     return _sharded(run, mesh, 2)
@@ -188,7 +203,7 @@ def _level_function(
     summed = [plan.layers[j] for m in members for j in m.summands] if target == BLOCK else []
     wanted = tuple(dict.fromkeys([*members, *summed]))
 
-    def run(params, quant, batch):
+    def run(params, quant, powers, batch):
         quant = select(quant, batch["ctx"])
         taps = _tap_trees(wanted, len(signature.modules), quant)
         outputs, written = apply_unit(
@@ -199,11 +214,14 @@ def _level_function(
             for layer, x in zip(wanted, tapped_inputs(wanted, written), strict=True)
         }
         moments = []
-        for layer, pick in zip(members, batch["picks"], strict=True):
+        for i, pick in zip(plan.levels[level], batch["picks"], strict=True):
+            layer = plan.layers[i]
             x = rows_of(layer.operator, met[layer], layer.kernel, pick)
             weights = jnp.repeat(batch["weights"], x.shape[1])
             if _closes(layer, target):
-                r, heard = _block_residual(signature, layer, params, quant, batch, outputs, pick)
+                power = powers.get(str(i))
+                args = (signature, layer, params, quant, batch, outputs, pick, power)
+                r, heard = _block_residual(*args)
                 weights = weights if heard is None else weights * heard.reshape(-1)
             elif target in LAYER_TARGETS:
                 r = _layer_residual(layer, plan, params, batch, met, x, pick, target)
@@ -215,7 +233,7 @@ def _level_function(
             moments.append(jax.tree.map(lambda leaf: leaf[None], part))
         return moments
 
-    return _sharded(run, mesh, 1, whole=2)
+    return _sharded(run, mesh, 1, whole=3)
 
 
 def _sharded(run, mesh: Mesh, split: int, whole: int = 1):
@@ -255,30 +273,38 @@ def _layer_residual(layer, plan, params, batch, met, x, pick, target):
     return r
 
 
-def _block_residual(signature, layer, params, quant, batch, outputs, pick):
+def _block_residual(signature, layer, params, quant, batch, outputs, pick, power):
     """(what the unit's output lacks, referred to the layer's output through its gain; row weights).
 
     The output moves by g when the layer's output moves by 1. Where g varies (a gate), the error of the
     unit is sum g^2 |lack / g - change|^2: rows weigh by the mean of g^2 over channels (a constant factor
-    of a channel changes nothing), and the quotient is damped where a channel is hardly heard.
+    of a channel changes nothing), and the quotient is damped where a channel is hardly heard. power [N]:
+    what a channel's g^2 is measured by, its mean over the whole set in full precision, so that a sample
+    counts for the same in whatever company it is summed.
     """
     lack = batch["outputs"][str(layer.closes)] - outputs[layer.closes]
     lack = lack.reshape(lack.shape[0], layer.rows, -1)
-    if layer.unit_gain:
+    if power is None:
         return take_rows(lack, pick), None
+    gain = _gain(signature, layer, params, quant, batch["inputs"])
+    power = power[None, None, :]
+    tiny = jnp.finfo(gain.dtype).tiny
+    heard = jnp.mean(gain**2 / (power + tiny), axis=-1, keepdims=True)
+    return take_rows(lack * gain / (gain**2 + 0.05 * power + tiny), pick), take_rows(heard, pick)
+
+
+def _gain(signature, layer, params, quant, inputs):
+    """[B, P, N]: by how much the output that the layer closes moves when the layer's output moves by 1."""
 
     def moved(offset):
         trees = offset_trees((layer,), (offset,), len(signature.modules))
         merged = [_merged(a, b, layer) for a, b in zip(quant, trees, strict=True)]
-        result, _ = apply_unit(signature, params, merged, batch["inputs"], mutable=["observed"])
+        result, _ = apply_unit(signature, params, merged, inputs, mutable=["observed"])
         return result[layer.closes]
 
-    zeros = jnp.zeros((lack.shape[0], *layer.output), lack.dtype)
-    gain = jax.jvp(moved, (zeros,), (jnp.ones_like(zeros),))[1].reshape(lack.shape)
-    power = jnp.mean(gain**2, axis=(0, 1), keepdims=True)
-    floor = 0.05 * power + jnp.finfo(gain.dtype).tiny
-    heard = jnp.mean(gain**2 / (power + jnp.finfo(gain.dtype).tiny), axis=-1, keepdims=True)
-    return take_rows(lack * gain / (gain**2 + floor), pick), take_rows(heard, pick)
+    zeros = jnp.zeros((len(jax.tree.leaves(inputs)[0]), *layer.output), jnp.float32)
+    gain = jax.jvp(moved, (zeros,), (jnp.ones_like(zeros),))[1]
+    return gain.reshape(len(zeros), layer.rows, -1)
 
 
 def _merged(quant: Mapping, offsets: Mapping, layer: Layer) -> dict:
