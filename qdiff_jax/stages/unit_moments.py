@@ -18,18 +18,25 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qdiff_jax.models.program import Signature, apply_unit, node_at
+from qdiff_jax.models.program import Signature, apply_unit
 from qdiff_jax.observe.taps import Tap
-from qdiff_jax.operators import plain
 from qdiff_jax.quant.hessian_size import hessian_parts
 from qdiff_jax.quant.moments import Moments, chunk_moments, merge, positions, rows_of, take_rows
 from qdiff_jax.quant.timed import select
 from qdiff_jax.runtime.mesh import AXIS, replicate, shard_batch
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, operand
-from qdiff_jax.stages.unit_structure import Layer, UnitPlan, offset_trees, tapped_inputs
-
-BLOCK = "block_fp_output"
-LAYER_TARGETS = ("layer_fp_output", BLOCK)
+from qdiff_jax.stages.unit_residuals import (
+    BLOCK,
+    LAYER_TARGETS,
+    aims_at_block,
+    block_residual,
+    closed_output,
+    gated,
+    layer_output,
+    layer_residual,
+    reads_targets,
+)
+from qdiff_jax.stages.unit_structure import Layer, UnitPlan, tapped_inputs
 
 
 class Sampling(NamedTuple):
@@ -69,9 +76,10 @@ def full_pass(
     allocate: Callable[[int, tuple[int, ...], Any], np.ndarray],
     target: str = BLOCK,
 ) -> tuple[list[np.ndarray], list[dict]]:
-    """The unit in full precision: its outputs over the set, and for each layer of the plan what it puts
-    out, {"rows" [N, p, N_out], "mean" [N, N_out] over positions}; host arrays. A layer that closes an
-    output through a gain that varies has "gain" [N, N_out] too, its mean square over positions.
+    """The unit in full precision: its outputs over the set, and for each layer of the plan what its target
+    is made from; host arrays. That is {"rows" [N, p, N_out], "mean" [N, N_out] over positions} of what it
+    puts out, or for one that closes an output: "closed" [N, p, N_out], the output if other layers have to
+    be silent for it, and "gain" [N, N_out], the mean square over positions of a gain that varies.
 
     allocate(index of the output, shape, dtype): where an output is written. target: see
     `ClosedFormConfig`.
@@ -122,12 +130,13 @@ def level_pass(
     powers = {
         str(i): np.average(targets[i]["gain"], axis=0, weights=sampling.weights).astype(np.float32)
         for i in plan.levels[level]
-        if _gated(plan.layers[i], target)
+        if gated(plan.layers[i], target)
     }
     params, quant, powers = replicate((tuple(params), tuple(quant), powers), mesh)
     # Only what R needs travels: nothing for a layer that aims at its own output.
-    needed = sorted({j for layer in members for j in _reads_targets(layer, plan, target)})
-    closes = sorted({layer.closes for layer in members if _closes(layer, target)})
+    needed = sorted({j for i in plan.levels[level] for j in reads_targets(plan, i, target)})
+    whole = [layer for layer in members if aims_at_block(layer, target) and not layer.silenced]
+    closes = sorted({layer.closes for layer in whole})
     summed = sorted({k for layer in members if target == BLOCK for k in layer.input_summands})
     total: Any = None
     for rows, real in groups(len(sampling.weights), sampling.chunk, mesh.size):
@@ -162,21 +171,6 @@ def _accumulated(total, stacked, i):
     return [merge(a, b) for a, b in zip(total, parts, strict=True)]
 
 
-def _closes(layer: Layer, target: str) -> bool:
-    return target == BLOCK and layer.closes is not None
-
-
-def _gated(layer: Layer, target: str) -> bool:
-    return _closes(layer, target) and not layer.unit_gain
-
-
-def _reads_targets(layer: Layer, plan: UnitPlan, target: str) -> tuple[int, ...]:
-    if target not in LAYER_TARGETS or _closes(layer, target):
-        return ()
-    own = plan.layers.index(layer)
-    return (own, *layer.summands) if target == BLOCK else (own,)
-
-
 @functools.lru_cache(maxsize=256)
 def _full_function(signature: Signature, layers: tuple[Layer, ...], target: str, mesh: Mesh):
     def run(params, inputs, picks):
@@ -184,11 +178,14 @@ def _full_function(signature: Signature, layers: tuple[Layer, ...], target: str,
         outputs, written = apply_unit(signature, params, taps, inputs, mutable=["observed"])
         targets: list[dict[str, jax.Array]] = []
         for layer, x, pick in zip(layers, tapped_inputs(layers, written), picks, strict=True):
-            y = _output(layer, x, params)
-            targets.append({"rows": take_rows(y, pick), "mean": jnp.mean(y, axis=1)})
-            if _gated(layer, target):
-                empty = [{} for _ in signature.modules]
-                gain = _gain(signature, layer, params, empty, inputs)
+            if not aims_at_block(layer, target):
+                y = layer_output(layer, x, params)
+                targets.append({"rows": take_rows(y, pick), "mean": jnp.mean(y, axis=1)})
+                continue
+            empty = [{} for _ in signature.modules]
+            closed, gain = closed_output(signature, layer, params, empty, inputs, outputs)
+            targets.append({"closed": take_rows(closed, pick)} if layer.silenced else {})
+            if gain is not None:
                 targets[-1]["gain"] = jnp.mean(gain**2, axis=1)
         return list(outputs), targets
 
@@ -218,13 +215,13 @@ def _level_function(
             layer = plan.layers[i]
             x = rows_of(layer.operator, met[layer], layer.kernel, pick)
             weights = jnp.repeat(batch["weights"], x.shape[1])
-            if _closes(layer, target):
+            if aims_at_block(layer, target):
                 power = powers.get(str(i))
-                args = (signature, layer, params, quant, batch, outputs, pick, power)
-                r, heard = _block_residual(*args)
+                args = (signature, layer, i, params, quant, batch, outputs, pick, power)
+                r, heard = block_residual(*args)
                 weights = weights if heard is None else weights * heard.reshape(-1)
             elif target in LAYER_TARGETS:
-                r = _layer_residual(layer, plan, params, batch, met, x, pick, target)
+                r = layer_residual(plan, i, params, batch, met, x, pick, target)
             else:
                 r = jnp.zeros((*x.shape[:2], layer.kernel[-1]), x.dtype)
             rows, lacks = (v.reshape(-1, v.shape[-1]) for v in (x, r))
@@ -245,76 +242,6 @@ def _sharded(run, mesh: Mesh, split: int, whole: int = 1):
     return jax.jit(mapped)
 
 
-def _layer_residual(layer, plan, params, batch, met, x, pick, target):
-    """What the layer, in full precision on the inputs it meets, lacks of its full-precision output; for
-    a block target, with what the layers and inputs that are summed with it lack."""
-
-    def own(i):
-        return batch["targets"][str(i)]
-
-    index = plan.layers.index(layer)
-    kernel, bias = _weights(layer, params)
-    y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1]), precision=lax.Precision.HIGHEST)
-    y = y if bias is None else y + bias[None, None, :]
-    r = own(index)["rows"] - y
-    if target != BLOCK:
-        return r
-    for j in layer.summands:
-        other = plan.layers[j]
-        y = _output(other, met[other], params)
-        if other.rows == layer.rows:
-            r = r + own(j)["rows"] - take_rows(y, pick)
-        else:
-            r = r + (own(j)["mean"] - jnp.mean(y, axis=1))[:, None, :]
-    for k in layer.input_summands:
-        lack = batch["full_inputs"][str(k)] - batch["inputs"][k]
-        lack = lack.reshape(lack.shape[0], -1, lack.shape[-1])
-        r = r + (take_rows(lack, pick) if lack.shape[1] == layer.rows else lack)
-    return r
-
-
-def _block_residual(signature, layer, params, quant, batch, outputs, pick, power):
-    """(what the unit's output lacks, referred to the layer's output through its gain; row weights).
-
-    The output moves by g when the layer's output moves by 1. Where g varies (a gate), the error of the
-    unit is sum g^2 |lack / g - change|^2: rows weigh by the mean of g^2 over channels (a constant factor
-    of a channel changes nothing), and the quotient is damped where a channel is hardly heard. power [N]:
-    what a channel's g^2 is measured by, its mean over the whole set in full precision, so that a sample
-    counts for the same in whatever company it is summed.
-    """
-    lack = batch["outputs"][str(layer.closes)] - outputs[layer.closes]
-    lack = lack.reshape(lack.shape[0], layer.rows, -1)
-    if power is None:
-        return take_rows(lack, pick), None
-    gain = _gain(signature, layer, params, quant, batch["inputs"])
-    power = power[None, None, :]
-    tiny = jnp.finfo(gain.dtype).tiny
-    heard = jnp.mean(gain**2 / (power + tiny), axis=-1, keepdims=True)
-    return take_rows(lack * gain / (gain**2 + 0.05 * power + tiny), pick), take_rows(heard, pick)
-
-
-def _gain(signature, layer, params, quant, inputs):
-    """[B, P, N]: by how much the output that the layer closes moves when the layer's output moves by 1."""
-
-    def moved(offset):
-        trees = offset_trees((layer,), (offset,), len(signature.modules))
-        merged = [_merged(a, b, layer) for a, b in zip(quant, trees, strict=True)]
-        result, _ = apply_unit(signature, params, merged, inputs, mutable=["observed"])
-        return result[layer.closes]
-
-    zeros = jnp.zeros((len(jax.tree.leaves(inputs)[0]), *layer.output), jnp.float32)
-    gain = jax.jvp(moved, (zeros,), (jnp.ones_like(zeros),))[1]
-    return gain.reshape(len(zeros), layer.rows, -1)
-
-
-def _merged(quant: Mapping, offsets: Mapping, layer: Layer) -> dict:
-    """A module's activation quantizers with the layer's offset put in beside its own."""
-    flat, other = flatten_sites(dict(quant)), flatten_sites(offsets)
-    for name, site in other.items():
-        flat[name] = site.replace(lhs=flat[name].lhs if name in flat else None)
-    return nest_sites(flat)
-
-
 def _tap_trees(layers: Sequence[Layer], nodes: int, quant: Any) -> list[dict]:
     flat = [flatten_sites(dict(quant[i])) if quant else {} for i in range(nodes)]
     for layer in layers:
@@ -326,14 +253,3 @@ def _tap_trees(layers: Sequence[Layer], nodes: int, quant: Any) -> list[dict]:
 def _quantized(layer: Layer, x, quant):
     site = flatten_sites(dict(quant[layer.node])).get(layer.op)
     return x if site is None else operand(site.lhs, x)
-
-
-def _weights(layer: Layer, params):
-    node = node_at(params[layer.node], layer.op)
-    return node["kernel"], node.get("bias")
-
-
-def _output(layer: Layer, x, params):
-    """[B, P, N]: the layer's output on x, positions flattened."""
-    y = plain(layer.operator, x, *_weights(layer, params))
-    return y.reshape(y.shape[0], -1, y.shape[-1])
