@@ -4,8 +4,8 @@
 
 Paper: PTQ4DiT (Wu et al. 2024, arXiv:2405.16005); site table of its code (`official:ptq4dit`: everything at the
 target bits, embedders, modulation and last layer too; q, k, v and softmax at 8 bits). For transformers alone:
-`model=dit` is the only one. Words behind the colon: bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`;
-`variant=fixed` (default: the paper, rho of whole steps) or `variant=faithful` (the official code, rho of
+`model=dit` is the only one. Words behind the colon: bits `w4a8` (default), `w8a8`, `w4a4`, `w2a4`,
+`w4a32`, `w6a6`, `w8a4` (not `w1a4`: its uniform grids have no code of one bit); `variant=fixed` (default: the paper, rho of whole steps) or `variant=faithful` (the official code, rho of
 single samples); `no_ssc` (all steps alike), `no_csb` (no factors at all) and `no_reconstruction` (nearest
 codes) for the ablations; `rounding=closed_form` solves the same blocks and learns the activation steps after.
 The paper's sizes: 64 trajectories of 50 steps with guidance 1.5, 25 of the steps, 20,000 steps a block at 1e-3
@@ -20,13 +20,14 @@ Expected of `ptq4dit.py:w4a8,laptop`: reconstruction carries the result, factors
 official code found (`experiments.claims`, `claim=ptq4dit_reconstruction` and `claim=csb`).
 """
 
-from configs.methods._start import ROUNDING, parse, start
+from configs.methods._start import BITS, ROUNDING, parse, start
 from qdiff_jax.methods.ptq4dit import VARIANTS
 
 
 def get_config(arg=None):
     arg = parse(
         arg,
+        bits=(*BITS, "w2a4"),
         model=("dit",),
         variant=tuple(VARIANTS),
         no_csb=False,
