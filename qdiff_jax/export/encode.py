@@ -239,7 +239,11 @@ def _holds(leaf, like, value) -> bool:
     """Whether a leaf is to the last bit `jnp.full_like(like, value)`."""
     leaf = np.asarray(leaf)
     whole = np.full(np.shape(like), value, np.float32)
-    return leaf.dtype == whole.dtype and leaf.shape == whole.shape and leaf.tobytes() == whole.tobytes()
+    return (
+        leaf.dtype == whole.dtype
+        and leaf.shape == whole.shape
+        and leaf.tobytes() == whole.tobytes()
+    )
 
 
 register(_qparams_codec())

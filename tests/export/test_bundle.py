@@ -90,7 +90,9 @@ def test_what_follows_from_the_grid_is_not_stored_and_float16_scales_take_two_by
     left = weight.replace(qparams=grid.replace(scale=grid.scale * jnp.float32(1.0001)))
     log = content.grid(0.5, 0.0, 0, 15, grid="log2")
     e2m1 = nvfp4_qparams(kernel[:32])
-    table = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), content.grid(1.0, 0.0, -8, 7, **SIGNED))
+    table = jax.tree.map(
+        lambda leaf: jnp.stack([leaf, leaf]), content.grid(1.0, 0.0, -8, 7, **SIGNED)
+    )
     quant = {
         "a": {"in": SiteQuant(rhs=weight), "left": SiteQuant(rhs=left)},
         "b": {

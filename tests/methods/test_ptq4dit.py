@@ -15,7 +15,7 @@ from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.export.integer import (
     check_executable,
     integer_accumulators,
-    lowered_has_int_dot,
+    lowered_int_dots,
 )
 from qdiff_jax.export.qtensor import codes as held_codes
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, ptq4dit
@@ -253,6 +253,8 @@ def test_integers_lower_for_accelerators(platform, bits):
     variables = {"params": parameters(state), "quant": nest_sites(ready)}
     y = np.zeros(2, np.int32)
     apply = model("dit").module.apply
-    assert lowered_has_int_dot(apply, variables, x, t, y, platforms=[platform])
+    executing = sum(site.execute for site in ready.values())
+    assert executing == len(ready) - 2  # of two sites one operand is kept
+    assert lowered_int_dots(apply, variables, x, t, y, platforms=[platform]) == executing
     simulated = {"params": parameters(state), "quant": state.quant}
-    assert not lowered_has_int_dot(apply, simulated, x, t, y, platforms=[platform])
+    assert lowered_int_dots(apply, simulated, x, t, y, platforms=[platform]) == 0

@@ -253,10 +253,22 @@ def test_a_recipe_for_another_network_is_refused_before_any_work():
 @pytest.mark.parametrize(
     ("parts", "changes", "message"),
     [
-        ("csb+rtn", {"ptq4dit": {"csb": False}}, "ptq4dit.csb is off, which leaves nothing of .* 'csb'"),
-        ("brecq+par", {"tcaq": {"rounds": 0}}, "tcaq.rounds is 0, which leaves nothing of .* 'par'"),
+        (
+            "csb+rtn",
+            {"ptq4dit": {"csb": False}},
+            "ptq4dit.csb is off, which leaves nothing of .* 'csb'",
+        ),
+        (
+            "brecq+par",
+            {"tcaq": {"rounds": 0}},
+            "tcaq.rounds is 0, which leaves nothing of .* 'par'",
+        ),
         ("tcr+rtn", {"tcaq": {"tcr": False}}, "tcaq.tcr is off, which leaves nothing of .* 'tcr'"),
-        ("closed_form+ptqd", {"closed_form": {"tune_steps": 3}}, "tune_steps is 3, and tuning has no"),
+        (
+            "closed_form+ptqd",
+            {"closed_form": {"tune_steps": 3}},
+            "tune_steps is 3, and tuning has no",
+        ),
         ("csb+svdquant", {"svdquant": {"group": 5}}, "groups of 5 do not divide"),
     ],
 )

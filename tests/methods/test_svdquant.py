@@ -209,7 +209,11 @@ def test_the_notes_say_the_pair_or_the_search():
         ("group=8", {"policy": "common"}, r"x_embedder/proj has 1 input channels, .* groups of 8"),
         ("", {"svdquant": {"misfit": "adjust"}}, "misfit 'adjust' is unknown"),
         ("", {"svdquant": {"unsigned": ("*/fc3",)}}, r"unsigned: no layer .* matches '\*/fc3'"),
-        ("", {"svdquant": {"branch": {"attention": ("q",)}}}, "branch.attention: no layer .* matches 'q'"),
+        (
+            "",
+            {"svdquant": {"branch": {"attention": ("q",)}}},
+            "branch.attention: no layer .* matches 'q'",
+        ),
         ("", {"svdquant": {"branch": {"alpha": float("nan")}}}, "alpha is nan"),
     ],
 )
