@@ -200,7 +200,7 @@ def lowered_int_dots(
 
 
 def lowered_has_int_dot(fn: Callable, *args: Any, **where: Any) -> bool:
-    """Whether the program of `fn(*args)` has a product of integers at all; arguments as for `lowered_int_dots`."""
+    """Whether the program of `fn(*args)` has any such product; arguments as for `lowered_int_dots`."""
     return lowered_int_dots(fn, *args, **where) > 0
 
 

@@ -38,7 +38,7 @@ class QTensor:
 
 
 def cell_bytes(spec: QuantSpec) -> int:
-    """Bytes that bundles hold for one scale and its zero point; zero points that follow from the spec take none."""
+    """Bytes that bundles hold for one scale and its zero point, which takes none where the spec implies it."""
     return (2 if spec.scale_format == "f16" else 4) + 4 * (implied_zero_point(spec) is None)
 
 

@@ -3,11 +3,12 @@
 Source: Li et al. 2024 ("SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models",
 arXiv:2411.05007) and the official code (deepcompressor, nunchaku), in its INT4 form: groups of 64 input
 channels, symmetric codes, scales of the weights in float16, activations measured at run time, inputs behind a
-GELU shifted by 0.171875 onto unsigned codes. Groups must divide the channels of every layer: `misfit` says what happens where they do not.
+GELU shifted by 0.171875 onto unsigned codes. Groups must divide the channels of every layer: `misfit` says what
+happens where they do not.
 
 `variant`:
 - "faithful" (the official code): among equal candidates of the smoothing search the later one; the bias makes
-  up for the shift with the sum of R before it is rounded (of R, not of W: the branch reads the input unshifted).
+  up for the shift with the sum of R before it is rounded (not of W: the branch here reads the input as it is).
 - "fixed": the earlier one; the sum of the weights as they are stored, so that the shift itself adds no
   error.
 
@@ -16,11 +17,11 @@ for each candidate; the branch is balanced and rounded to float16 before the res
 for the rounding; smoothing is applied at run time at every site (folded into the branch and the activation
 quantizer), never into the layers before; layers see full-precision inputs; in a U-Net q, k and v have branches
 of their own, and convolutions, of which the paper has none, share a group's scale over their taps. Scales of
-activations are float32, where the kernels of the code have 16 bits. The smoothing of q, k and v is judged by the
-output of the whole block, not of its attention; errors of all other layers are measured on at most `branch.rows`
-rows of their input. GPTQ leaves rows of R whose input is always 0 at their nearest codes, where the code sets them to 0. The NVFP4 form (E2M1 in groups of 16 with
-e4m3 scales, no shift) is not offered. The paper's text decomposes once (`branch.iterations=1`); code and default
-go on until the error stops falling.
+activations are float32. The smoothing of q, k and v is judged by the output of the whole block, not of its
+attention; errors of all other layers are measured on at most `branch.rows` rows of their input. GPTQ leaves
+rows of R whose input is always 0 at their nearest codes, where the code sets them to 0. The NVFP4 form (E2M1 in
+groups of 16 with e4m3 scales, no shift) is not offered. The paper's text decomposes once
+(`branch.iterations=1`); code and default go on until the error stops falling.
 """
 
 from __future__ import annotations
@@ -77,9 +78,11 @@ class SvdQuantConfig:
 def check_plan(
     model: Model, sites: Sequence[Site], plan: SitePlan, config: SvdQuantConfig = SvdQuantConfig()
 ) -> None:
-    """Raise ValueError for what its stages would refuse of a plan, without data: groups and ranks that do not
-    fit a layer (see `misfit`), shifted inputs that are padded, and patterns of sites that match none (other than
-    the defaults, which name the layers of several networks)."""
+    """Raise ValueError for what its stages would refuse of a plan, without data.
+
+    Groups and ranks that do not fit a layer (see `misfit`), shifted inputs that are padded, and patterns of
+    sites that match none, other than the defaults, which name the layers of several networks.
+    """
     made, _ = group_plan(plan, sites, config.group, misfit=config.misfit, unsigned=config.unsigned)
     by_name = {site.name: site for site in sites}
     for name in branch_sites(made, temporal_nodes(model.program)):
@@ -92,8 +95,8 @@ def check_plan(
         for pattern in given if tuple(given) != default else ():
             if not any(matches(name, (pattern,)) for name in layers):
                 raise ValueError(
-                    f"svdquant.{field}: no layer of this network matches {pattern!r}; leave it out, or take the "
-                    f"name of one, such as {layers[0]!r}."
+                    f"svdquant.{field}: no layer of this network matches {pattern!r}; leave it out, or take "
+                    f"the name of one, such as {layers[0]!r}."
                 )
 
 

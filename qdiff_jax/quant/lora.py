@@ -66,8 +66,9 @@ def merged_codes(base: jax.Array, update: Update, grid: QParams) -> jax.Array:
 
 
 def trained_grid(grid: QParams) -> QParams:
-    """A grid whose scale has been trained: kept positive, the zero point fixed; a scale that is stored as float16
-    is rounded to one, straight through.
+    """A grid whose scale has been trained: kept positive, the zero point fixed.
+
+    A scale that is stored as float16 is rounded to one, straight through.
 
     Raises ValueError for a scale that is stored in a format of 8 bits.
     """

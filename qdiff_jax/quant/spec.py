@@ -41,9 +41,10 @@ class QuantSpec:
       zero_code: log grids only: the last code decodes to exactly 0 instead of the smallest power.
       boundary: for "split": index along `axis` at which the second part begins.
       narrow: signed codes are +-(2**(bits-1) - 1), so that the grid is symmetric about 0.
-      scale_format: how a scale is stored: None float32; "f16" a float16 of 2^-24 to 65504 (bundles hold it in
-        two bytes); "e4m3" a float8_e4m3fn (at most 448; NVFP4's block scales); "e8m0" a power of two, 2^(floor(log2 max|x|) - floor(log2 of the grid's largest
-        value)) (MXFP4, OCP Microscaling 1.0). Symmetric signed grids only.
+      scale_format: how a scale is stored: None float32; "f16" a float16 of 2^-24 to 65504 (bundles hold it
+        in two bytes); "e4m3" a float8_e4m3fn (at most 448; NVFP4's block scales); "e8m0" a power of two,
+        2^(floor(log2 max|x|) - floor(log2 of the grid's largest value)) (MXFP4, OCP Microscaling 1.0).
+        Symmetric signed grids only.
 
     Raises:
       ValueError: a field is outside its domain or two fields contradict each other.

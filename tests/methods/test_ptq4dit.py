@@ -210,8 +210,8 @@ def _sums(lhs, xq, wq):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integers_of_folded_layers_are_those_of_the_simulation(bits):
-    """On what the folded network in full precision feeds every dense layer: sums of products of codes in unbounded
-    integers, and the accumulators behind `op`."""
+    """On what the folded network in full precision feeds every dense layer: sums of products of codes in
+    unbounded integers, and the accumulators behind `op`."""
     state, ready = at_bits(bits)
     batch = {"x": calibration().x[:2], "t": calibration().t[:2], "y": calibration().y[:2]}
     names = [n for n, site in ready.items() if site.execute and not site.product]

@@ -1,7 +1,7 @@
 """SVDQuant in integers inside a network: site by site, and as it is lowered for accelerators.
 
-By default on grids, branches and shifts put at every site of the small DiT by hand, in the slow tier on what the
-method makes of it.
+By default on grids, branches and shifts put at every site of the small DiT by hand, in the slow tier on what
+the method makes of it.
 """
 
 import functools
@@ -36,7 +36,7 @@ STATES = pytest.mark.parametrize(
 
 
 def by_hand() -> dict[str, SiteQuant]:
-    """Groups of 4 and W4A4 at every layer of the blocks, branches of rank 2 and smoothing drawn, fc2 shifted."""
+    """Groups of 4 and W4A4 at every layer of the blocks, branch of rank 2 and smoothing drawn, fc2 shifted."""
     sites = tiny_dit.network(tiny_dit.CONFIG).sites
     plan = case_plan("svdquant dit", None, 4)
     plan, _ = group_plan(plan, sites, 4, unsigned=UNSIGNED)
@@ -114,8 +114,8 @@ def _run(x, site, bias):
 
 @STATES
 def test_every_layer_in_integers_is_its_simulation_on_equal_inputs(made):
-    """Accumulators equal the sums of products of codes in unbounded integers, group by group; the outputs those of
-    the simulated operator within 1e-4 of their largest."""
+    """Accumulators equal the sums of products of codes in unbounded integers, group by group; the outputs those
+    of the simulated operator within 1e-4 of their largest."""
     ready, seen = executed(made), inputs_of(made)
     shifted = set()
     for name, x in seen.items():

@@ -1,4 +1,4 @@
-"""Scales of 8 bits (e4m3, e8m0) and of 16 (f16): who may not move them, and that a search knows what will be stored."""
+"""Scales of 8 bits (e4m3, e8m0) and 16 (f16): who may not move them; a search knows what will be stored."""
 
 import jax
 import jax.numpy as jnp
