@@ -140,6 +140,15 @@ CASES = {
     "ptq4dit": Case("ptq4dit", "official:ptq4dit", reports=6, network="dit"),
     # Twelve blocks are reported; by the sixth some layers have their results in the store.
     "svdquant": Case("svdquant", "official:svdquant", options={"svdquant": SVDQUANT}, reports=6),
+    # Of its five units: killed with the first block in the store.
+    "svdquant dit": Case(
+        "svdquant",
+        "official:svdquant",
+        options={"svdquant": SVDQUANT},
+        slow=True,
+        reports=3,
+        network="dit",
+    ),
     # Four batches of the calibration, then three chunks of training.
     "efficientdm": Case("efficientdm", late=5),
     "binarydm": Case("binarydm", "official:binarydm", w_bits=1),

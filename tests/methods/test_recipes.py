@@ -250,6 +250,42 @@ def test_a_recipe_for_another_network_is_refused_before_any_work():
         prepare(load_config(f"{path}:smoke,only,parts=csb+rtn"))
 
 
+@pytest.mark.parametrize(
+    ("parts", "changes", "message"),
+    [
+        (
+            "csb+rtn",
+            {"ptq4dit": {"csb": False}},
+            "ptq4dit.csb is off, which leaves nothing of .* 'csb'",
+        ),
+        (
+            "brecq+par",
+            {"tcaq": {"rounds": 0}},
+            "tcaq.rounds is 0, which leaves nothing of .* 'par'",
+        ),
+        ("tcr+rtn", {"tcaq": {"tcr": False}}, "tcaq.tcr is off, which leaves nothing of .* 'tcr'"),
+        (
+            "closed_form+ptqd",
+            {"closed_form": {"tune_steps": 3}},
+            "tune_steps is 3, and tuning has no",
+        ),
+        ("csb+svdquant", {"svdquant": {"group": 5}}, "groups of 5 do not divide"),
+        (
+            "csb+rtn",
+            {"ptq4dit": {"reconstruction": False}, "rounding": "closed_form"},
+            "leave out rounding='closed_form'",
+        ),
+    ],
+)
+def test_settings_that_leave_a_part_nothing_are_found_before_any_work(parts, changes, message):
+    path = ROOT / "configs" / "recipes" / "dit_csb_svdquant_efficientdm.py"
+    config = load_config(f"{path}:smoke,only,parts={parts}")
+    with config.unlocked():
+        config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["", ",rounding=closed_form"])
 @pytest.mark.parametrize("name", CONFIGS)
