@@ -1,7 +1,8 @@
 """What a piece of work takes: wall and CPU seconds, those of compiling apart.
 
-On a core that others use too, a second of the wall is less than one of the processor, so that the wall seconds
-of compiling must not be taken from CPU seconds: both clocks are read where compiling begins and ends.
+On a core that others use too, compiling takes more seconds of the wall than of the processor, and where the
+compiler has several threads, fewer. The one must not be taken from the other: both clocks are read where
+compiling begins and ends.
 """
 
 from __future__ import annotations

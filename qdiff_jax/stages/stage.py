@@ -96,17 +96,18 @@ def run_stage(
     Returns (state, report); the report gains the fields of `runtime.seconds.Seconds`. They are kept in the
     store after every chunk and cover all processes that worked on the stage, what a kill lost and was done
     again included, but not the time between two of them; of a chunk in which a kill falls they are lost.
-    "resumed": whether an earlier process began it. "uncounted": True if that one kept no seconds.
+    "resumed": whether an earlier process left something in the store. "uncounted": True if one of those kept
+    no seconds. Raises ValueError for a damaged file of seconds.
     """
     place = None if store is None else store / _SECONDS
     resumed = store is not None and store.is_dir() and any(store.iterdir())
-    before = _kept_seconds(place)
+    before, uncounted = _kept_seconds(place) if resumed else (Seconds(), {})
     with stopwatch() as read:
 
-        def spent() -> Seconds:
-            total = add_seconds(before or Seconds(), read())
+        def spent() -> dict:
+            total = {**add_seconds(before, read())._asdict(), **uncounted}
             if place is not None:
-                save_record(place, total._asdict())
+                save_record(place, total)
             return total
 
         carry = stage.init(state, store)
@@ -114,23 +115,21 @@ def run_stage(
             carry = stage.run(carry, chunk)
             spent()
         state, report = stage.finish(carry)
-        report = {**report, **spent()._asdict(), "resumed": resumed}
-    if resumed and before is None:
-        report["uncounted"] = True
-    return state, report
+        return state, {**report, **spent(), "resumed": resumed}
 
 
-def _kept_seconds(place: pathlib.Path | None) -> Seconds | None:
-    """What earlier processes spent; None where none did, or kept nothing. Raises ValueError for a bad file."""
-    if place is None or not place.exists():
-        return None
+def _kept_seconds(place: pathlib.Path) -> tuple[Seconds, dict]:
+    """What earlier processes spent, and {"uncounted": True} if not all of them said so."""
+    if not place.exists():
+        return Seconds(), {"uncounted": True}
     held = load_record(place)
+    uncounted = {"uncounted": True} if held.pop("uncounted", False) else {}
     if set(held) != set(Seconds._fields):
         raise ValueError(
             f"{place} holds {sorted(held)} and not the seconds of a stage; delete it and run again: what was "
             "spent before is then not counted."
         )
-    return Seconds(**held)
+    return Seconds(**held), uncounted
 
 
 def decide_codes(quant: Mapping, params: Mapping) -> dict:

@@ -62,10 +62,13 @@ class TestKilled:
         assert kept(store).items() <= report.items()
 
     def test_a_store_without_seconds_says_that_they_are_not_counted(self, tmp_path):
-        (tmp_path / "step").write_text("4")
-        report = run_stage(stage(), None, tmp_path)[1]
+        (tmp_path / "step").write_text("2")
+        with pytest.raises(Kill):
+            run_stage(stage(kill_at=4), None, tmp_path)
+        report = run_stage(stage(), None, tmp_path)[1]  # still: of the first of three processes
         assert report["resumed"]
         assert report["uncounted"]
+        assert report["cpu_seconds"] >= 4 * EACH
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"seconds": 1.0}'])
     def test_damaged_seconds_are_named(self, tmp_path, text):
