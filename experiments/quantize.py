@@ -36,7 +36,15 @@ from experiments.quantize_config import (
     method_settings,
     read_config,
 )
-from experiments.quantize_report import draw, is_measured, measure, provenance, reference
+from experiments.quantize_report import (
+    commits,
+    draw,
+    is_measured,
+    made_at,
+    measure,
+    provenance,
+    reference,
+)
 from qdiff_jax.config import claim_workdir
 from qdiff_jax.diffusion.guidance import Guidance
 from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
@@ -63,6 +71,7 @@ from qdiff_jax.policy import SitePlan, make_plan, policy
 from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
 from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import log_progress, progress
+from qdiff_jax.runtime.seconds import stopwatch
 from qdiff_jax.sites import Site, list_sites
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
 
@@ -94,14 +103,11 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     config, diffusion, asked = job.config, job.diffusion, job.asked
     claim_workdir(workdir, config, FREE_TO_CHANGE)
     claim_prompts(workdir, asked.prompts)
+    made_at()  # the commit of now, whatever is committed while this runs
     with phases(phase_weights(config, workdir)) as enter, compile_account() as account:
         enter("trajectories")
         calibration, held_out = trajectories(job, workdir)
-        sets = calibration_sets(config, calibration)._replace(
-            paired=pairs_of(job, calibration),
-            sampling=sampling_of(job),
-            step_weights=step_weights(job, workdir),
-        )
+        sets = sets_of(job, workdir, calibration)
         enter("fp32")
         records = [reference(config, asked, workdir)]
         for name, v in config.variants.items():
@@ -116,7 +122,10 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
         account.seconds,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-    paths = report.write_report(workdir, records, provenance(config, diffusion, command), pictures)
+    # Of each variant by its own records: what is read back was made at an earlier commit.
+    origin = {name: commits(workdir / "variants" / name) for name in config.variants}
+    made = {**provenance(config, diffusion, command), "commits_of_variants": origin}
+    paths = report.write_report(workdir, records, made, pictures)
     Console().print(report.terminal_table(records))
     return paths
 
@@ -210,6 +219,15 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
     return tuple(recorded)
 
 
+def sets_of(job: Job, workdir: pathlib.Path, calibration: Trajectory) -> CalibrationSets:
+    """All that methods are calibrated on, from the recorded trajectories."""
+    return calibration_sets(job.config, calibration)._replace(
+        paired=pairs_of(job, calibration),
+        sampling=sampling_of(job),
+        step_weights=step_weights(job, workdir),
+    )
+
+
 def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> CalibrationSets:
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     chosen = config.calibration
@@ -226,7 +244,8 @@ def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> Calibra
 
 
 def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
-    """[S], by the config's rule; None for equal weights. Rollouts are made once for a workdir."""
+    """[S], by the config's rule; None for equal weights. Rollouts are made once for a workdir, and the file
+    with their outcome says what they took."""
     config, diffusion = job.config, job.diffusion
     if config.closed_form.step_weights == "uniform":
         return None
@@ -235,18 +254,20 @@ def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
     path = workdir / "trajectories" / "sensitivity.json"
     if not path.exists():
         indices = list(range(config.calibration.samples))
-        importance = rollout_sensitivity(
-            registry.predictor(diffusion.model.module),
-            {"params": diffusion.model.params, "quant": {}},
-            job.sampler,
-            noise_key(config.seed),
-            indices,
-            shape=diffusion.image_shape,
-            y=job.asked.conditions(indices),
-            guidance=job.guidance,
-            batch_size=min(config.evaluation.batch, len(indices)),
-        )
-        save_record(path, {"importance": importance.tolist()})
+        with stopwatch() as read:
+            importance = rollout_sensitivity(
+                registry.predictor(diffusion.model.module),
+                {"params": diffusion.model.params, "quant": {}},
+                job.sampler,
+                noise_key(config.seed),
+                indices,
+                shape=diffusion.image_shape,
+                y=job.asked.conditions(indices),
+                guidance=job.guidance,
+                batch_size=min(config.evaluation.batch, len(indices)),
+            )
+            spent = read()
+        save_record(path, {"importance": importance.tolist(), **spent._asdict(), **made_at()})
     return np.asarray(load_record(path)["importance"])
 
 
@@ -306,6 +327,7 @@ def quantize_one(
                 "a_bits": v.a_bits,
             },
             on_stage=lambda stage: logging.info("%s: %s", name, stage),
+            made=made_at(),
         )
 
 

@@ -52,11 +52,14 @@ def run_method(
     sampler_config: Mapping,
     extra: Mapping,
     on_stage: Callable[[str], None] | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> dict:
     """Run the method's stages and write `directory/bundle` and `directory/quantize.json`.
 
     Stages keep their unfinished work under `directory/stages`; called again after a kill, they go on
-    from it. Returns the record: seconds by kind of stage, compile seconds and each stage's report.
+    from it. made: what the record shall say of its origin, such as the commit. Returns the record: that,
+    seconds by kind of stage (wall, of all processes that worked on it), compile seconds and each stage's
+    report.
     """
     record = directory / "quantize.json"
     if record.exists() and (directory / "bundle").is_dir():
@@ -93,7 +96,7 @@ def run_method(
         },
         correction=state.aux.get("correction"),
     )
-    result = {**seconds, "stages": reports}
+    result = {**(made or {}), **seconds, "stages": reports}
     save_record(record, result)
     return result
 

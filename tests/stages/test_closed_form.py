@@ -1,6 +1,7 @@
 """Closed-form rounding as a stage: what it must improve on, what it must not touch, what it survives."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -255,6 +256,21 @@ class TestKilled:
         assert report["units"] == whole[1]["units"]
         assert seen[-1] == (5, 5, "c")
         assert len(list(tmp_path.glob("unit_*.safetensors"))) == 5
+
+    def test_seconds_are_kept_with_every_unit(self, start, whole, tmp_path):
+        def kill(done, total, unit, loss):
+            if done == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(stage(on_progress=kill), start, tmp_path)
+        before = json.loads((tmp_path / "seconds.json").read_text())
+        assert before["cpu_seconds"] > 0
+        state, report = run_stage(stage(), start, tmp_path)
+        assert report["resumed"]
+        assert not whole[1]["resumed"]
+        assert report["cpu_seconds"] > before["cpu_seconds"]
+        assert chain.leaves_equal(state.quant, whole[0].quant)
 
     def test_damaged_result_is_named(self, start, tmp_path):
         work = stage()
