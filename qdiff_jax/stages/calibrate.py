@@ -99,13 +99,13 @@ def _observe(module, observer, variables, batch, observers):
     }
 
 
-def flatten_reports(observed: Mapping) -> dict[str, Mapping]:
-    """{"site:operand": report} of an `observed` collection."""
+def flatten_reports(observed: Mapping, leaf: str = "lo") -> dict[str, Mapping]:
+    """{"site:operand": report} of an `observed` collection. leaf: a key that every report has."""
     flat = {}
 
     def walk(node, path):
         for key, value in node.items():
-            if isinstance(value, Mapping) and "lo" in value:
+            if isinstance(value, Mapping) and leaf in value:
                 flat[f"{path}:{key}"] = value
             else:
                 walk(value, f"{path}/{key}" if path else key)
@@ -272,9 +272,9 @@ def part_names(entry: Entry) -> tuple[str, ...]:
     return tuple(f"{entry.site}/{entry.operand}:part_{i}" for i in range(2))
 
 
-def tapped_sites(entries: Sequence[Entry], statistic: str) -> dict[str, SiteQuant]:
-    """{site: a tap of the statistic and nothing else}, split where the entry is."""
-    return {e.site: SiteQuant(tap=Tap(statistic, boundary=e.spec.boundary)) for e in entries}
+def tapped_sites(entries: Sequence[Entry], statistic: str, size: int = 256) -> dict[str, SiteQuant]:
+    """{site: a tap of the statistic and nothing else}, split where the entry is. size: see `Tap`."""
+    return {e.site: SiteQuant(tap=Tap(statistic, size, e.spec.boundary)) for e in entries}
 
 
 def _finish_parts(observer: Observer, states: Mapping, entry: Entry, steps):

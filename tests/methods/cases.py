@@ -236,7 +236,7 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
         activation_steps=2 if steps and case.entry == "qdiffusion" else 0,
         closed_form=ClosedFormConfig(walk_batch=12, check_samples=12, devices=devices),
         tune_steps=steps,
-        batch_ranges=BatchRangeConfig(values=32, candidates=10),
+        batch_ranges=BatchRangeConfig(bins=256, candidates=10),
         tdq=TdqConfig(scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8)),
         efficientdm=EfficientDMConfig(
             steps=steps,
