@@ -125,7 +125,7 @@ CASES = {
     "tfmq": Case("tfmq"),
     # The same weights and another set of step tables, which cost a compile of the network.
     "tfmq faithful": Case("tfmq", options={"variant": "faithful"}, slow=True),
-    "qdiffusion": Case("qdiffusion", "official:qdiffusion"),
+    "qdiffusion": Case("qdiffusion", "official:qdiffusion", options={"split": "both"}),
     "ptq4dm": Case("ptq4dm", "official:ptq4dm"),
     # A program for each shape of a layer, minutes of compiling; the stage has default tests on a chain.
     "closed_form": Case("closed_form", slow=True),
