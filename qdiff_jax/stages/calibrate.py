@@ -237,7 +237,7 @@ def unseen_label_nodes(model: Model, y: Any) -> tuple[str, ...]:
     if y is None:
         return ()
     classes = getattr(getattr(model.module, "config", None), "num_classes", None)
-    labels = np.asarray(y) if not isinstance(y, Mapping) else np.zeros(())
+    labels = np.asarray(y) if hasattr(y, "shape") else np.zeros(())
     if classes and labels.ndim == 1 and np.isin(np.arange(classes), labels).all():
         return ()
     reading = {"y"}
