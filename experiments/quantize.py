@@ -84,8 +84,12 @@ class Job(NamedTuple):
         return self.asked.diffusion
 
 
-def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
+def quantize(
+    config: Any, workdir: pathlib.Path, command: str = "", *, pictures: bool = True
+) -> dict:
     """The whole job; returns the paths of the reports. Everything is read back if it exists already.
+
+    pictures: False for a job of many runs, whose own picture sets them side by side.
 
     Raises ValueError for a config that cannot run (nothing is written then) or a workdir of another
     one, naming the keys that differ.
@@ -108,7 +112,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
             enter(name)
             record = quantize_one(job, name, sets, workdir / "variants" / name, calibration)
             records.append(measure(config, name, v, record, asked, held_out, workdir))
-        pictures = draw(config, asked, job.sites, calibration, records, workdir)
+        drawn = draw(config, asked, job.sites, calibration, records, workdir) if pictures else {}
     logging.info(
         "programs compiled: %d, found in the cache: %d, %.0f s; peak memory %.0f MiB",
         account.backend_compiles,
@@ -116,7 +120,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
         account.seconds,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-    paths = report.write_report(workdir, records, provenance(config, diffusion, command), pictures)
+    paths = report.write_report(workdir, records, provenance(config, diffusion, command), drawn)
     Console().print(report.terminal_table(records))
     return paths
 

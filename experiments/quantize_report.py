@@ -210,7 +210,7 @@ def provenance(config: QuantizeConfig, diffusion, command: str) -> dict:
     """What made the report: command, commit, machine, versions, fingerprints."""
     return {
         "command": command or "experiments.quantize.quantize(...)",
-        "commit": _commit() or "not a git checkout",
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
         "jax_version": jax.__version__,
         "config_fingerprint": fingerprint(config),
@@ -218,10 +218,12 @@ def provenance(config: QuantizeConfig, diffusion, command: str) -> dict:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The code's, with -dirty behind it where files have changed; "not a git checkout" where there is none."""
     root = pathlib.Path(__file__).resolve().parent
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+        found = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
     except OSError:  # git is not installed, which must not cost a finished run its report
-        return ""
+        found = ""
+    return found or "not a git checkout"

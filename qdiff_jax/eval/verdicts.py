@@ -56,18 +56,14 @@ def paired_effect(above, below, *, replicates: int = _REPLICATES, seed: int = 0)
             )
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, pairs[0].shape[1], (replicates, pairs[0].shape[1]))
-    top, bottom = (
-        np.prod([run[rows].mean(axis=1) for run in values], axis=0) for values in pairs
-    )
+    top, bottom = (np.prod([run[rows].mean(axis=1) for run in values], axis=0) for values in pairs)
     # A resample without any error says nothing of the ratio.
     ratios = top[bottom > 0] / bottom[bottom > 0]
     top, bottom = (np.prod(values.mean(axis=1)) for values in pairs)
     return Effect(float(top / bottom), *(float(q) for q in np.quantile(ratios, _TAILS)))
 
 
-def spread_effect(
-    with_part, without, reference, *, replicates: int = 500, seed: int = 0
-) -> Effect:
+def spread_effect(with_part, without, reference, *, replicates: int = 500, seed: int = 0) -> Effect:
     """How much nearer the part brings the samples' variance to the reference's, as a ratio.
 
         exp(|log v_with / v| - |log v_without / v|),    v: mean over values of the variance over samples
@@ -120,11 +116,11 @@ def over_seeds(ratios: Sequence[float], *, level: float = 0.95) -> Effect:
 def verdict(effects: Sequence[Effect], *, limit: float = 1.0) -> str:
     """What the effects of all seeds together say of "the ratio is below the limit".
 
-    "holds" if every seed's interval and Student's interval over seeds lie below the limit, "reversed" if all lie
-    above it, each with at most 2.5 % of error where there is nothing. Else "seeds disagree" if the seeds differ
-    by more than their own intervals explain (Cochran's Q, 5 %), and "no effect" if they do not. For a limit
-    other than 1 (a margin of equivalence) what is neither is "not shown". One seed alone gives no verdict
-    ("one seed"). Raises ValueError without effects.
+    "holds" if every seed's interval and Student's interval over seeds lie below the limit, "reversed" if
+    they lie above it, each with at most 2.5 % of error where there is nothing. Else "seeds disagree" if
+    the seeds differ by more than their own intervals explain (Cochran's Q, 5 %), and "no effect" if they do
+    not. For a limit other than 1 (a margin of equivalence) what is neither is "not shown". One seed alone
+    gives no verdict ("one seed"). Raises ValueError without effects.
     """
     if not effects:
         raise ValueError("a verdict needs the effect of at least one seed.")
@@ -143,7 +139,7 @@ def verdict(effects: Sequence[Effect], *, limit: float = 1.0) -> str:
 def differ(effects: Sequence[Effect]) -> bool:
     """Whether the seeds' log ratios scatter more than their intervals explain: Cochran's Q beyond 95 %.
 
-        Q = sum_i (l_i - l)^2 / s_i^2 ,   l the mean of l_i weighted by 1 / s_i^2 ,   chi^2 of n - 1
+    Q = sum_i (l_i - l)^2 / s_i^2 ,   l the mean of l_i weighted by 1 / s_i^2 ,   chi^2 of n - 1
     """
     logs = np.log([effect.ratio for effect in effects])
     ends = np.log([(max(effect.low, 1e-300), effect.high) for effect in effects])
