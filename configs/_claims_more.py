@@ -69,8 +69,10 @@ def _svdquant(part, with_it, without, published=UNKNOWN):
     return claim("SVDQuant", part, with_it, without, "w4a4", published)
 
 
-AWAY = {"0": "smoothing=none"}
-AWAY |= {a: f"alpha={a},beta={b}" for a, b in ((".5", ".5"), (".8", ".2"), ("1", "0"))}
+# Per cent of the outliers that go into the weights.
+AWAY = {0: "smoothing=none"} | {
+    a: f"alpha={a / 100},beta={(100 - a) / 100}" for a in (50, 80, 100)
+}
 GAIN = "argued, without figures of it"
 
 DIT |= {
@@ -94,12 +96,12 @@ DIT |= {
     ),
     **{
         f"svdquant_gain_{more}": _svdquant(
-            f"the branch gains more with alpha {more} smoothed away than with {less}",
+            f"the branch gains more where alpha = {more / 100} than where it is {less / 100}",
             _smoothed(AWAY[more]),
             _smoothed(AWAY[less]),
             GAIN,
         )
-        for less, more in (("0", ".5"), (".5", ".8"), (".8", "1"))
+        for less, more in ((0, 50), (50, 80), (80, 100))
     },
 }
 

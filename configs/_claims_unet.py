@@ -5,7 +5,7 @@ from configs._claims import CHEAP, DEAR, claim, side
 GROUP = "unet_methods"
 LOSSLESS = "ImageNet W4A8: FID within 0.06 of full precision, with all of it"
 
-# Every unit with as many steps: that of the time embedding (TIAR), or the blocks with its projections (without).
+# Every unit with as many steps: the time embedding's (TIAR), or the blocks with its projections (without).
 ALIKE = "reconstruct.temporal_steps=0"
 # Without rounds, `laptop` gives the blocks as many steps as with two of them (100 + 2 x 25); this gives the
 # units of the time embedding as many (1,000 + 2 x 250).

@@ -9,10 +9,10 @@ Papers: PTQ4DM (arXiv:2211.15736), Q-Diffusion (2302.04304), TFMQ-DM (2311.16503
 (2404.05662). Every run is a config of configs/methods at its `laptop` size, measured on 256 samples from shared
 noise over 20 steps without guidance, with three seeds, or five on the U-Net where no weights are learned; a run
 that two claims share is made once. The claims are in configs/_claims_unet.py and configs/_claims_more.py. Words
-behind the colon choose what is run: `claim=NAME`, `model=unet` or `model=dit` (default: both), `seed=N` for that
-seed alone, `group=unet_methods` (the six methods for U-Nets, on the U-Net) or `group=dit_tuned_binary` (all
-else); several processes may share one --out. `seeds=N` and `bits=w4a4` change the claims themselves. The ledger
-is written of everything that lies in --out.
+behind the colon choose what is run: `claim=NAME`, `model=unet` or `model=dit` (default: both), `seed=N` for
+that seed alone, `group=unet_methods` (the six methods for U-Nets, on the U-Net) or `group=dit_tuned_binary`
+(all else); several processes may share one --out. `seeds=N` and `bits=w4a4` change the claims themselves. The
+ledger is written of everything that lies in --out.
 
 @COST@
 `claims.py:smoke` pairs two runs on a miniature.

@@ -185,8 +185,8 @@ def _commits(rows: Sequence[dict]) -> str:
     found = sorted({commit for row in rows for commit in row["commits"]})
     if len(found) > 1:
         return (
-            f"**MADE BY DIFFERENT CODE: the runs rest on {len(found)} commits, {', '.join(found)}.** Sides that "
-            "were made by unlike code may differ in more than the part; claims.json names each claim's commits."
+            f"**MADE BY DIFFERENT CODE: the runs rest on {len(found)} commits, {', '.join(found)}.** Sides "
+            "made by unlike code may differ in more than the part; claims.json names each claim's commits."
         )
     return f"Commit of all runs: {', '.join(found) or 'none yet'}."
 
