@@ -65,6 +65,7 @@ from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.sites import Site, list_sites
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
+from qdiff_jax.stages.step_bits import target_entries
 
 
 class Job(NamedTuple):
@@ -163,6 +164,12 @@ def prepare(config: Any) -> Job:
         name: make_plan(sites, policy(config.policy, sites, *v.targets))
         for name, v in config.variants.items()
     }
+    for name, v in config.variants.items():
+        if config.ptqd.step_bits and "ptqd" in methods_of(v.method, base):
+            try:
+                target_entries(plans[name])
+            except ValueError as error:
+                raise ValueError(f"config.variants.{name}: {error}") from error
     job = Job(config, asked, guidance, sites, plans, settings, sampler)
     source = settings.efficientdm.source
     if source.kind == "online" and "efficientdm" in methods and asked.prompts:
@@ -222,6 +229,9 @@ def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> Calibra
         options = {"count": chosen.count or None}
     if chosen.selector == "one_step":
         options["position"] = chosen.position
+    if chosen.selector == "ndtc":
+        own = dict(mean=chosen.mean, std=chosen.std, mirror_bug=chosen.mirror_bug)
+        options = {**options, **own}
     return CalibrationSets(
         weights=select_calibration(chosen.selector, key, calibration, **options),
         activations=every_step(jax.random.fold_in(key, 1), calibration),
@@ -256,7 +266,8 @@ def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
 
 def pairs_of(job: Job, calibration: Trajectory) -> Paired:
     """The calibration trajectories as pairs, for methods that correct the sampling."""
-    return paired(calibration, job.guidance, job.sampler, job.diffusion.schedule)
+    key = noise_key(job.config.seed)
+    return paired(calibration, job.guidance, job.sampler, job.diffusion.schedule, key)
 
 
 def sampling_of(job: Job) -> Sampling:

@@ -52,6 +52,8 @@ def _second_phase(settings):
     return dataclasses.replace(
         settings.weights,
         steps=settings.activation_steps,
+        temporal_steps=0,  # of scales they cost what all others cost
+        batch_size=settings.activation_batch or settings.weights.batch_size,
         scale_lr=settings.activation_lr,
         trains="scales",
         inputs="full_precision",
@@ -109,6 +111,9 @@ def _tfmq(model, sets, settings, **own):
         variant=settings.variant,
         tiar=settings.tiar,
         fsc=settings.fsc,
+        freeze=settings.freeze,
+        split=settings.tfmq_split,
+        margin=settings.faithful_margin,
         activations=settings.activations,
         **_rounded(sets, settings),
         **_repeated(settings),

@@ -125,7 +125,7 @@ CASES = {
     "tfmq": Case("tfmq"),
     # The same weights and another set of step tables, which cost a compile of the network.
     "tfmq faithful": Case("tfmq", options={"variant": "faithful"}, slow=True),
-    "qdiffusion": Case("qdiffusion", "official:qdiffusion"),
+    "qdiffusion": Case("qdiffusion", "official:qdiffusion", options={"split": "both"}),
     "ptq4dm": Case("ptq4dm", "official:ptq4dm"),
     # A program for each shape of a layer, minutes of compiling; the stage has default tests on a chain.
     "closed_form": Case("closed_form", slow=True),
@@ -236,7 +236,7 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
         activation_steps=2 if steps and case.entry == "qdiffusion" else 0,
         closed_form=ClosedFormConfig(walk_batch=12, check_samples=12, devices=devices),
         tune_steps=steps,
-        batch_ranges=BatchRangeConfig(values=32, candidates=10),
+        batch_ranges=BatchRangeConfig(bins=256, candidates=10),
         tdq=TdqConfig(scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8)),
         efficientdm=EfficientDMConfig(
             steps=steps,
