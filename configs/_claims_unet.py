@@ -7,15 +7,13 @@ LOSSLESS = "ImageNet W4A8: FID within 0.06 of full precision, with all of it"
 
 # Every unit with as many steps: the time embedding's (TIAR), or the blocks with its projections (without).
 ALIKE = "reconstruct.temporal_steps=0"
-# Without rounds, `laptop` gives the blocks as many steps as with two of them (100 + 2 x 25); this gives the
-# units of the time embedding as many (1,000 + 2 x 250).
-NO_ROUNDS = ("rounds=0", "reconstruct.temporal_steps=1500")
 # At W4A4 the ranges that EfficientDM is held against (configs/_claims_more.py): these runs serve there too.
 MSE = "activations.observer=mse"
 
 
 def _tcaq(words="", *changes):
-    return side("tcaq", ",".join(filter(None, (NO_ROUNDS[0], words))), NO_ROUNDS[1], *changes)
+    """Without rounds, whose steps `laptop` then adds to those of the first pass."""
+    return side("tcaq", ",".join(filter(None, ("rounds=0", words))), *changes)
 
 
 def _ptqd(part, words, against, published, **more):
@@ -60,16 +58,8 @@ CLAIMS = {
     ),
     "split": claim(
         "Q-Diffusion",
-        "split of shortcuts and first convolutions",
-        side("qdiffusion", "split=both"),
-        side("qdiffusion", "split=none"),
-        "w4a8",
-        "CIFAR-10 W4A8 FID 188.11 -> 4.93",
-    ),
-    "split_shortcut": claim(
-        "Q-Diffusion",
-        "split of shortcuts alone (the code's)",
-        side("qdiffusion", "split=shortcut"),
+        "split of shortcuts",
+        side("qdiffusion"),
         side("qdiffusion", "split=none"),
         "w4a8",
         "CIFAR-10 W4A8 FID 188.11 -> 4.93",
@@ -92,7 +82,7 @@ CLAIMS = {
     ),
     "freeze": claim(
         "TFMQ-DM",
-        "projections of the time embedding rounded to nearest, against those in their blocks",
+        "Freeze: time embedding at nearest codes, against reconstruction in its blocks",
         side("tfmq", "freeze,no_fsc"),
         side("tfmq", "no_tiar,no_fsc"),
         "w4a8",
@@ -104,14 +94,6 @@ CLAIMS = {
         side("tfmq", "variant=faithful"),
         side("tfmq"),
         "w4a8",
-    ),
-    "margin": claim(
-        "TFMQ-DM",
-        "margin 1.1 on the code's tables (ours), against none",
-        side("tfmq", "variant=faithful"),
-        side("tfmq", "variant=faithful,margin=1.0"),
-        "w4a8",
-        "ours",
     ),
     "tdq": claim(
         "TDQ",

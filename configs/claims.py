@@ -14,7 +14,13 @@ that seed alone, `group=unet_methods` (the six methods for U-Nets, on the U-Net)
 (all else); several processes may share one --out. `seeds=N` and `bits=w4a4` change the claims themselves. The
 ledger is written of everything that lies in --out.
 
-@COST@
+Expected cost on one core, reckoned from single runs (a minute where nothing is learned, two to six with learning)
+and not yet measured as a whole:
+
+    `group=unet_methods`: 115 runs, 3.8 CPU hours
+    `group=dit_tuned_binary`: 150 runs, 6 CPU hours beside those of the other group
+
+Expected result: experiments/results/claims.md once it has been run in full.
 `claims.py:smoke` pairs two runs on a miniature.
 """
 

@@ -128,7 +128,8 @@ def test_what_is_run_is_chosen_by_words_and_the_ledger_stays_whole():
         assert {model for model, _ in config.chosen} == models
         assert config.only_seeds == seeds
     every = load_config(f"{CONFIG}:claim=efficientdm_beats_every_ptq,model=dit").chosen
-    assert ("dit", "efficientdm_beats_svdquant") in every and len(every) == 3
+    assert ("dit", "efficientdm_beats_svdquant") in every
+    assert len(every) == 3
     assert ("unet", "binarydm_ebb") in load_config(f"{CONFIG}:group=dit_tuned_binary").chosen
 
 
@@ -259,7 +260,8 @@ def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(tmp_path
     calls = []
 
     def fail(config, workdir, command, *, pictures):
-        assert not pictures and "--config.evaluation.samples=4" in command
+        assert not pictures
+        assert "--config.evaluation.samples=4" in command
         calls.append(workdir.name)
         raise FloatingPointError("the loss became nan")
 
@@ -268,7 +270,8 @@ def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(tmp_path
     monkeypatch.setattr(claims, "_effect", lambda aim, runs, made: row(Claim(*config.claims[0]), 0))
     ledger(config, tmp_path)
     text, found = read(config, tmp_path)
-    assert found["verdict"] == "diverged" and found["seeds"] == [1, 2]
+    assert found["verdict"] == "diverged"
+    assert found["seeds"] == [1, 2]
     assert "**diverged**: seed 0, without it: the loss became nan" in text
     # It is remembered, by the other claim of the same run too, until the code changes.
     assert calls == [broken]
@@ -307,7 +310,8 @@ def test_one_process_at_a_time_makes_a_run(tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1] and len(made) == 1
+    assert most == [1]
+    assert len(made) == 1
     # Other runs do not wait for this one.
     with locked(tmp_path / "locks" / "a"), locked(tmp_path / "locks" / "b"):
         pass
