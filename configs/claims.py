@@ -14,8 +14,8 @@ that seed alone, `group=unet_methods` (the six methods for U-Nets, on the U-Net)
 (all else); several processes may share one --out. `seeds=N` and `bits=w4a4` change the claims themselves. The
 ledger is written of everything that lies in --out.
 
-Expected cost on one core, reckoned from single runs (a minute where nothing is learned, two to six with learning)
-and not yet measured as a whole:
+Expected cost on one core, reckoned from single runs (a minute where nothing is learned, two to six with
+learning) and not yet measured as a whole:
 
     `group=unet_methods`: 115 runs, 3.8 CPU hours
     `group=dit_tuned_binary`: 150 runs, 6 CPU hours beside those of the other group
