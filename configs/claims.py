@@ -71,6 +71,11 @@ def get_config(arg=None):
         raise ValueError(
             f"claim={arg.claim}, model={arg.model} and group={arg.group} have nothing in common.{where}"
         )
+    longest = max(claim[8] for claim in claims if (claim[2], claim[0]) in chosen)
+    if arg.seed >= longest:
+        raise ValueError(
+            f"seed={arg.seed} is none of the {longest} of the claims chosen, which count from 0."
+        )
     if arg.smoke:
         claims, chosen = [_smoke(arg.seeds or 1)], [("unet", "fsc")]
     config.claims = tuple(claims)

@@ -54,10 +54,12 @@ class Claim(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The workdir of a run, and why it has no result; "" where it has one."""
+    """The workdir of a run, and why it has no result; "" where it has one. diverged: whether for numbers that
+    are not finite, or for bad input of whatever kind."""
 
     workdir: pathlib.Path
-    why: str
+    why: str = ""
+    diverged: bool = False
 
 
 def runs_of(claim: Claim, config: ConfigDict, seed: int) -> tuple[Run, ...]:
@@ -113,19 +115,19 @@ def _weights(model: str) -> str:
 def make(run: Run, out: pathlib.Path) -> Made:
     """The run, finished or failed; nothing is done again, and full precision is made once for all.
 
-    A second process that wants the same run waits for the first. What diverged (a loss or a sample that is not
-    finite, or whatever else a run refuses) is remembered with its sentence, and tried again only by other code.
+    A second process that wants the same run waits for the first. What diverged, or was refused, is remembered
+    with its sentence, and tried again only by other code.
     """
     workdir = out / "runs" / run.name
-    failed = workdir / "diverged.json"
+    failed = workdir / "failed.json"
     # What full precision drew belongs to its weights, whatever they are called.
     weights = _weights(run.parsed.model)[:8]
     kept = run._replace(
         parsed=dataclasses.replace(run.parsed, model=f"{run.parsed.model}-{weights}")
     )
     with locked(out / "locks" / run.name):
-        if failed.exists() and load_record(failed)["commit"] == commit():
-            return Made(workdir, load_record(failed)["why"])
+        if failed.exists() and (held := load_record(failed))["commit"] == commit():
+            return Made(workdir, held["why"], held["diverged"])
         share(out, kept, workdir)
         if not is_finished(run, workdir):
             try:
@@ -133,13 +135,15 @@ def make(run: Run, out: pathlib.Path) -> Made:
                 quantize(run.config, workdir, command, pictures=False)
             except (FloatingPointError, ValueError) as error:
                 logging.exception("%s ended without a result", run.name)
-                save_record(failed, {"why": str(error), "commit": commit()})
-                return Made(workdir, str(error))
+                made = Made(workdir, str(error), isinstance(error, FloatingPointError))
+                held = {"why": made.why, "diverged": made.diverged, "commit": commit()}
+                save_record(failed, held)
+                return made
             finally:
                 release_programs()  # dozens of runs compile more than a process may map
         failed.unlink(missing_ok=True)
         share(out, kept, workdir)
-    return Made(workdir, "")
+    return Made(workdir)
 
 
 @contextlib.contextmanager

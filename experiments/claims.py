@@ -13,7 +13,7 @@ rows of the config's claims whenever one is added, and by `--assemble`, which ru
 
 A verdict rests on the paired squared errors of the final images, from shared noise, sample by sample and over
 seeds (`qdiff_jax.eval.verdicts`). Beside it stand the ratios of the errors of the noise estimate and of the
-temporal features. A run that diverges leaves its sentence in the row, and the ledger goes on.
+temporal features. A run that diverges, or is refused, leaves its sentence in the row, and the ledger goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import shlex
 import sys
 from typing import Any
 
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -47,6 +48,11 @@ from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
 from qdiff_jax.runtime.progress import log_progress
 
+_SIDES = {
+    2: ("with it", "without it"),
+    4: ("first pair, with it", "first pair, without it", "second, with it", "second, without it"),
+}
+
 
 def claims_of(config: ConfigDict) -> list[Claim]:
     """All claims of a ledger, whose configs are read: a wrong one is found before the first run."""
@@ -65,19 +71,22 @@ def row_path(claim: Claim, config: ConfigDict, seed: int, out: pathlib.Path) -> 
 
 def measure(claim: Claim, config: ConfigDict, seed: int, out: pathlib.Path) -> dict[str, Any]:
     """Run what is missing for a claim with one seed; returns its row, with "why" if there is no effect."""
-    row = {"model": claim.model, "name": claim.name, "bits": claim.bits, "seed": seed, "why": ""}
+    row = {"model": claim.model, "name": claim.name, "bits": claim.bits, "seed": seed}
     runs = runs_of(claim, config, seed)
     made = []
-    for run in runs:
-        made.append(make(run, out))
-        if made[-1].why:
-            side = "with it" if len(made) == 1 else "without it" if len(runs) == 2 else run.name
-            return {**row, "why": f"{side}: {made[-1].why}"}
+    for run, side in zip(runs, _SIDES[len(runs)], strict=True):
+        one = make(run, out)
+        if not (one.why or np.isfinite(samples_of(one.workdir, *run.parsed.variants)).all()):
+            one = one._replace(why="its samples are not finite", diverged=True)
+        if one.why:
+            return {**row, "why": f"{side}: {one.why}", "diverged": one.diverged}
+        made.append(one)
     try:
-        return {**row, **_effect(claim.aim, runs, made)}
+        found = _effect(claim.aim, runs, made)
     except ValueError as error:
         logging.exception("%s, seed %d", claim.name, seed)
-        return {**row, "why": str(error)}
+        return {**row, "why": str(error), "diverged": False}
+    return {**row, "why": "", **found}
 
 
 def _effect(aim: str, runs: tuple[Run, ...], made: list[Made]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from qdiff_jax.eval.verdicts import (
 )
 
 OTHER_ERRORS = {"eps_rel_mse": "eps error", "temporal_cosine": "temporal features"}
-DIVERGED = "diverged"
+DIVERGED, NO_RESULT = "diverged", "no result"
 _AIMS = {
     "error": "",
     "no_worse": f"; no worse than {MARGIN - 1:.0%}",
@@ -83,7 +83,8 @@ def over(claim: Claim, rows: Sequence[dict]) -> dict[str, Any]:
     if claim.aim == "cheaper":
         found["bitops"] = [row["bitops"] for row in whole]
     if found["why"]:
-        return {**found, "verdict": DIVERGED}
+        broken = any(row["why"] and row["diverged"] for row in rows)
+        return {**found, "verdict": DIVERGED if broken else NO_RESULT}
     limit = MARGIN if claim.aim in ("no_worse", "cheaper") else 1.0
     said = verdict(effects, limit=limit)
     if said == HOLDS and claim.aim == "cheaper" and any(a >= b for a, b in found["bitops"]):
@@ -102,7 +103,7 @@ def every(claim: Claim, parts: Mapping[str, dict | None]) -> dict[str, Any]:
     elif lacking:
         found = NOT_SHOWN
     else:
-        order = (DIVERGED, ONE_SEED, DISAGREE, NO_EFFECT, NOT_SHOWN, HOLDS)
+        order = (DIVERGED, NO_RESULT, ONE_SEED, DISAGREE, NO_EFFECT, NOT_SHOWN, HOLDS)
         found = next(word for word in order if word in said)
     worst = max(
         (part for part in there.values() if part["rollout"]["ratio"] is not None),

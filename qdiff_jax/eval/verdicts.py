@@ -85,6 +85,9 @@ def spread_effect(with_part, without, reference, *, replicates: int = 500, seed:
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(count, np.full(count, 1.0 / count), replicates)
 
+    # One sample drawn over and over has no variance.
+    drawn = drawn[(drawn > 0).sum(axis=1) > 1]
+
     def ratio(weights):
         with_part, without, reference = (
             (weights @ np.square(x).mean(axis=1)) - np.square(weights @ x).mean(axis=1)

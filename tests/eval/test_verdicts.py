@@ -149,6 +149,13 @@ def test_errors_that_cannot_be_compared_are_refused(pair):
         paired_effect(*pair)
 
 
+def test_spreads_of_few_samples_have_an_interval():
+    x = np.random.default_rng(0).standard_normal((3, 5))  # a ninth of the resamples repeat one
+    found = spread_effect(0.9 * x, 1.2 * x, x)
+    assert np.isfinite(found).all()
+    assert found.low <= found.ratio <= found.high
+
+
 def test_spreads_of_constant_samples_are_refused():
     x = np.random.default_rng(0).standard_normal((4, 3))
     with pytest.raises(ValueError, match="finite samples that vary"):

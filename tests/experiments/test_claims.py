@@ -5,6 +5,7 @@ import json
 import re
 import threading
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -142,6 +143,7 @@ def test_words_that_choose_nothing_are_refused():
         ("claim=csb,model=unet", r"nothing in common. csb is asked of \['dit'\]"),
         ("model=dit,group=unet_methods", "nothing in common"),
         ("claim=tia", "there are .*tiar"),
+        ("claim=fsc,seed=3", "seed=3 is none of the 3"),
     ):
         with pytest.raises(ValueError, match=message):
             load_config(f"{CONFIG}:{words}")
@@ -273,6 +275,7 @@ def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(tmp_path
 
     monkeypatch.setattr(claim_runs, "quantize", fail)
     monkeypatch.setattr(claim_runs, "is_finished", lambda run, workdir: run.name != broken)
+    monkeypatch.setattr(claims, "samples_of", lambda workdir, name: np.ones(1))
     found = row(Claim(*config.claims[0]), 0)
     found = {key: found[key] for key in ("effect", "commits", "eps_rel_mse", "temporal_cosine")}
     monkeypatch.setattr(claims, "_effect", lambda aim, runs, made: found)
@@ -283,21 +286,29 @@ def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(tmp_path
     assert "**diverged**: seed 0, without it: the loss became nan" in text
     # It is remembered, by the other claim of the same run too, until the code changes.
     assert calls == [broken]
+    assert read(config, tmp_path, "b")[1]["verdict"] == "diverged"
     monkeypatch.setattr(claim_runs, "commit", lambda: "another")
     ledger(config, tmp_path)
     assert calls == [broken] * 2
 
 
-def test_errors_that_are_not_finite_are_a_row_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "verdict", "why"),
+    [
+        (float("nan"), "diverged", "seed 0, with it: its samples are not finite"),
+        (0.0, "no result", "seed 0, an effect needs"),
+    ],
+)
+def test_samples_that_do_not_compare_are_a_row_too(tmp_path, monkeypatch, value, verdict, why):
     config = config_of(("a", {}))
-    monkeypatch.setattr(claims, "make", lambda run, out: Made(out, ""))
-
-    def effect(aim, runs, made):
-        raise ValueError("an effect needs finite errors")
-
-    monkeypatch.setattr(claims, "_effect", effect)
+    monkeypatch.setattr(claims, "make", lambda run, out: Made(out))
+    for module in (claims, claim_runs):
+        monkeypatch.setattr(module, "samples_of", lambda workdir, name: np.full((4, 2), value))
     ledger(config, tmp_path)
-    assert read(config, tmp_path)[1]["why"][0] == "seed 0, an effect needs finite errors"
+    text, found = read(config, tmp_path)
+    assert found["verdict"] == verdict
+    assert found["why"][0].startswith(why)
+    assert f"**{verdict}**: {why}" in text
 
 
 def test_one_process_at_a_time_makes_a_run(tmp_path, monkeypatch):
@@ -338,3 +349,14 @@ def test_the_smoke_ledger_is_made_once(tmp_path):
     before = digests(tmp_path / "runs")
     ledger(config, tmp_path)
     assert digests(tmp_path / "runs") == before
+    # What the other aims measure, on the same runs.
+    runs = runs_of(Claim(*config.claims[0]), config, 0)
+    made = [make(run, tmp_path) for run in runs]
+    cheaper = claims._effect("cheaper", runs, made)
+    assert cheaper["effect"] == effect
+    assert cheaper["bitops"][0] == cheaper["bitops"][1] > 0
+    spread = claims._effect("spread", runs, made)["effect"]
+    assert spread["low"] <= spread["ratio"] <= spread["high"]
+    twice = claims._effect("error", (*runs, *runs), [*made, *made])
+    assert twice["effect"]["ratio"] == pytest.approx(1.0)
+    assert twice["eps_rel_mse"] == pytest.approx(1.0)
