@@ -17,7 +17,7 @@ ledger is written of everything that lies in --out.
 Expected cost on one core, reckoned from single runs (a minute where nothing is learned, two to six with
 learning) and not yet measured as a whole:
 
-    `group=unet_methods`: 115 runs, 3.8 CPU hours
+    `group=unet_methods`: 115 runs, 3.5 CPU hours
     `group=dit_tuned_binary`: 150 runs, 6 CPU hours beside those of the other group
 
 Expected result: experiments/results/claims.md once it has been run in full.
