@@ -20,8 +20,9 @@ import dataclasses
 from collections.abc import Callable
 
 from qdiff_jax.observe.quantization_noise import VARIANTS, Paired
+from qdiff_jax.policy import SitePlan
 from qdiff_jax.stages.correct import correct_estimates
-from qdiff_jax.stages.replan import per_tensor_weights, replan
+from qdiff_jax.stages.replan import replan
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.step_bits import step_bits
 
@@ -30,8 +31,8 @@ from qdiff_jax.stages.step_bits import step_bits
 class PTQDConfig:
     """base: the method underneath, by name. variant: "fixed" or "faithful" statistics. slope, bias: False
     leaves that term of the correction out. calibrate_variance: lower the sampler's noise by the residual's.
-    step_bits: candidate widths of activations by step, () for one width. per_tensor: one symmetric range for
-    each weight, in place of one for each output channel. batch_size: of the paired evaluations.
+    step_bits: candidate widths of activations by step, () for one width. per_tensor: one range for each
+    weight tensor, in place of one for each output channel. batch_size: of the paired evaluations.
 
     Raises ValueError for another variant, widths outside 2..8, or a batch size below 1."""
 
@@ -67,8 +68,7 @@ def ptqd(
     """
     stages = list(base.stages)
     if config.per_tensor:
-        one_range = replan("per_tensor_weights", lambda plan: (per_tensor_weights(plan), {}))
-        stages.insert(0, one_range)
+        stages.insert(0, replan("per_tensor_weights", lambda plan: (_one_range(plan), {})))
     if config.step_bits:
         stages.append(
             step_bits(
@@ -102,3 +102,15 @@ def ptqd(
     elif not (source.plan.rows["sigma"] > 0).any():
         notes.append(f"{source.plan.sampler.name} is deterministic: no variance to calibrate")
     return Method("ptqd", tuple(stages), notes="; ".join(notes))
+
+
+def _one_range(plan: SitePlan) -> SitePlan:
+    """The plan with every quantized weight on one grid of its kind for the whole tensor."""
+
+    def changed(entry):
+        if entry.operand != "weight" or entry.bits is None:
+            return entry
+        spec = dataclasses.replace(entry.spec, granularity="tensor", axis=-1)
+        return dataclasses.replace(entry, spec=spec)
+
+    return SitePlan(tuple(changed(entry) for entry in plan.entries))

@@ -129,12 +129,13 @@ def choose_softmax_grids(
                         part = (index, report["sample"], report["hi"])
                         values.setdefault(name, []).append(part)
             if on_progress is not None:
-                on_progress(number * size // len(bounds), size)
+                on_progress((number + 1) * size // len(bounds), size)
         return Carry(carry.state, values, errors, min(carry.position + n, len(bounds)))
 
     def largest(values: dict, entry) -> np.ndarray:
         """[S]: the largest value of a site at each step, with the margin."""
-        index, _, top = (np.concatenate(part) for part in zip(*values[f"{entry.site}:softmax"]))
+        parts = values[f"{entry.site}:softmax"]
+        index, top = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
         unseen = np.setdiff1d(np.arange(len(steps)), index)
         if unseen.size:
             raise ValueError(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.quantize import calibration_sets, prepare
-from experiments.quantize_config import method_settings, read_config
+from experiments.quantize_config import check_sizes, method_settings, read_config
 from qdiff_jax.config import load_config
 from qdiff_jax.methods.registry import _second_phase
 from qdiff_jax.methods.tfmq import tfmq
@@ -27,7 +27,9 @@ def read(name, words=""):
     [("qdiffusion", 256), ("tfmq", 256), ("tdq", 256), ("tcaq", 256), ("ptqd", 1024)],
 )
 def test_the_papers_sizes_are_the_default_and_a_laptops_are_not(name, samples):
-    assert read(name).calibration.samples == samples
+    config = read(name)
+    assert config.calibration.samples == samples
+    check_sizes(config, config.sampler.steps)
     assert read(name, "laptop").calibration.samples == 16
 
 
