@@ -42,6 +42,7 @@ from experiments.claim_runs import (
 )
 from experiments.claims_report import OTHER_ERRORS, assemble
 from experiments.compare import Run
+from experiments.quantize import prepare
 from qdiff_jax.config import fingerprint
 from qdiff_jax.eval.verdicts import Effect, paired_effect, spread_effect
 from qdiff_jax.observe.archive import load_record, save_record
@@ -122,19 +123,27 @@ def _quotient(values: list[float]) -> float:
 def ledger(
     config: ConfigDict, out: pathlib.Path, command: str = "experiments.claims"
 ) -> pathlib.Path:
-    """Measure the claims that a config chooses, seed by seed, and write the ledger again after each."""
+    """Measure the claims that a config chooses, seed by seed, and write the ledger again after each.
+
+    Raises ValueError, before anything runs, for a run whose model or settings cannot be.
+    """
     claims = claims_of(config)
     chosen = {tuple(pair) for pair in config.chosen}
-    todo = [claim for claim in claims if claim.sides and (claim.model, claim.name) in chosen]
-    seeds = config.only_seeds or range(max((claim.seeds for claim in todo), default=0))
-    for seed in seeds:
-        for claim in todo:
-            path = row_path(claim, config, seed, out)
-            if seed >= claim.seeds or (path.exists() and not load_record(path)["why"]):
+    todo = []
+    for seed in config.only_seeds or range(max(claim.seeds for claim in claims)):
+        for claim in claims:
+            if not claim.sides or (claim.model, claim.name) not in chosen or seed >= claim.seeds:
                 continue
-            logging.info("claim %s on %s, seed %d", claim.name, claim.model, seed)
-            save_record(path, measure(claim, config, seed, out))
-            assembled(config, out, command, claims)
+            path = row_path(claim, config, seed, out)
+            if not path.exists() or load_record(path)["why"]:
+                todo.append((claim, seed, path))
+    wanted = {run.name: run for claim, _, _ in todo for run in runs_of(claim, config, 0)}
+    for run in wanted.values():
+        prepare(run.config)
+    for claim, seed, path in todo:
+        logging.info("claim %s on %s, seed %d", claim.name, claim.model, seed)
+        save_record(path, measure(claim, config, seed, out))
+        assembled(config, out, command, claims)
     return assembled(config, out, command, claims)
 
 

@@ -30,6 +30,12 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.fixture
+def unprepared(monkeypatch):
+    """Of runs that are never made; preparing one takes half a second."""
+    monkeypatch.setattr(claims, "prepare", lambda config: None)
+
+
 def config_of(*made, seeds=3):
     """A ledger of claims that are never run: (name, values to change)."""
     config = ConfigDict({"samples": 4, "guidance_scale": -1.0, "only_seeds": ()})
@@ -244,7 +250,7 @@ def test_a_claim_of_all_others_needs_each_of_them(tmp_path):
     assert "reversed by b" in text
 
 
-def test_seeds_come_one_after_the_other(tmp_path, monkeypatch):
+def test_seeds_come_one_after_the_other(tmp_path, monkeypatch, unprepared):
     config = config_of(("a", {"seeds": 2}), ("b", {"seeds": 3}))
     asked = []
 
@@ -262,7 +268,22 @@ def test_seeds_come_one_after_the_other(tmp_path, monkeypatch):
     assert asked[5:] == [("a", 1), ("b", 1)]
 
 
-def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(tmp_path, monkeypatch):
+def test_a_run_that_cannot_be_is_refused_before_any_runs(tmp_path, monkeypatch):
+    given, changes = config_of(("a", {})).claims[0][6][0]
+    odd = ((given, (*changes, "calibration.weight_steps=7")), (given, changes))
+    config = config_of(("good", {}), ("bad", {"sides": odd}))
+    monkeypatch.setattr(claims, "measure", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(ValueError, match="weight_steps is 7"):
+        ledger(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+    misspelt = config_of(("bad", {"sides": ((given, ("calibration.weight_stepz=4",)),) * 2}))
+    with pytest.raises(ValueError, match="calibration.weight_stepz is not known"):
+        ledger(misspelt, tmp_path)
+
+
+def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(
+    tmp_path, monkeypatch, unprepared
+):
     config = config_of(("a", {}), ("b", {}))
     broken = claim_runs.runs_of(Claim(*config.claims[0]), config, 0)[1].name
     calls = []
@@ -299,7 +320,9 @@ def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(tmp_path
         (0.0, "no result", "seed 0, an effect needs"),
     ],
 )
-def test_samples_that_do_not_compare_are_a_row_too(tmp_path, monkeypatch, value, verdict, why):
+def test_samples_that_do_not_compare_are_a_row_too(
+    tmp_path, monkeypatch, unprepared, value, verdict, why
+):
     config = config_of(("a", {}))
     monkeypatch.setattr(claims, "make", lambda run, out: Made(out))
     for module in (claims, claim_runs):
