@@ -5,7 +5,7 @@ from configs._claims_unet import MSE
 
 GROUP = "dit_tuned_binary"
 CSB = "DiT-XL/2, 50 steps, W4A8: FID 9.3 -> 9.17 (a user's ablation)"
-# Half of `laptop`: what it has learned by then is most of it, and every run pays for its steps.
+# Half of `laptop`, since every run pays for its steps.
 STEPS = "efficientdm.steps=300"
 # Those it is held against have its ranges too (MSE) and, where activation steps are learned after the weights,
 # steps to learn them in.
@@ -56,8 +56,8 @@ DIT = {
 }
 
 
-# Ten candidates of smoothing: thirty-nine take as long as a fine-tuning.
 def _branch(words=""):
+    """Ten candidates of smoothing in place of thirty-nine, for as many runs."""
     return side("svdquant", ",".join(filter(None, ("smoothing=fast", words))))
 
 
@@ -70,8 +70,9 @@ def _svdquant(part, with_it, without, published=UNKNOWN):
     return claim("SVDQuant", part, with_it, without, "w4a4", published)
 
 
-# Per cent of the outliers that go into the weights.
+# 100 alpha, the share of the activations' range that goes into the weights, or no smoothing at all.
 AWAY = {0: "smoothing=none"} | {a: f"alpha={a / 100},beta={(100 - a) / 100}" for a in (50, 80, 100)}
+LESS = {0: "without smoothing", 50: "at alpha = 0.5", 80: "at alpha = 0.8"}
 GAIN = "argued, without figures of it"
 
 DIT |= {
@@ -95,7 +96,7 @@ DIT |= {
     ),
     **{
         f"svdquant_gain_{more}": _svdquant(
-            f"the branch gains more where alpha = {more / 100} than where it is {less / 100}",
+            f"the branch gains more at alpha = {more / 100} than {LESS[less]}",
             _smoothed(AWAY[more]),
             _smoothed(AWAY[less]),
             GAIN,

@@ -138,6 +138,10 @@ def test_what_is_run_is_chosen_by_words_and_the_ledger_stays_whole():
         assert config.claims == whole.claims
         assert {model for model, _ in config.chosen} == models
         assert config.only_seeds == seeds
+    other = load_config(f"{CONFIG}:claim=split,bits=w8a4").claims
+    assert {c[:3] for c, own in zip(other, whole.claims) if c != own} == {
+        ("split", "unet_methods", "unet")
+    }
     every = load_config(f"{CONFIG}:claim=efficientdm_beats_every_ptq,model=dit").chosen
     assert ("dit", "efficientdm_beats_svdquant") in every
     assert len(every) == 3
