@@ -94,8 +94,12 @@ class Job(NamedTuple):
         return self.asked.diffusion
 
 
-def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
+def quantize(
+    config: Any, workdir: pathlib.Path, command: str = "", *, pictures: bool = True
+) -> dict:
     """The whole job; returns the paths of the reports. Everything is read back if it exists already.
+
+    pictures: False for a job of many runs, whose own picture sets them side by side.
 
     Raises ValueError for a config that cannot run (nothing is written then) or a workdir of another
     one, naming the keys that differ.
@@ -115,7 +119,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
             enter(name)
             record = quantize_one(job, name, sets, workdir / "variants" / name, calibration)
             records.append(measure(config, name, v, record, asked, held_out, workdir))
-        pictures = draw(config, asked, job.sites, calibration, records, workdir)
+        drawn = draw(config, asked, job.sites, calibration, records, workdir) if pictures else {}
     logging.info(
         "programs compiled: %d, found in the cache: %d, %.0f s; peak memory %.0f MiB",
         account.backend_compiles,
@@ -126,7 +130,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
     # Of each variant by its own records: what is read back was made at an earlier commit.
     origin = {name: commits(workdir / "variants" / name) for name in config.variants}
     made = {**provenance(config, diffusion, command), "commits_of_variants": origin}
-    paths = report.write_report(workdir, records, made, pictures)
+    paths = report.write_report(workdir, records, made, drawn)
     Console().print(report.terminal_table(records))
     return paths
 
