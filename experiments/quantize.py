@@ -17,6 +17,7 @@ import pathlib
 import resource
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.asked import Asked, asked_of
-from qdiff_jax.eval.samples import noise_key
+from qdiff_jax.eval.samples import FIRST_INDEX, noise_key
 from qdiff_jax.methods.registry import (
     CalibrationSets,
     MethodSettings,
@@ -66,6 +67,9 @@ from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.sites import Site, list_sites
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
 
+# Between the indices of calibration, which count from 0, and those of the samples that are compared.
+FIRST_HELD_OUT = FIRST_INDEX // 2
+
 
 class Job(NamedTuple):
     """A config that was found in order, and what it names: the model, with its first stage and text encoder,
@@ -84,8 +88,12 @@ class Job(NamedTuple):
         return self.asked.diffusion
 
 
-def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
+def quantize(
+    config: Any, workdir: pathlib.Path, command: str = "", *, pictures: bool = True
+) -> dict:
     """The whole job; returns the paths of the reports. Everything is read back if it exists already.
+
+    pictures: False for a job of many runs, whose own picture sets them side by side.
 
     Raises ValueError for a config that cannot run (nothing is written then) or a workdir of another
     one, naming the keys that differ.
@@ -108,7 +116,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
             enter(name)
             record = quantize_one(job, name, sets, workdir / "variants" / name, calibration)
             records.append(measure(config, name, v, record, asked, held_out, workdir))
-        pictures = draw(config, asked, job.sites, calibration, records, workdir)
+        drawn = draw(config, asked, job.sites, calibration, records, workdir) if pictures else {}
     logging.info(
         "programs compiled: %d, found in the cache: %d, %.0f s; peak memory %.0f MiB",
         account.backend_compiles,
@@ -116,7 +124,7 @@ def quantize(config: Any, workdir: pathlib.Path, command: str = "") -> dict:
         account.seconds,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-    paths = report.write_report(workdir, records, provenance(config, diffusion, command), pictures)
+    paths = report.write_report(workdir, records, provenance(config, diffusion, command), drawn)
     Console().print(report.terminal_table(records))
     return paths
 
@@ -182,17 +190,24 @@ def phase_weights(config: QuantizeConfig, workdir: pathlib.Path) -> dict[str, fl
 
 
 def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajectory]:
-    """Full-precision trajectories: to calibrate on, and others to measure on."""
+    """Full-precision trajectories: to calibrate on, and others to measure on.
+
+    The latter have indices of their own, so that they are the same ones however many are calibrated on. Beside
+    the file lie the seconds that recording took, without compiling.
+    """
     config, diffusion = job.config, job.diffusion
-    total = config.calibration.samples + config.evaluation.held_out
     recorded = []
-    for name, indices in (
-        ("calibration", range(config.calibration.samples)),
-        ("held_out", range(config.calibration.samples, total)),
+    for name, first, count in (
+        ("calibration", 0, config.calibration.samples),
+        ("held_out", FIRST_HELD_OUT, config.evaluation.held_out),
     ):
-        path = workdir / "trajectories" / f"{name}.npz"
+        path, indices = workdir / "trajectories" / f"{name}.npz", range(first, first + count)
         if not path.exists():
-            with progress(f"recording {name} trajectories", len(indices)) as tell:
+            began, cpu_began = time.monotonic(), time.process_time()
+            with (
+                compile_account() as account,
+                progress(f"recording {name} trajectories", len(indices)) as tell,
+            ):
                 trajectory = record_trajectories(
                     registry.predictor(diffusion.model.module),
                     {"params": diffusion.model.params, "quant": {}},
@@ -205,6 +220,10 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
                     batch_size=config.evaluation.batch,
                     on_batch=tell,
                 )
+            spent = {"seconds": time.monotonic() - began}
+            spent["cpu_seconds"] = time.process_time() - cpu_began
+            spent = {key: max(value - account.seconds, 0.0) for key, value in spent.items()}
+            save_record(path.with_suffix(".json"), spent)  # first: no trajectories without it
             save_arrays(path, trajectory)
         recorded.append(load_arrays(path, Trajectory, optional=("y",)))
     return tuple(recorded)

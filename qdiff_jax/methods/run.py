@@ -72,7 +72,7 @@ def run_method(
         if on_stage is not None:
             on_stage(stage.name)
         state, report = run_stage(stage, state, directory / "stages" / f"{i}_{stage.name}")
-        kind = _QUANTIZE_S.get(stage.name.split("_")[0], "reconstruct_s")
+        kind = seconds_of(stage.name)
         seconds[kind] += report["seconds"]
         seconds["compile_s"] += report["compile_seconds"]
         reports[f"{i}_{stage.name}"] = {k: v for k, v in report.items() if k != "ranges"}
@@ -96,6 +96,11 @@ def run_method(
     result = {**seconds, "stages": reports}
     save_record(record, result)
     return result
+
+
+def seconds_of(stage: str) -> str:
+    """Where the seconds of a stage count, by its name: "calibrate_s" or "reconstruct_s"."""
+    return _QUANTIZE_S.get(stage.split("_")[0], "reconstruct_s")
 
 
 def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPlan:
