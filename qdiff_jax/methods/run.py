@@ -175,6 +175,21 @@ def check_comparable(manifest: Mapping, name: str) -> None:
         )
 
 
+def unguided_sampler(loaded: Loaded, name: str) -> SamplerPlan:
+    """The sampler that a bundle was made for, its own tensors in full precision: for trajectories without
+    guidance, to compare the bundle's with.
+
+    Raises ValueError for a correction that was measured on guided estimates, which holds for those alone.
+    """
+    sampler = {**loaded.manifest["sampler"], "tensors": None}
+    if loaded.correction is not None and sampler.get("guidance_scale", -1.0) >= 0:
+        raise ValueError(
+            f"{name} corrects estimates at guidance {sampler['guidance_scale']:g}, and trajectories are "
+            "compared without: leave it out, or calibrate one with sampler.guidance_scale=-1."
+        )
+    return make_sampler(loaded.manifest["schedule"], sampler)
+
+
 def load_for_sampling(directory: pathlib.Path, execute: bool = False) -> Loaded:
     """A bundle with its weights folded (simulated), or kept packed and multiplied as integers.
 
