@@ -100,18 +100,14 @@ def judge_variants(runs: Sequence[Finished], judging: Judging, out: pathlib.Path
         if run.config.model in models and names:
             models.remove(run.config.model)
             judged[FULL] = _metrics(run, FULL, judging, out)
-        for name in names:
-            try:
-                judged[name] = _metrics(run, name, judging, out)
-            except FloatingPointError as error:
-                logging.warning("%s of %s diverged: %s", name, run.name, error)
-                judged[name] = {"diverged": str(error)}
+        judged |= {name: _metrics(run, name, judging, out) for name in names}
         told.append(run._replace(judged=judged))
     return told
 
 
 def _metrics(run: Finished, name: str, judging: Judging, out: pathlib.Path) -> Mapping:
-    """Of one variant, with the commit that measured it; read back if this very evaluation has been made."""
+    """Of one variant, with the commit that measured it, or why it "diverged"; read back if this very evaluation
+    has been made."""
     bundle = "" if name == FULL else str(run.workdir / "variants" / name / "bundle")
     config = evaluation(run.config, bundle, judging)
     # Where features are cached changes no figure.
@@ -124,9 +120,13 @@ def _metrics(run: Finished, name: str, judging: Judging, out: pathlib.Path) -> M
         workdir = out / f"{pathlib.Path(run.config.model).stem}-{FULL}-{digits}"
     mark = workdir / "judged.json"
     known = load_record(mark) if mark.exists() else {}
-    if known.get("fingerprint") == wanted:
-        return {**read_result(workdir)["metrics"], "commit": known["commit"]}
-    logging.info("many samples of %s of %s", name, run.name)
-    metrics = evaluate(config, workdir)["metrics"]
-    save_record(mark, {"fingerprint": wanted, "commit": commit()})
-    return {**metrics, "commit": commit()}
+    if known.get("fingerprint") != wanted:
+        logging.info("many samples of %s of %s", name, run.name)
+        known = {"fingerprint": wanted, "commit": commit()}
+        try:
+            evaluate(config, workdir)
+        except FloatingPointError as error:
+            logging.warning("%s of %s diverged: %s", name, run.name, error)
+            known["diverged"] = str(error)
+        save_record(mark, known)
+    return known if "diverged" in known else {**known, **read_result(workdir)["metrics"]}

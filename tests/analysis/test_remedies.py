@@ -179,6 +179,7 @@ def test_a_correction_is_part_of_what_is_measured(subject):
     assert not found.temporal
 
 
+@pytest.mark.slow
 def test_a_quantized_sampler_is_part_of_what_is_measured(subject):
     ranges = tensor_ranges(subject.sampler, subject.calibration, None)
     plan = quantize_tensors(subject.sampler, 4, ranges)
