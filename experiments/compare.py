@@ -15,7 +15,7 @@ model must measure alike (sampler, seed, evaluation sizes): what differs is name
 `--set=evaluation.samples=32` sets a key in every config. Writes leaderboard.md, leaderboard.csv and pictures.
 
 With `--judge=configs/evaluate.py:board20 --judge_set=data.source=idx:DIR`, variants of `--judge_bits` (and full
-precision, once a model) are also judged by 500 samples, for their Frechet distance from real images.
+precision, once a model) are also judged by 512 samples, for their Frechet distance from real images.
 
 The board of the six U-Net methods and the baselines on both shipped models (bash):
 
@@ -28,7 +28,8 @@ The board of the six U-Net methods and the baselines on both shipped models (bas
 
 That is 96 runs, 18 of each model at W4A8 and W4A4 and 12 at W8A8, and 38 evaluations: about 2.5 CPU hours, an
 estimate from the seconds of single runs. Of one U-Net run a BRECQ reconstruction takes 57 s, a closed form 27,
-64 rollouts and 16 held-out trajectories 20, and an evaluation by 500 samples 125; the DiT takes half of that.
+64 rollouts and 16 held-out trajectories 20, and an evaluation by 512 samples 130; an evaluation of the DiT's
+network takes half as long.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from experiments.compare_columns import COLUMNS, as_csv, commits_of
 from experiments.compare_rows import FULL, Row
 from qdiff_jax.analysis.column import column, dress, legend, save
 from qdiff_jax.eval import plots, tables
-from qdiff_jax.eval.curves import COLOURS, INK, MARKERS
+from qdiff_jax.eval.curves import COLOURS, INK, MARKERS, spread
 from qdiff_jax.eval.files import write_atomic
 
 
@@ -38,29 +38,40 @@ def quality_figure(rows: Sequence[Row]):
             y = [row["rollout_mse"] for row in mine]
             colour, mark = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             axes.plot(x, y, color=colour, marker=mark, linestyle="", markersize=3.0, label=width)
-            _number(axes, mine, x, y)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.margins(0.15, 0.05)
+        for width in widths:
+            _number(axes, [row for row in shown if _width(row) == width], key, unit)
         dress(axes, label, "rollout MSE")
     if shown:
         legend(panels[0])
     return figure
 
 
-def _number(axes, rows: Sequence[Row], xs: Sequence[float], ys: Sequence[float]) -> None:
-    """The rows' numbers beside their points, right and left in turn from the lowest up: neighbours are near."""
-    for place, index in enumerate(np.argsort(ys)):
-        left = place % 2
-        axes.annotate(
-            str(rows[index]["number"]),
-            (xs[index], ys[index]),
-            xytext=(-3.0 if left else 3.0, 0.0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="center",
-            fontsize=5,
-            color=INK,
-        )
+def _number(axes, rows: Sequence[Row], key: str, unit: float) -> None:
+    """The rows' numbers in two columns beside their points, which lie close together, each tied to its own."""
+    points = np.array([[row[key] / unit, row["rollout_mse"]] for row in rows])
+    limits = np.log10([axes.get_xlim(), axes.get_ylim()])
+    places = (np.log10(points) - limits[:, 0]) / (limits[:, 1] - limits[:, 0])
+    order = np.argsort(places[:, 0], kind="stable")
+    half = len(order) // 2
+    for side, chosen in (("right", order[:half]), ("left", order[half:])):
+        if not len(chosen):
+            continue
+        edge = places[:, 0].min() - 0.06 if side == "right" else places[:, 0].max() + 0.06
+        for index, height in zip(chosen, spread(places[chosen, 1], 0.028)):
+            axes.annotate(
+                str(rows[index]["number"]),
+                xy=points[index],
+                xytext=(edge, height),
+                textcoords="axes fraction",
+                ha=side,
+                va="center",
+                fontsize=4.5,
+                color=INK,
+                arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.25, "shrinkA": 0},
+            )
 
 
 def _pictures(rows: Sequence[Row], out: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -137,11 +137,11 @@ def _row(run: Finished, name: str) -> Row:
 
 
 def _cpu_seconds(stages: Mapping[str, Mapping]) -> Row:
-    """CPU seconds by kind of stage, None where a record has none."""
+    """CPU seconds by kind of stage, None where a record has none or not all."""
     found: Row = {"calibrate_cpu_s": 0.0, "reconstruct_cpu_s": 0.0}
     for name, stage in stages.items():
         key = seconds_of(name.partition("_")[2]).replace("_s", "_cpu_s")
-        spent = stage.get("cpu_seconds")
+        spent = None if stage.get("uncounted") else stage.get("cpu_seconds")
         found[key] = None if spent is None or found[key] is None else found[key] + spent
     return found
 

@@ -181,13 +181,15 @@ def unguided_sampler(loaded: Loaded, name: str) -> SamplerPlan:
 
     Raises ValueError for a correction that was measured on guided estimates, which holds for those alone.
     """
-    sampler = {**loaded.manifest["sampler"], "tensors": None}
+    sampler = loaded.manifest["sampler"]
     if loaded.correction is not None and sampler.get("guidance_scale", -1.0) >= 0:
         raise ValueError(
             f"{name} corrects estimates at guidance {sampler['guidance_scale']:g}, and trajectories are "
             "compared without: leave it out, or calibrate one with sampler.guidance_scale=-1."
         )
-    return make_sampler(loaded.manifest["schedule"], sampler)
+    if sampler.get("tensors") is None:
+        return loaded.plan
+    return make_sampler(loaded.manifest["schedule"], {**sampler, "tensors": None})
 
 
 def load_for_sampling(directory: pathlib.Path, execute: bool = False) -> Loaded:
