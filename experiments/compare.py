@@ -12,7 +12,8 @@ its config; killed at any moment, the same command goes on where it was, and mor
 there are. A run that diverges is a row that says so (OUT/runs/NAME/diverged.json; delete it to try again).
 Full-precision trajectories and samples are made once for all runs that measure alike (OUT/shared). Runs on one
 model must measure alike (sampler, seed, evaluation sizes): what differs is named before anything runs, and
-`--set=evaluation.samples=32` sets a key in every config. Writes leaderboard.md, leaderboard.csv and pictures.
+`--set=evaluation.samples=32` sets a key in every config (`--set=policy=common`: all methods under one policy).
+Writes leaderboard.md, leaderboard.csv and pictures.
 
 With `--judge=configs/evaluate.py:board20 --judge_set=data.source=idx:DIR`, variants of `--judge_bits` (and full
 precision, once a model) are also judged by 512 samples, for their Frechet distance from real images.
