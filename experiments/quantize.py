@@ -44,7 +44,7 @@ from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.asked import Asked, asked_of
-from qdiff_jax.eval.samples import FIRST_INDEX, noise_key
+from qdiff_jax.eval.samples import FIRST_HELD_OUT, noise_key
 from qdiff_jax.methods.registry import (
     CalibrationSets,
     MethodSettings,
@@ -66,9 +66,6 @@ from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.sites import Site, list_sites
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
-
-# Between the indices of calibration, which count from 0, and those of the samples that are compared.
-FIRST_HELD_OUT = FIRST_INDEX // 2
 
 
 class Job(NamedTuple):
