@@ -96,6 +96,20 @@ def held_in(folder: pathlib.Path) -> Held:
     return Held(extra["method"], extra.get("notes", ""), alike)
 
 
+def short_labels(folders: Mapping[str, pathlib.Path]) -> dict[str, str]:
+    """{label: a shorter one} of those that are drawn: the variant's name, with its policy where two have that
+    name, and as it is where the policy does not tell them apart."""
+    names = {label: folder.name for label, folder in folders.items()}
+    policies = {
+        label: f"{names[label]} ({str(held_in(folder).alike[-1]).removeprefix('official:')})"
+        for label, folder in folders.items()
+    }
+    for shorter in (names, policies):
+        if len(set(shorter.values())) == len(folders):
+            return shorter
+    return {label: label for label in folders}
+
+
 def load_variants(folders: Mapping[str, pathlib.Path]) -> dict[str, Loaded]:
     """The bundles by label.
 
@@ -133,7 +147,11 @@ def measure(
     """
     pairs = None if every else choose_pairs({n: held_in(f) for n, f in folders.items()})
     wanted = list(folders) if every else list(dict.fromkeys(n for p in pairs.values() for n in p))
-    loaded = load_variants({name: folders[name] for name in wanted})
+    shorter = short_labels({name: folders[name] for name in wanted})
+    pairs = pairs and {m: tuple(shorter[n] for n in pair) for m, pair in pairs.items()}
+    folders = {shorter[name]: folders[name] for name in wanted}
+    wanted = list(folders)
+    loaded = load_variants(folders)
     first = loaded[wanted[0]]
     diffusion = registry.load(first.manifest["source"]["name"])
     sampler = unguided_sampler(first, wanted[0])
@@ -160,7 +178,7 @@ def measure(
         **to_json(found),
         "pairs": pairs,
         "made_with": {
-            "variants": {name: str(folders[name]) for name in wanted},
+            "variants": {name: str(folder) for name, folder in folders.items()},
             "samples": samples,
             "command": command or "experiments.remedies.measure(...)",
             "commit": commit(),

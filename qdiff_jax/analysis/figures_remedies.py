@@ -43,5 +43,6 @@ def remedies_figure(result: Remedies) -> Figure:
     for axes in panels:
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.35)  # room for the names
-        legend(axes, loc="upper right", ncols=2, columnspacing=0.8)
+        wide = sum(len(text) for text in axes.get_legend_handles_labels()[1]) > 34
+        legend(axes, loc="upper right", ncols=1 if wide else 2, columnspacing=0.8)
     return figure

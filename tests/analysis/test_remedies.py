@@ -1,6 +1,7 @@
 """Before and after: errors of known quantizers, a split that serves both maps, and the command's picture."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -227,6 +228,18 @@ def test_the_command_on_a_run(smoke_run, tmp_path):
         assert np.asarray(picture.convert("L")).std() > 5
     with pytest.raises(ValueError, match="tfmq_w4a4 is no finished variant; beside it there are"):
         command.variant_folders(["tfmq_w4a4"], smoke_run)
+
+
+def test_labels_are_as_short_as_tells_variants_apart(monkeypatch):
+    monkeypatch.setattr(command, "held_in", lambda folder: Held("", "", (folder.parent.name,)))
+
+    def labels(*paths):
+        return list(command.short_labels({path: pathlib.Path(path) for path in paths}).values())
+
+    assert labels("a/common/rtn", "a/common/tdq") == ["rtn", "tdq"]
+    own = labels("a/common/rtn", "a/official:tdq/rtn")
+    assert own == ["rtn (common)", "rtn (tdq)"]
+    assert labels("a/common/rtn", "b/common/rtn") == ["a/common/rtn", "b/common/rtn"]
 
 
 @pytest.mark.slow
