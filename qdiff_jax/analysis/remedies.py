@@ -8,7 +8,6 @@ that methods leave, on full-precision trajectories that none was calibrated on.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -67,7 +66,8 @@ def remedies(
 
     measures: {a key of ANSWERS: names of the variants to measure by it}, those of `remedy_pairs.choose_pairs`
     for instance; None for every variant by each. hooks, samplers: of the variants that correct their sampling
-    or quantize the sampler too, by name. Raises ValueError as `activation_error` does.
+    or quantize the sampler too, by name. Raises ValueError as `activation_error` does, and NotApplicable if
+    skips alone are asked for of a model without any.
     """
     if measures is None:
         measures = dict.fromkeys(ANSWERS, tuple(variants))
@@ -93,8 +93,11 @@ def remedies(
             verdict[f"{name}/temporal"] = float(values.mean())
             verdict[f"{name}/mismatch"] = features.verdict[f"{name}/mismatch"]
     if of["skips"]:
-        with contextlib.suppress(NotApplicable):
+        try:
             layers, skips = skip_error(subject, of["skips"], on_step)
+        except NotApplicable:
+            if not verdict:  # nothing else was asked for
+                raise
         verdict |= {f"{name}/skips": float(np.median(v)) for name, v in skips.items() if layers}
     return Remedies(verdict, times, activations, accumulated, temporal, layers, skips)
 

@@ -15,7 +15,7 @@ from qdiff_jax.analysis.figures_remedies import remedies_figure
 from qdiff_jax.analysis.forced import forced_eps
 from qdiff_jax.analysis.remedies import Remedies, activation_error, remedies, skip_error
 from qdiff_jax.analysis.remedy_pairs import Held, choose_pairs
-from qdiff_jax.analysis.subject import make_subject
+from qdiff_jax.analysis.subject import NotApplicable, make_subject
 from qdiff_jax.diffusion.corrections import affine_table, hooks_of
 from qdiff_jax.diffusion.quantized_tensors import quantize_tensors, tensor_ranges
 from qdiff_jax.diffusion.samplers import ddim
@@ -178,6 +178,12 @@ def test_a_correction_is_part_of_what_is_measured(subject):
     assert set(found.verdict) == {"base/rollout", "ptqd/rollout"}
     assert not found.activations
     assert not found.temporal
+
+
+@pytest.mark.slow
+def test_skips_alone_of_a_model_without_any_are_refused(dit):
+    with pytest.raises(NotApplicable, match="no block of this model concatenates a skip"):
+        remedies(dit, {"one": dit.full}, measures={"skips": ("one",)})
 
 
 @pytest.mark.slow
