@@ -17,6 +17,7 @@ import pathlib
 import resource
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.asked import Asked, asked_of
-from qdiff_jax.eval.samples import noise_key
+from qdiff_jax.eval.samples import FIRST_HELD_OUT, noise_key
 from qdiff_jax.methods.checks import check_variant
 from qdiff_jax.methods.registry import (
     CalibrationSets,
@@ -201,17 +202,24 @@ def phase_weights(config: QuantizeConfig, workdir: pathlib.Path) -> dict[str, fl
 
 
 def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajectory]:
-    """Full-precision trajectories: to calibrate on, and others to measure on."""
+    """Full-precision trajectories: to calibrate on, and others to measure on.
+
+    The latter have indices of their own, so that they are the same ones however many are calibrated on. Beside
+    the file lie the seconds that recording took, without compiling.
+    """
     config, diffusion = job.config, job.diffusion
-    total = config.calibration.samples + config.evaluation.held_out
     recorded = []
-    for name, indices in (
-        ("calibration", range(config.calibration.samples)),
-        ("held_out", range(config.calibration.samples, total)),
+    for name, first, count in (
+        ("calibration", 0, config.calibration.samples),
+        ("held_out", FIRST_HELD_OUT, config.evaluation.held_out),
     ):
-        path = workdir / "trajectories" / f"{name}.npz"
+        path, indices = workdir / "trajectories" / f"{name}.npz", range(first, first + count)
         if not path.exists():
-            with progress(f"recording {name} trajectories", len(indices)) as tell:
+            began, cpu_began = time.monotonic(), time.process_time()
+            with (
+                compile_account() as account,
+                progress(f"recording {name} trajectories", len(indices)) as tell,
+            ):
                 trajectory = record_trajectories(
                     registry.predictor(diffusion.model.module),
                     {"params": diffusion.model.params, "quant": {}},
@@ -224,6 +232,10 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
                     batch_size=config.evaluation.batch,
                     on_batch=tell,
                 )
+            spent = {"seconds": time.monotonic() - began}
+            spent["cpu_seconds"] = time.process_time() - cpu_began
+            spent = {key: max(value - account.seconds, 0.0) for key, value in spent.items()}
+            save_record(path.with_suffix(".json"), spent)  # first: no trajectories without it
             save_arrays(path, trajectory)
         recorded.append(load_arrays(path, Trajectory, optional=("y",)))
     return tuple(recorded)

@@ -75,6 +75,11 @@ def reference(config: QuantizeConfig, asked: Asked, workdir: pathlib.Path) -> di
         variables = {"params": diffusion.model.params, "quant": {}}
         x = rollout(config, asked, variables, plan, diffusion.model.module, "fp32")
         save_arrays(path, Samples(x))
+    return full_precision(diffusion)
+
+
+def full_precision(diffusion: registry.DiffusionModel) -> dict:
+    """The record of a model beside its quantized variants."""
     return {
         "name": "fp32",
         "w_bits": 32,
