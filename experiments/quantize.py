@@ -37,6 +37,7 @@ from experiments.quantize_config import (
     method_settings,
     read_config,
 )
+from experiments.quantize_images import training_images
 from experiments.quantize_report import (
     commits,
     draw,
@@ -74,6 +75,7 @@ from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.runtime.seconds import stopwatch
 from qdiff_jax.sites import Site, list_sites
+from qdiff_jax.stages.noising import Images
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
 from qdiff_jax.stages.step_bits import target_entries
 
@@ -89,6 +91,7 @@ class Job(NamedTuple):
     plans: dict[str, SitePlan]
     settings: MethodSettings
     sampler: SamplerPlan
+    images: Images | None = None
 
     @property
     def diffusion(self) -> registry.DiffusionModel:
@@ -179,7 +182,8 @@ def prepare(config: Any) -> Job:
                 target_entries(plans[name])
             except ValueError as error:
                 raise ValueError(f"config.variants.{name}: {error}") from error
-    job = Job(config, asked, guidance, sites, plans, settings, sampler)
+    images = training_images(config.data, methods, asked)
+    job = Job(config, asked, guidance, sites, plans, settings, sampler, images)
     source = settings.efficientdm.source
     if source.kind == "online" and "efficientdm" in methods and asked.prompts:
         raise ValueError(
@@ -247,6 +251,7 @@ def sets_of(job: Job, workdir: pathlib.Path, calibration: Trajectory) -> Calibra
         paired=pairs_of(job, calibration),
         sampling=sampling_of(job),
         step_weights=step_weights(job, workdir),
+        images=job.images,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from experiments.quantize_images import TrainingImages
 from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
@@ -183,7 +184,8 @@ class RoundingConfig:
 class QuantizeConfig:
     """model, classifier: shipped names or .safetensors paths (classifier "" for none); or model is the place of
     a published network, parts which that is and where its first stage and text encoder are
-    (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. variants:
+    (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. data: real
+    images for methods that can train on them (`quantize_images`). variants:
     {name: VariantConfig}, in the order of the report. rounding: how methods that reconstruct
     weights round them, "adaround" or "closed_form", the latter by the settings of that name, which the method
     closed_form has too."""
@@ -216,6 +218,7 @@ class QuantizeConfig:
     binarydm: BinaryTrainConfig = BinaryTrainConfig()
     parts: Parts = Parts()
     prompts: str = ""
+    data: TrainingImages = TrainingImages()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.

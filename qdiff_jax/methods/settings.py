@@ -23,7 +23,8 @@ class CalibrationSets(NamedTuple):
     timesteps: [S], the sampler's schedule by step index. step_weights: [S], how much the samples
     of each step count in closed-form rounding (`stages.row_weights`), None for equally. paired: an
     `observe.quantization_noise.Paired`, for methods that correct the sampling. sampling: an
-    `observe.sources.Sampling`, for methods that sample while they train."""
+    `observe.sources.Sampling`, for methods that sample while they train. images: `stages.noising.Images`, for
+    BinaryDM, which without trains on all states of `paired`."""
 
     weights: Any
     activations: Any
@@ -31,6 +32,7 @@ class CalibrationSets(NamedTuple):
     step_weights: Any = None
     paired: Any = None
     sampling: Any = None
+    images: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
