@@ -34,6 +34,7 @@ from experiments.quantize_config import (
     QuantizeConfig,
     check_sizes,
     method_settings,
+    settings_of,
     read_config,
 )
 from experiments.quantize_report import draw, is_measured, measure, provenance, reference
@@ -144,6 +145,8 @@ def prepare(config: Any) -> Job:
     methods = {part for v in config.variants.values() for part in methods_of(v.method, base)}
     for method in methods:
         check_network(method, diffusion.model)
+    for name in config.variants:
+        settings_of(config, settings, name)
     if config.classifier:
         registry.classifier(config.classifier)
     sampler = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
@@ -288,9 +291,10 @@ def quantize_one(
 ) -> dict:
     """Run the variant's method to its bundle. calibration: full-precision trajectories."""
     config, v = job.config, job.config.variants[name]
+    settings = settings_of(config, job.settings, name)
     with follow(name) as tell:
         return run_method(
-            build(v.method, job.diffusion.model, sets, job.settings, tell),
+            build(v.method, job.diffusion.model, sets, settings, tell),
             job.diffusion,
             job.plans[name],
             jax.random.fold_in(jax.random.key(config.seed), 3),

@@ -17,7 +17,7 @@ that of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bi
 holds: the statistics come from full-precision states, which the quantized trajectory leaves.
 """
 
-from configs.methods._start import ROUNDING, check_rounds, parse, start
+from configs.methods._start import ROUNDING, parse, start
 
 TERMS = ("all", "slope", "bias", "variance", "none")
 
@@ -32,7 +32,6 @@ def get_config(arg=None):
         terms=TERMS,
         **ROUNDING,
     )
-    check_rounds(arg.base, arg.rounding)
     name = "ptqd" if arg.base == "rtn" else f"ptqd_{arg.base}"
     config = start(arg, **{name: "ptqd"})
     config.sampler.eta = arg.eta

@@ -17,6 +17,10 @@ for the rounding; smoothing is applied at run time at every site (folded into th
 quantizer), never into the layers before; layers see full-precision inputs; in a U-Net q, k and v have branches
 of their own, and convolutions, of which the paper has none, share a group's scale over their taps. The paper's
 text decomposes once (`branch.iterations=1`); code and default go on until the error stops falling.
+
+`rounding="closed_form"` is ours: the branches, the smoothing and the grids stay, and the codes of what the
+branches leave (and of the layers that have none) are decided anew, block by block in the quantized network, as
+`methods.closed_form` decides them.
 """
 
 from __future__ import annotations
@@ -24,15 +28,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
+from qdiff_jax.methods.closed_form import decided_again, round_units
 from qdiff_jax.models.families import example_inputs
+from qdiff_jax.models.program import units_with_projections
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
+from qdiff_jax.stages.deferred import deferred
 from qdiff_jax.stages.group_grids import group_grids
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.low_rank_branches import BranchConfig, low_rank_branches
-from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.progressive import unrounded
+from qdiff_jax.stages.stage import Method, Model, QuantState, Stage
 from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
 
 VARIANTS = ("fixed", "faithful")
+ROUNDINGS = ("layer", "closed_form")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +75,28 @@ def svdquant(
     *,
     config: SvdQuantConfig = SvdQuantConfig(),
     activations: ActivationConfig = ActivationConfig(),
+    rounding: str = "layer",
+    closed_form: ClosedFormConfig = ClosedFormConfig(),
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Method:
     """Grids of groups, then a branch and codes for every layer, nearest codes for what is weight-only.
 
     weight_calibration: whose inputs the layers are judged on. activation_calibration, timesteps: for products
-    of two activations, where the policy quantizes those; all else is measured at run time. Raises ValueError
-    for an unknown variant, and while it runs for a group or rank that does not fit (see `misfit`).
+    of two activations, where the policy quantizes those; all else is measured at run time. rounding: "layer" (the
+    official code: nearest codes, or GPTQ with `branch.gptq`, on the layer's full-precision inputs), or
+    "closed_form", by that config on the whole of weight_calibration, with the steps weighted by `step_weights`.
+    Raises ValueError for an unknown rounding or both GPTQ and closed form, and while it runs for a group or rank
+    that does not fit (see `misfit`).
     """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"svdquant rounding {rounding!r} is unknown; use one of {ROUNDINGS}.")
+    solved = rounding == "closed_form"
+    if solved and config.branch.gptq:
+        raise ValueError(
+            "svdquant: branch.gptq rounds layer by layer, and rounding='closed_form' decides the same codes; leave "
+            "one of them out."
+        )
     sites = list_sites(model.module, *example_inputs(model.module.config))
     faithful = config.variant == "faithful"
     stages = (
@@ -94,4 +120,17 @@ def svdquant(
     )
     notes = f"variant={config.variant}, group={config.group}, rank={config.branch.rank}"
     notes += f", smoothing={config.branch.smoothing}" + (", gptq" if config.branch.gptq else "")
-    return Method("svdquant", stages, notes=notes)
+    if not solved:
+        return Method("svdquant", stages, notes=notes)
+    units = units_with_projections(model.program)
+    own = dict(step_weights=step_weights, on_progress=on_progress)
+
+    def solve(state: QuantState) -> tuple[Stage, QuantState]:
+        stage = round_units(
+            model, units, weight_calibration, closed_form, name="svdquant_weights", **own
+        )
+        return stage, unrounded(state)
+
+    stages = (*stages[:-1], deferred("svdquant_weights", solve))
+    again = decided_again(model, units, rounding, (), closed_form, **own)
+    return Method("svdquant", stages, f"{notes}, rounding={rounding}", again)

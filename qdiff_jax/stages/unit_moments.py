@@ -20,12 +20,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qdiff_jax.models.program import Signature, apply_unit, node_at
 from qdiff_jax.observe.taps import Tap
-from qdiff_jax.operators import plain
 from qdiff_jax.quant.hessian_size import hessian_parts
 from qdiff_jax.quant.moments import Moments, chunk_moments, merge, positions, rows_of, take_rows
 from qdiff_jax.quant.timed import select
 from qdiff_jax.runtime.mesh import AXIS, replicate, shard_batch
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, operand
+from qdiff_jax.sites import Replacement, SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.stages.site_products import layer_output, product_input
 from qdiff_jax.stages.unit_structure import Layer, UnitPlan, offset_trees, tapped_inputs
 
 
@@ -173,7 +173,7 @@ def _full_function(signature: Signature, layers: tuple[Layer, ...], mesh: Mesh):
         outputs, written = apply_unit(signature, params, taps, inputs, mutable=["observed"])
         targets = []
         for layer, x, pick in zip(layers, tapped_inputs(layers, written), picks, strict=True):
-            y = _output(layer, x, params)
+            y = _output(layer, x, params, None)
             targets.append({"rows": take_rows(y, pick), "mean": jnp.mean(y, axis=1)})
         return list(outputs), targets
 
@@ -194,19 +194,17 @@ def _level_function(
         outputs, written = apply_unit(
             signature, params, taps, batch["inputs"], mutable=["observed"]
         )
-        met = {
-            layer: _quantized(layer, x, quant)
-            for layer, x in zip(wanted, tapped_inputs(wanted, written), strict=True)
-        }
+        met = dict(zip(wanted, tapped_inputs(wanted, written), strict=True))
         moments = []
         for layer, pick in zip(members, batch["picks"], strict=True):
-            x = rows_of(layer.operator, met[layer], layer.kernel, pick)
+            x = product_input(_site(layer, quant), met[layer])
+            x = rows_of(layer.operator, x, layer.kernel, pick)
             weights = jnp.repeat(batch["weights"], x.shape[1])
             if _closes(layer, target):
                 r, heard = _block_residual(signature, layer, params, quant, batch, outputs, pick)
                 weights = weights if heard is None else weights * heard.reshape(-1)
             elif target in LAYER_TARGETS:
-                r = _layer_residual(layer, plan, params, batch, met, x, pick, target)
+                r = _layer_residual(layer, plan, params, quant, batch, met, x, pick, target)
             else:
                 r = jnp.zeros((*x.shape[:2], layer.kernel[-1]), x.dtype)
             rows, lacks = (v.reshape(-1, v.shape[-1]) for v in (x, r))
@@ -227,7 +225,7 @@ def _sharded(run, mesh: Mesh, split: int, whole: int = 1):
     return jax.jit(mapped)
 
 
-def _layer_residual(layer, plan, params, batch, met, x, pick, target):
+def _layer_residual(layer, plan, params, quant, batch, met, x, pick, target):
     """What the layer, in full precision on the inputs it meets, lacks of its full-precision output; for
     a block target, with what the layers and inputs that are summed with it lack."""
 
@@ -236,14 +234,18 @@ def _layer_residual(layer, plan, params, batch, met, x, pick, target):
 
     index = plan.layers.index(layer)
     kernel, bias = _weights(layer, params)
-    y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1]), precision=lax.Precision.HIGHEST)
-    y = y if bias is None else y + bias[None, None, :]
+    site = _site(layer, quant)
+    if site is None or site.substitute is None:
+        y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1]), precision=lax.Precision.HIGHEST)
+        y = y if bias is None else y + bias[None, None, :]
+    else:  # Its rows alone do not say what it puts out.
+        y = take_rows(_output(layer, met[layer], params, site), pick)
     r = own(index)["rows"] - y
     if target != BLOCK:
         return r
     for j in layer.summands:
         other = plan.layers[j]
-        y = _output(other, met[other], params)
+        y = _output(other, met[other], params, _site(other, quant))
         if other.rows == layer.rows:
             r = r + own(j)["rows"] - take_rows(y, pick)
         else:
@@ -285,8 +287,19 @@ def _merged(quant: Mapping, offsets: Mapping, layer: Layer) -> dict:
     """A module's activation quantizers with the layer's offset put in beside its own."""
     flat, other = flatten_sites(dict(quant)), flatten_sites(offsets)
     for name, site in other.items():
-        flat[name] = site.replace(lhs=flat[name].lhs if name in flat else None)
+        held = flat.get(name, SiteQuant())
+        if held.substitute is not None:
+            both = (held.substitute, site.substitute.arrays)
+            site = site.replace(substitute=Replacement(both, _moved))
+        flat[name] = site.replace(lhs=held.lhs)
     return nest_sites(flat)
+
+
+def _moved(arrays, operator, lhs, kernel, bias, site):
+    """A `Replacement`: what another one puts out, with an offset added."""
+    held, offset = arrays
+    y = held.apply(held.arrays, operator, lhs, kernel, bias, site)
+    return y + offset.astype(y.dtype)
 
 
 def _tap_trees(layers: Sequence[Layer], nodes: int, quant: Any) -> list[dict]:
@@ -297,9 +310,8 @@ def _tap_trees(layers: Sequence[Layer], nodes: int, quant: Any) -> list[dict]:
     return [nest_sites(tree) for tree in flat]
 
 
-def _quantized(layer: Layer, x, quant):
-    site = flatten_sites(dict(quant[layer.node])).get(layer.op)
-    return x if site is None else operand(site.lhs, x)
+def _site(layer: Layer, quant) -> SiteQuant | None:
+    return flatten_sites(dict(quant[layer.node])).get(layer.op)
 
 
 def _weights(layer: Layer, params):
@@ -307,7 +319,7 @@ def _weights(layer: Layer, params):
     return node["kernel"], node.get("bias")
 
 
-def _output(layer: Layer, x, params):
-    """[B, P, N]: the layer's output on x, positions flattened."""
-    y = plain(layer.operator, x, *_weights(layer, params))
+def _output(layer: Layer, x, params, site):
+    """[B, P, N]: the layer's output when it reads x, positions flattened."""
+    y = layer_output(site, layer.operator, x, *_weights(layer, params))
     return y.reshape(y.shape[0], -1, y.shape[-1])

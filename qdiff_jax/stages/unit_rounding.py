@@ -16,6 +16,7 @@ from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import dequantize
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig, LayerResult, round_layer
+from qdiff_jax.stages.site_products import bias_of_codes, multiplied
 from qdiff_jax.stages.stage import fold_weights, has_kernel
 from qdiff_jax.stages.unit_moments import Sampling, level_pass
 from qdiff_jax.stages.unit_structure import UnitPlan
@@ -27,7 +28,9 @@ _dequantize = jax.jit(dequantize)
 class UnitData(NamedTuple):
     """What the rounding of one unit needs; trees come as one per node.
 
-    full_params: full precision. params: folded where codes are decided. quant: activation quantizers.
+    full_params: full precision. params: folded where codes are decided; both hold what is multiplied where an
+    operator multiplies something else than the kernel (`site_products`). operators: those. quant: activation
+    quantizers, with the operators.
     inputs, met: the unit's inputs in the full-precision and in the quantized stream. outputs, targets:
     of `unit_moments.full_pass`. ctx: step of each sample. ranges: {"<node>:<op>": QParams}. factors:
     {site: G [N, N]}, or empty.
@@ -35,6 +38,7 @@ class UnitData(NamedTuple):
 
     full_params: Sequence[Mapping]
     params: Sequence[Mapping]
+    operators: Sequence[Mapping]
     quant: Sequence[Mapping]
     inputs: Sequence[Any]
     met: Sequence[Any]
@@ -61,7 +65,8 @@ def round_unit(
     """
     made = _layers(unit, plan, data, sampling, mesh, config, where)
     closed = replace_weights(data.params, {k: (r.kernel, r.bias) for k, r in made.items()})
-    plain = replace_weights(data.params, {k: (r.nearest_kernel, None) for k, r in made.items()})
+    own = {k: _bias_of_nearest(data, k, r) for k, r in made.items()}
+    plain = replace_weights(data.params, {k: (r.nearest_kernel, own[k]) for k, r in made.items()})
     loss = unit_loss(unit, closed, data, sampling, config)
     nearest = unit_loss(unit, plain, data, sampling, config)
     fell_back = not loss <= nearest
@@ -93,8 +98,10 @@ def round_unit(
             "layers": layers,
         },
     }
-    if config.refit_bias and not fell_back:
-        result["biases"] = {k: np.asarray(r.bias) for k, r in made.items()}
+    # A bias that its operator ties to the weights is never the parameters' own.
+    biases = own if fell_back else {k: r.bias for k, r in made.items()}
+    kept = [k for k in made if own[k] is not None or (config.refit_bias and not fell_back)]
+    result["biases"] = {k: np.asarray(biases[k]) for k in kept}
     passes = 1.0 + (1 if config.target == "layer_fp_input" else len(plan.levels))
     return result, plain if fell_back else closed, passes
 
@@ -105,7 +112,7 @@ def _layers(unit, plan, data, sampling, mesh, config, where) -> dict[str, LayerR
     alone = config.target == "layer_fp_input"
     if alone:  # Nothing depends on what is rounded: all layers share one pass.
         plan = plan._replace(levels=(tuple(range(len(plan.layers))),))
-        params, quant, met = data.full_params, [{} for _ in unit.nodes], data.inputs
+        params, quant, met = data.full_params, data.operators, data.inputs
     made: dict[str, LayerResult] = {}
     for level, members in enumerate(plan.levels):
         moments = level_pass(
@@ -175,19 +182,13 @@ def unit_loss(unit, params, data: UnitData, sampling: Sampling, config: ClosedFo
 
 
 def undecided(params: Mapping, quant: Mapping, unit: Unit) -> tuple[str, ...]:
-    """Keys of the unit's weights that have a range and no codes. Raises ValueError for a layer whose
-    operator is replaced by another."""
-    keys = []
-    for node, (block, tree) in enumerate(zip(unit.nodes, subtrees(quant, unit), strict=True)):
-        for op, site in flatten_sites(tree).items():
-            if isinstance(site.rhs, QParams) and has_kernel(params, f"{block}/{op}"):
-                if site.substitute is not None:
-                    raise ValueError(
-                        f"{block}/{op} has a substitute operator, whose weights closed-form rounding "
-                        "does not know; reconstruct it, or round it to nearest."
-                    )
-                keys.append(f"{node}:{op}")
-    return tuple(keys)
+    """Keys of the unit's weights that have a range and no codes."""
+    return tuple(
+        f"{node}:{op}"
+        for node, (block, tree) in enumerate(zip(unit.nodes, subtrees(quant, unit), strict=True))
+        for op, site in flatten_sites(tree).items()
+        if isinstance(site.rhs, QParams) and has_kernel(params, f"{block}/{op}")
+    )
 
 
 def weight_ranges(quant: Mapping, unit: Unit) -> dict[str, QParams]:
@@ -201,9 +202,10 @@ def weight_ranges(quant: Mapping, unit: Unit) -> dict[str, QParams]:
 
 
 def decided_params(params: Mapping, quant: Mapping, unit: Unit) -> list[dict]:
-    """The unit's parameters, folded where codes are decided and full precision elsewhere."""
-    own = {name: params[name] for name in unit.nodes if name in params}
-    flat = flatten_sites(only_weights({name: quant[name] for name in unit.nodes if name in quant}))
+    """The unit's parameters, folded where codes are decided and as `multiplied` elsewhere."""
+    quant = {name: quant[name] for name in unit.nodes if name in quant}
+    own = multiplied({name: params[name] for name in unit.nodes if name in params}, quant)
+    flat = flatten_sites(only_weights(quant))
     held = {name: site for name, site in flat.items() if not isinstance(site.rhs, QParams)}
     return list(subtrees(fold_weights(own, nest_sites(held))[0], unit))
 
@@ -218,6 +220,15 @@ def resumed_params(
         for key, codes in result["codes"].items()
     }
     return replace_weights(params, weights)
+
+
+def _bias_of_nearest(data: UnitData, key: str, made: LayerResult):
+    """The bias that goes with nearest codes, None for the one that is there."""
+    node, op = key.split(":")
+    site = flatten_sites(dict(data.quant[int(node)])).get(op)
+    if site is None:
+        return None
+    return bias_of_codes(site, _node(data.params[int(node)], op), made.nearest_kernel)
 
 
 def _node(tree: Mapping, op: str) -> Mapping:

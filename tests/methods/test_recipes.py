@@ -216,7 +216,8 @@ def test_a_config_holds_the_recipe_and_each_of_its_parts(name):
     for words in ("w4a4", "w4a8,laptop", "w8a8,rounding=closed_form", "smoke"):
         read = read_config(load_config(f"{path}:{words}"))
         assert [v.method for v in read.variants.values()][-1] == recipe
-        assert {v.method for v in read.variants.values()} == {recipe, *alone}
+        left_out = {"efficientdm"} if "closed_form" in words else set()
+        assert {v.method for v in read.variants.values()} == {recipe, *alone} - left_out
     only = read_config(load_config(f"{path}:only,laptop"))
     assert [v.method for v in only.variants.values()] == [recipe]
     for part in recipe.split("+"):
