@@ -34,8 +34,8 @@ from experiments.quantize_config import (
     QuantizeConfig,
     check_sizes,
     method_settings,
-    settings_of,
     read_config,
+    settings_of,
 )
 from experiments.quantize_report import draw, is_measured, measure, provenance, reference
 from qdiff_jax.config import claim_workdir

@@ -74,8 +74,8 @@ def remainder(arrays: LowRank, kernel: jax.Array) -> jax.Array:
 
 
 def unshifted(arrays: LowRank, bias: jax.Array | None, rest: jax.Array) -> jax.Array | None:
-    """The bias [N] that makes up for the shift of what is multiplied with `rest` [.., C, N]; without a shift the
-    bias as it is, which may be None."""
+    """The bias [N] that makes up for the shift of what `rest` [.., C, N] is multiplied with; without a shift
+    the bias as it is, which may be None."""
     if arrays.shift is None:
         return bias
     each = rest.sum(axis=tuple(range(rest.ndim - 2)))

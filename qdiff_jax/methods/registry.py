@@ -321,8 +321,8 @@ def deciding(name: str, base: str = "rtn") -> str:
 
 
 def check_rounds(name: str, settings: MethodSettings) -> None:
-    """Raise ValueError, in one sentence, for a `settings.rounding` other than the default that the method or the
-    recipe would not read: it decides codes in a way of its own."""
+    """Raise ValueError for a `settings.rounding` other than the default that the method or recipe would not
+    read, since it decides codes in a way of its own."""
     if settings.rounding == MethodSettings.rounding:
         return
     check_rounding(settings.rounding)

@@ -40,10 +40,11 @@ class MethodSettings:
     weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it. variant:
     TFMQ-DM's "fixed" (the paper) or "faithful" (the official code); tiar, fsc: its parts. rounding: "adaround"
     for each method's own way (of those that reconstruct weights AdaRound, by `weights`), or "closed_form", by
-    `closed_form`, which methods refuse that decide codes otherwise (`methods.registry.check_rounds`). rounds: how often a recipe's PAR will decide the weights again after a method that
-    reconstructs them (`build` sets it). tune_steps: of end-to-end tuning after the method closed_form. split:
-    which layers Q-Diffusion splits at a skip, "both", "shortcut" or "none". batch_ranges: PTQ4DM's search of
-    activation ranges, but for its batch size, which is that of `activations`.
+    `closed_form`, which methods refuse that decide codes otherwise (`methods.registry.check_rounds`). rounds:
+    how often a recipe's PAR will decide the weights again after a method that reconstructs them (`build` sets
+    it). tune_steps: of end-to-end tuning after the method closed_form. split: which layers Q-Diffusion splits
+    at a skip, "both", "shortcut" or "none". batch_ranges: PTQ4DM's search of activation ranges, but for its
+    batch size, which is that of `activations`.
     """
 
     weight_method: str = "mse"

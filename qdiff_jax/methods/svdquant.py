@@ -40,7 +40,7 @@ from qdiff_jax.stages.group_grids import group_grids
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.low_rank_branches import BranchConfig, low_rank_branches
 from qdiff_jax.stages.progressive import unrounded
-from qdiff_jax.stages.stage import Method, Model, QuantState, Stage
+from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
 
 VARIANTS = ("fixed", "faithful")
@@ -83,19 +83,19 @@ def svdquant(
     """Grids of groups, then a branch and codes for every layer, nearest codes for what is weight-only.
 
     weight_calibration: whose inputs the layers are judged on. activation_calibration, timesteps: for products
-    of two activations, where the policy quantizes those; all else is measured at run time. rounding: "layer" (the
-    official code: nearest codes, or GPTQ with `branch.gptq`, on the layer's full-precision inputs), or
-    "closed_form", by that config on the whole of weight_calibration, with the steps weighted by `step_weights`.
-    Raises ValueError for an unknown rounding or both GPTQ and closed form, and while it runs for a group or rank
-    that does not fit (see `misfit`).
+    of two activations, where the policy quantizes those; all else is measured at run time. rounding: "layer"
+    (the official code: nearest codes, or GPTQ with `branch.gptq`, from the layer's full-precision inputs), or
+    "closed_form", by that config on the whole of weight_calibration, with the steps weighted by
+    `step_weights` [S]. Raises ValueError for an unknown rounding and for GPTQ together with the closed form, and
+    while it runs for a group or rank that does not fit (see `misfit`).
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"svdquant rounding {rounding!r} is unknown; use one of {ROUNDINGS}.")
     solved = rounding == "closed_form"
     if solved and config.branch.gptq:
         raise ValueError(
-            "svdquant: branch.gptq rounds layer by layer, and rounding='closed_form' decides the same codes; leave "
-            "one of them out."
+            "svdquant: branch.gptq rounds layer by layer, and rounding='closed_form' decides the same codes; "
+            "leave one of them out."
         )
     sites = list_sites(model.module, *example_inputs(model.module.config))
     faithful = config.variant == "faithful"
@@ -124,13 +124,9 @@ def svdquant(
         return Method("svdquant", stages, notes=notes)
     units = units_with_projections(model.program)
     own = dict(step_weights=step_weights, on_progress=on_progress)
-
-    def solve(state: QuantState) -> tuple[Stage, QuantState]:
-        stage = round_units(
-            model, units, weight_calibration, closed_form, name="svdquant_weights", **own
-        )
-        return stage, unrounded(state)
-
-    stages = (*stages[:-1], deferred("svdquant_weights", solve))
+    name = "svdquant_weights"
+    solve = round_units(model, units, weight_calibration, closed_form, name=name, **own)
+    # The grids that the branches have left, without the codes.
+    stages = (*stages[:-1], deferred(name, lambda state: (solve, unrounded(state))))
     again = decided_again(model, units, rounding, (), closed_form, **own)
     return Method("svdquant", stages, f"{notes}, rounding={rounding}", again)

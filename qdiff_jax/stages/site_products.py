@@ -42,7 +42,7 @@ PRODUCTS: dict[Callable, Product] = {
 
 
 def check_products(params: Mapping, quant: Mapping, where: str) -> None:
-    """Raise ValueError, naming the site, for an open weight (a range and no codes) inside an unknown operator."""
+    """Raise ValueError for a weight with a range and no codes inside an unknown operator, naming the site."""
     for name, site in flatten_sites(quant).items():
         known = site.substitute is None or site.substitute.apply in PRODUCTS
         if not known and isinstance(site.rhs, QParams) and has_kernel(params, name):
@@ -90,8 +90,8 @@ def layer_output(
 
 
 def bias_of_codes(site: SiteQuant, weights: Mapping, values: jax.Array) -> jax.Array | None:
-    """The bias [N] for `values` in place of the kernel of `weights` (as `multiplied`), where the operator makes it
-    depend on them; None where it does not."""
+    """The bias [N] for `values` in place of the kernel of `weights` (as `multiplied`), where the operator makes
+    it depend on them; None where it does not."""
     held: Replacement | None = site.substitute
     if held is None:
         return None

@@ -86,7 +86,7 @@ def only_weights(trees: Any) -> Any:
 
 
 def only_activations(trees: Any) -> Any:
-    """The quantizers of activations, step tables and dynamic ones included, and the operators that read them."""
+    """The quantizers of activations, step tables and dynamic ones included, and operators that hold them."""
 
     def activations(site: SiteQuant):
         rhs = site.rhs if site.product else None

@@ -140,6 +140,14 @@ CASES = {
     "ptq4dit": Case("ptq4dit", "official:ptq4dit", reports=6, network="dit"),
     # Twelve blocks are reported; by the sixth some layers have their results in the store.
     "svdquant": Case("svdquant", "official:svdquant", options={"svdquant": SVDQUANT}, reports=6),
+    # The same branches, then every layer's shape compiles again as in "closed_form"; killed among its blocks.
+    "svdquant closed form": Case(
+        "svdquant",
+        "official:svdquant",
+        options={"svdquant": SVDQUANT, "rounding": "closed_form"},
+        slow=True,
+        reports=15,
+    ),
     # Four batches of the calibration, then three chunks of training.
     "efficientdm": Case("efficientdm", late=5),
     "binarydm": Case("binarydm", "official:binarydm", w_bits=1),

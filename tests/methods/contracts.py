@@ -102,7 +102,9 @@ def untouched_leaves_are_untouched(name: str, state: QuantState) -> None:
     after = leaves_by_path(fold_weights(parameters(state), state.quant)[0])
     biases = {f"{n}/bias" for n, s in flatten_sites(state.quant).items() if s.bias is not None}
     tuned = set(state.aux.get("params", {}))
-    assert bool(biases) == (CASES[name].entry == "closed_form")
+    assert bool(biases) == (
+        "closed_form" in (CASES[name].entry, CASES[name].options.get("rounding"))
+    )
     # Channel factors: kernels, the divisors of their inputs, affines of the norms of attention. Balancing:
     # kernels, and what takes the divisions. Tuning after closed-form rounding: affines of every norm. Binary
     # training: everything but planned kernels.

@@ -1,4 +1,4 @@
-"""Closed-form rounding of what stands beside a low-rank branch: what is multiplied, with what, and what it gains."""
+"""Closed-form rounding beside a low-rank branch: what is multiplied, with what, and what it gains."""
 
 import functools
 
