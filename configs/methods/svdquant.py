@@ -7,12 +7,13 @@ Paper: SVDQuant (Li et al. 2024, arXiv:2411.05007), its INT4 form; who is quanti
 and attention products in full precision). Words behind the colon: bits `w4a4` (default), `w8a8`, `w4a8`;
 `model=dit` (default), `model=unet` (time projections in place of the modulation, and convolutions, which the
 paper does not have); `rank=32` (0 for no branch); `group=64` (0 for one scale per output channel and per
-token); `smoothing=full` (39 candidates), `fast` (10) or `none`; `alpha=0.5,beta=0.5` for one pair in place
-of the search; `iterations=1` for the paper's single decomposition; `signed` for signed codes behind GELU;
-`gptq` for GPTQ on what the branch leaves, or in place of it `rounding=closed_form` for the closed form in the
+token); `smoothing=full` (39 candidates), `fast` (10) or `none`; `alpha=0.5,beta=0.5` for one pair in place of
+the search; `iterations=1` for the paper's single decomposition; `signed` for signed codes behind GELU; `gptq`
+for GPTQ on what the branch leaves, or in place of it `rounding=closed_form` for the closed form in the
 quantized network; `variant=fixed` (default) or `variant=faithful`. Groups of 64 divide every layer of the DiT;
-those of the U-Net they do not divide get the largest divisor, which the log names. Round-to-nearest under the same policy stands beside it. `laptop` takes rank 4 (as large a share of these
-models' weights as 32 of DiT-XL's) and 64 samples; `smoke` runs in seconds (`svdquant.py:smoke`).
+those of the U-Net they do not divide get the largest divisor, which the log names. Round-to-nearest under the
+same policy stands beside it. `laptop` takes rank 4 (as large a share of these models' weights as 32 of
+DiT-XL's) and 64 samples; `smoke` runs in seconds (`svdquant.py:smoke`).
 
 Expected of `svdquant.py:w4a4,laptop`: teacher-forced and rollout errors below those of round-to-nearest, whose
 activations have one calibrated range (measured with `smoothing=fast`: an eps error of 0.033 against 0.33, and

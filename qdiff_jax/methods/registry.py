@@ -322,11 +322,16 @@ def deciding(name: str, base: str = "rtn") -> str:
 
 def check_rounds(name: str, settings: MethodSettings) -> None:
     """Raise ValueError for a `settings.rounding` other than the default that the method or recipe would not
-    read, since it decides codes in a way of its own."""
+    read, since it decides codes in a way of its own, and for a default that leaves PAR nothing to repeat."""
+    method = deciding(name, settings.ptqd.base)
     if settings.rounding == MethodSettings.rounding:
+        if method == "svdquant" and "par" in methods_of(name):
+            raise ValueError(
+                f"{name}: svdquant rounds layer by layer, of which par has nothing to repeat; set "
+                "rounding='closed_form'."
+            )
         return
     check_rounding(settings.rounding)
-    method = deciding(name, settings.ptqd.base)
     applies, how = _OWN_ROUNDING_IF.get(method, (lambda _: False, ""))
     if method in _OWN_ROUNDING or applies(settings):
         able = ", ".join(n for n in METHODS if n not in {*_OWN_ROUNDING, "closed_form", "ptqd"})

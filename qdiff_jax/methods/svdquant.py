@@ -86,8 +86,8 @@ def svdquant(
     of two activations, where the policy quantizes those; all else is measured at run time. rounding: "layer"
     (the official code: nearest codes, or GPTQ with `branch.gptq`, from the layer's full-precision inputs), or
     "closed_form", by that config on the whole of weight_calibration, with the steps weighted by
-    `step_weights` [S]. Raises ValueError for an unknown rounding and for GPTQ together with the closed form, and
-    while it runs for a group or rank that does not fit (see `misfit`).
+    `step_weights` [S]; only so can `methods.par` repeat it. Raises ValueError for an unknown rounding and for
+    GPTQ together with the closed form, and while it runs for a group or rank that does not fit (see `misfit`).
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"svdquant rounding {rounding!r} is unknown; use one of {ROUNDINGS}.")

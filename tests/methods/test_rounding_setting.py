@@ -11,6 +11,7 @@ from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings, build, check_rounds
 from qdiff_jax.methods.svdquant import SvdQuantConfig, svdquant
+from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.low_rank_branches import BranchConfig
@@ -66,6 +67,15 @@ def test_every_method_says_that_it_rounds_so_or_refuses(name):
 def test_what_decides_the_codes_otherwise_is_named(name, own, message):
     with pytest.raises(ValueError, match=message):
         check_rounds(name, dataclasses.replace(SOLVED, **own))
+
+
+def test_par_repeats_svdquant_in_closed_form_alone():
+    settings = dataclasses.replace(SOLVED, tcaq=TcaqConfig(rounds=2))
+    made = build("svdquant+par", cases.model(), sets(), settings)
+    assert [stage.kind for stage in made.stages[-5:]] == ["codes"] + 4 * ["rounds"]
+    layerwise = dataclasses.replace(settings, rounding=MethodSettings.rounding)
+    with pytest.raises(ValueError, match="par has nothing to repeat; set rounding='closed_form'"):
+        build("svdquant+par", None, None, layerwise)
 
 
 @pytest.mark.parametrize("name", ["brecq+efficientdm", "csb+svdquant+efficientdm", "closed_form"])
