@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from qdiff_jax.models.program import Unit, subtrees
 from qdiff_jax.observe.capture import batch_bounds, run_unit, slice_rows
+from qdiff_jax.quant.moments import Moments
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import dequantize
-from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig, LayerResult, round_layer
 from qdiff_jax.stages.site_products import bias_of_codes, multiplied
 from qdiff_jax.stages.stage import fold_weights, has_kernel
@@ -63,13 +64,13 @@ def round_unit(
     where: name of the stage, for messages. Raises FloatingPointError, naming the site, for moments that
     are not finite.
     """
-    made = _layers(unit, plan, data, sampling, mesh, config, where)
+    made, tied = _layers(unit, plan, data, sampling, mesh, config, where)
     closed = replace_weights(data.params, {k: (r.kernel, r.bias) for k, r in made.items()})
-    own = {k: _bias_of_nearest(data, k, r) for k, r in made.items()}
-    plain = replace_weights(data.params, {k: (r.nearest_kernel, own[k]) for k, r in made.items()})
+    nearest = {k: (r.nearest_kernel, tied.get(k)) for k, r in made.items()}
+    plain = replace_weights(data.params, nearest)
     loss = unit_loss(unit, closed, data, sampling, config)
-    nearest = unit_loss(unit, plain, data, sampling, config)
-    fell_back = not loss <= nearest
+    nearest_loss = unit_loss(unit, plain, data, sampling, config)
+    fell_back = not loss <= nearest_loss
     if fell_back:
         logging.warning(
             "%s: unit %s is %.3g from full precision in closed form and %.3g rounded to nearest; its "
@@ -77,7 +78,7 @@ def round_unit(
             where,
             unit.name,
             loss,
-            nearest,
+            nearest_loss,
         )
     layers = {
         f"{unit.nodes[layer.node]}/{layer.op}": {
@@ -92,28 +93,31 @@ def round_unit(
         "scales": {},
         "biases": {},
         "report": {
-            "loss": nearest if fell_back else loss,
-            "nearest_loss": nearest,
+            "loss": nearest_loss if fell_back else loss,
+            "nearest_loss": nearest_loss,
             "fell_back": fell_back,
             "layers": layers,
         },
     }
-    # A bias that its operator ties to the weights is never the parameters' own.
-    biases = own if fell_back else {k: r.bias for k, r in made.items()}
-    kept = [k for k in made if own[k] is not None or (config.refit_bias and not fell_back)]
+    biases = tied if fell_back else {k: r.bias for k, r in made.items()}
+    kept = made if config.refit_bias and not fell_back else tied
     result["biases"] = {k: np.asarray(biases[k]) for k in kept}
     passes = 1.0 + (1 if config.target == "layer_fp_input" else len(plan.levels))
     return result, plain if fell_back else closed, passes
 
 
-def _layers(unit, plan, data, sampling, mesh, config, where) -> dict[str, LayerResult]:
-    """Every layer of the plan, each level on the unit as the levels before it left it."""
+def _layers(
+    unit, plan, data, sampling, mesh, config, where
+) -> tuple[dict[str, LayerResult], dict[str, jax.Array]]:
+    """Every layer of the plan, each level on the unit as the levels before it left it; and of the layers whose
+    operator ties the bias to the weights, the bias of the nearest codes."""
     params, quant, met = data.params, data.quant, data.met
     alone = config.target == "layer_fp_input"
     if alone:  # Nothing depends on what is rounded: all layers share one pass.
         plan = plan._replace(levels=(tuple(range(len(plan.layers))),))
         params, quant, met = data.full_params, data.operators, data.inputs
     made: dict[str, LayerResult] = {}
+    tied: dict[str, jax.Array] = {}
     for level, members in enumerate(plan.levels):
         moments = level_pass(
             unit.signature,
@@ -152,10 +156,25 @@ def _layers(unit, plan, data, sampling, mesh, config, where) -> dict[str, LayerR
                     "for NaN or infinity in the calibration set. The units before it are saved and "
                     "will not be computed again."
                 )
+            held = flatten_sites(dict(quant[layer.node])).get(layer.op, SiteQuant())
+            nearest = bias_of_codes(held, weights, own.nearest_kernel)
+            if nearest is not None:
+                tied[layer.key] = nearest
+                own = _with_bias(own, weights, nearest, moment)
             made[layer.key] = own
             if not alone:
                 params = replace_weights(params, {layer.key: (own.kernel, own.bias)})
-    return made
+    return made, tied
+
+
+def _with_bias(made: LayerResult, weights: Mapping, bias, moments: Moments) -> LayerResult:
+    """The result with the loss that nearest codes have with this bias in place of the weights' own."""
+    step = np.asarray(bias - weights["bias"], np.float64)
+    change = made.nearest_kernel - np.asarray(weights["kernel"], np.float64)
+    lack = np.asarray(moments.target_mean) - np.asarray(moments.mean) @ change.reshape(
+        -1, step.size
+    )
+    return made._replace(nearest_loss=made.nearest_loss + step @ step - 2.0 * (step @ lack))
 
 
 def unit_loss(unit, params, data: UnitData, sampling: Sampling, config: ClosedFormConfig) -> float:
@@ -220,15 +239,6 @@ def resumed_params(
         for key, codes in result["codes"].items()
     }
     return replace_weights(params, weights)
-
-
-def _bias_of_nearest(data: UnitData, key: str, made: LayerResult):
-    """The bias that goes with nearest codes, None for the one that is there."""
-    node, op = key.split(":")
-    site = flatten_sites(dict(data.quant[int(node)])).get(op)
-    if site is None:
-        return None
-    return bias_of_codes(site, _node(data.params[int(node)], op), made.nearest_kernel)
 
 
 def _node(tree: Mapping, op: str) -> Mapping:
