@@ -45,11 +45,11 @@ from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.asked import Asked, asked_of
 from qdiff_jax.eval.samples import noise_key
+from qdiff_jax.methods.checks import check_variant
 from qdiff_jax.methods.registry import (
     CalibrationSets,
     MethodSettings,
     build,
-    check_network,
     methods_of,
 )
 from qdiff_jax.methods.run import make_sampler, run_method
@@ -143,10 +143,6 @@ def prepare(config: Any) -> Job:
     diffusion = asked.diffusion
     base = config.ptqd.base
     methods = {part for v in config.variants.values() for part in methods_of(v.method, base)}
-    for method in methods:
-        check_network(method, diffusion.model)
-    for name in config.variants:
-        settings_of(config, settings, name)
     if config.classifier:
         registry.classifier(config.classifier)
     sampler = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
@@ -162,6 +158,9 @@ def prepare(config: Any) -> Job:
         name: make_plan(sites, policy(config.policy, sites, *v.targets))
         for name, v in config.variants.items()
     }
+    for name, v in config.variants.items():
+        own = settings_of(config, settings, name)
+        check_variant(v.method, diffusion.model, sites, plans[name], own)
     job = Job(config, asked, guidance, sites, plans, settings, sampler)
     source = settings.efficientdm.source
     if source.kind == "online" and "efficientdm" in methods and asked.prompts:

@@ -86,8 +86,9 @@ def unshifted(arrays: LowRank, bias: jax.Array | None, rest: jax.Array) -> jax.A
 
 
 def smoothed(arrays: LowRank, x: jax.Array) -> jax.Array:
-    """(x + shift) / s in float32: what the activation quantizer reads."""
-    x = x.astype(jnp.float32)
+    """(x + shift) / s, what the activation quantizer reads; float32, or float64 where x and the arrays are."""
+    if x.dtype != jnp.float64:
+        x = x.astype(jnp.float32)
     if arrays.shift is not None:
         x = x + arrays.shift
     if arrays.smoothing is not None:

@@ -148,6 +148,15 @@ CASES = {
         slow=True,
         reports=15,
     ),
+    # Of its five units: killed with the first block in the store.
+    "svdquant dit": Case(
+        "svdquant",
+        "official:svdquant",
+        options={"svdquant": SVDQUANT},
+        slow=True,
+        reports=3,
+        network="dit",
+    ),
     # Four batches of the calibration, then three chunks of training.
     "efficientdm": Case("efficientdm", late=5),
     "binarydm": Case("binarydm", "official:binarydm", w_bits=1),

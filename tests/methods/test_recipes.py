@@ -95,8 +95,9 @@ def test_every_method_is_made_of_the_kinds_that_its_part_has():
         factors = {"transform"} if name == "tcaq" else set()
         assert kinds | rounds | factors == set(PARTS[entry].kinds) | ({"training"} & kinds), name
         assert kinds <= set(KINDS)
-        solved = name != "svdquant"  # which can be repeated in closed form alone
-        assert (PARTS[entry].repeats and solved) == (made.again is not None)
+        # SVDQuant can be repeated in closed form alone.
+        able = entry != "svdquant" or "rounding" in cases.CASES[name].options
+        assert (PARTS[entry].repeats and able) == (made.again is not None)
 
 
 def test_a_recipe_of_a_methods_own_parts_is_the_method():
@@ -250,6 +251,37 @@ def test_a_recipe_for_another_network_is_refused_before_any_work():
     path = ROOT / "configs" / "recipes" / "unet_tcr_tfmq_par_ptqd.py"
     with pytest.raises(ValueError, match="this network has none of them"):
         prepare(load_config(f"{path}:smoke,only,parts=csb+rtn"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "message"),
+    [
+        (
+            "csb+rtn",
+            {"ptq4dit": {"csb": False}},
+            "ptq4dit.csb is off, which leaves nothing of .* 'csb'",
+        ),
+        (
+            "brecq+par",
+            {"tcaq": {"rounds": 0}},
+            "tcaq.rounds is 0, which leaves nothing of .* 'par'",
+        ),
+        ("tcr+rtn", {"tcaq": {"tcr": False}}, "tcaq.tcr is off, which leaves nothing of .* 'tcr'"),
+        (
+            "closed_form+ptqd",
+            {"closed_form": {"tune_steps": 3}},
+            "tune_steps is 3, and tuning has no",
+        ),
+        ("csb+svdquant", {"svdquant": {"group": 5}}, "groups of 5 do not divide"),
+    ],
+)
+def test_settings_that_leave_a_part_nothing_are_found_before_any_work(parts, changes, message):
+    path = ROOT / "configs" / "recipes" / "dit_csb_svdquant_efficientdm.py"
+    config = load_config(f"{path}:smoke,only,parts={parts}")
+    with config.unlocked():
+        config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
 
 
 @pytest.mark.slow
