@@ -127,7 +127,7 @@ def closed_form_moments():
         "full_inputs": {},
         "weights": jnp.ones(6),
     }
-    return run, (params, tuple({} for _ in unit.nodes), batch)
+    return run, (params, tuple({} for _ in unit.nodes), {}, batch)
 
 
 def closed_form_rounding():

@@ -174,6 +174,7 @@ def closed_form(
             sampling,
             mesh,
             lambda i, shape, dtype: allocate(carry.pool, shape, dtype, unit.outputs[i]),
+            config.target,
         )
         quant = _activations(carry.state.quant, unit)
         params = decided_params(model.params, carry.state.quant, unit)

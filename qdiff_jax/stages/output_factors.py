@@ -74,7 +74,9 @@ def _squares(module, shapes, params, batch, key) -> dict[str, jax.Array]:
         return jax.random.rademacher(sample_key, output.shape[1:], jnp.float32)
 
     def prediction(offsets):
-        flat = {n: SiteQuant(substitute=Replacement(o, with_offset)) for n, o in offsets.items()}
+        flat = {
+            n: SiteQuant(substitute=Replacement((True, o), with_offset)) for n, o in offsets.items()
+        }
         variables = {"params": params, "quant": nest_sites(flat)}
         return module.apply(variables, batch["x"], batch["t"], batch["y"])
 

@@ -78,7 +78,7 @@ def product_input(site: SiteQuant | None, x: jax.Array) -> jax.Array:
     return operand(site.lhs, x)
 
 
-def layer_output(
+def site_output(
     site: SiteQuant | None, operator: Operator, x: jax.Array, kernel: jax.Array, bias
 ) -> jax.Array:
     """What the layer puts out when it reads x, with the weights (`multiplied`) as they are given."""

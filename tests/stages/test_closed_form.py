@@ -110,6 +110,15 @@ class TestResult:
         for a, b in pairs:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
+    def test_samples_count_the_same_in_any_company(self, whole, start):
+        """Chunks of 4 and of 16 samples of very different sizes: the same codes, behind gates too."""
+        state, _ = run_stage(stage(dataclasses.replace(CONFIG, walk_batch=4)), start)
+        known = flatten_sites(whole[0].quant)
+        for name, site in flatten_sites(state.quant).items():
+            if not site.product:
+                np.testing.assert_array_equal(site.rhs.data, known[name].rhs.data)
+                np.testing.assert_allclose(site.bias, known[name].bias, rtol=0, atol=1e-4)
+
     def test_other_data_and_other_blocks_compile_nothing(self, whole):
         """Three equal blocks share their programs; another set of the same sizes shares all of them."""
         with compile_account() as account:

@@ -26,9 +26,9 @@ from qdiff_jax.stages.progressive import unrounded
 from qdiff_jax.stages.site_products import (
     bias_of_codes,
     check_products,
-    layer_output,
     multiplied,
     product_input,
+    site_output,
 )
 from qdiff_jax.stages.stage import initial_state, run_stage
 from qdiff_jax.stages.weights import calibrate_weights
@@ -68,7 +68,7 @@ def test_what_is_multiplied_is_the_same_function_in_full_precision(case):
     operator, x, params, site = built(case)
     made = multiplied(params, {"a": {"layer": site}})["a"]["layer"]
     wanted = plain(operator, x, *params["a"]["layer"].values())
-    found = layer_output(site, operator, x, made["kernel"], made["bias"])
+    found = site_output(site, operator, x, made["kernel"], made["bias"])
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
     assert (bias_of_codes(site, made, made["kernel"]) is None) == (case != "shifted")
 
@@ -82,7 +82,7 @@ def test_the_output_is_the_quantized_rows_times_the_codes_and_the_branch(case):
     made = multiplied(params, {"a": {"layer": site}})["a"]["layer"]
     change = jnp.float32(np.random.default_rng(1).standard_normal(made["kernel"].shape))
     before, after = (
-        layer_output(site, operator, x, made["kernel"] + c, made["bias"]) for c in (0, change)
+        site_output(site, operator, x, made["kernel"] + c, made["bias"]) for c in (0, change)
     )
     rows = rows_of(operator, product_input(site, x), change.shape)
     moved = jnp.matmul(rows, change.reshape(-1, 6), precision="highest")
