@@ -163,13 +163,18 @@ class RoundingConfig:
     samples of each step count, "uniform", "eps_coefficient" or "sensitivity" (`stages.row_weights`)."""
 
     target: str = "block_fp_output"
+    act_order: bool = True
     damping: float = 0.01
+    block: int = 128
     ridge: float = 0.05
     refit_bias: bool = True
     sweeps: int = 0
     kronecker_sweeps: int = 0
+    kronecker_batch: int = 0
     rows: int = 24_576
     hessian_mib: int = 2048
+    hessian_seconds: float = 0.0
+    check_samples: int = 64
     activations: bool = True
     tune_steps: int = 0
     step_weights: str = "uniform"

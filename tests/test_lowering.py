@@ -15,6 +15,7 @@ from qdiff_jax.models.program import subtrees, units_with_projections
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.observers import minmax
 from qdiff_jax.observe.taps import Tap
+from qdiff_jax.quant.hessian_size import Limit
 from qdiff_jax.quant.moments import chunk_moments
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.spec import QuantSpec
@@ -114,7 +115,7 @@ def closed_form_moments():
     plan = plan_unit(unit.signature, params, inputs, keys)
     (level,) = (i for i, members in enumerate(plan.levels) if plan.layers[members[-1]].closes == 0)
     run = _level_function(
-        unit.signature, plan, level, "block_fp_output", 2048, data_mesh(jax.devices()[:1])
+        unit.signature, plan, level, "block_fp_output", Limit(), data_mesh(jax.devices()[:1])
     )
     step = jnp.zeros(6)
     picks = [np.zeros((6, 4), np.int32) for _ in plan.levels[level]]

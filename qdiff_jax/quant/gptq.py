@@ -21,6 +21,7 @@ from jax import lax
 
 from qdiff_jax.quant.affine import dequantize, quantize
 from qdiff_jax.quant.qparams import QParams, broadcast, grouped, scale_and_zero_point
+from qdiff_jax.quant.spec import QuantSpec
 
 _TRIES = 10
 _EXACT = lax.Precision.HIGHEST
@@ -44,16 +45,21 @@ class _Rows(NamedTuple):
     high: jax.Array
 
 
+def check_grid(spec: QuantSpec, where: str) -> None:
+    """Raise ValueError unless the grid of the weight at `where` is affine and static."""
+    if spec.grid != "affine" or spec.dynamic:
+        raise ValueError(
+            f"closed-form rounding needs a static affine grid for {where}, got {spec}; plan the weight on "
+            "an affine grid."
+        )
+
+
 def grid_rows(qparams: QParams, shape: tuple[int, ...], dtype=jnp.float32) -> _Rows:
     """The numbers of qparams for each element of a kernel of `shape`, as [K, N] arrays.
 
     Raises ValueError unless the grid is affine and static.
     """
-    if qparams.spec.grid != "affine" or qparams.spec.dynamic:
-        raise ValueError(
-            f"closed-form rounding needs a static affine grid for the weight, got {qparams.spec}; "
-            "plan the weight on an affine grid."
-        )
+    check_grid(qparams.spec, f"a kernel {shape}")
     view = jax.eval_shape(
         lambda x: grouped(qparams.spec, x), jax.ShapeDtypeStruct(shape, jnp.float32)
     )

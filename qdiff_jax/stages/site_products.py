@@ -17,9 +17,8 @@ import jax
 from qdiff_jax.branch import low_rank, remainder, smoothed, unshifted
 from qdiff_jax.models.program import node_at
 from qdiff_jax.operators import Operator, plain
-from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.sites import Replacement, SiteQuant, flatten_sites, operand
-from qdiff_jax.stages.stage import has_kernel, replace_leaves
+from qdiff_jax.stages.stage import replace_leaves
 
 
 class Product(NamedTuple):
@@ -41,15 +40,13 @@ PRODUCTS: dict[Callable, Product] = {
 }
 
 
-def check_products(params: Mapping, quant: Mapping, where: str) -> None:
-    """Raise ValueError for a weight with a range and no codes inside an unknown operator, naming the site."""
-    for name, site in flatten_sites(quant).items():
-        known = site.substitute is None or site.substitute.apply in PRODUCTS
-        if not known and isinstance(site.rhs, QParams) and has_kernel(params, name):
-            raise ValueError(
-                f"{where}: {name} has a substitute operator, {site.substitute.apply.__name__}, whose weights "
-                "closed-form rounding does not know; reconstruct it, or round it to nearest."
-            )
+def check_operator(site: SiteQuant, where: str) -> None:
+    """Raise ValueError for an operator whose quantized product is not known. where: names the site."""
+    if site.substitute is not None and site.substitute.apply not in PRODUCTS:
+        raise ValueError(
+            f"{where} has a substitute operator, {site.substitute.apply.__name__}, whose weights closed-form "
+            "rounding does not know; reconstruct it, or round it to nearest."
+        )
 
 
 def multiplied(params: Mapping, quant: Mapping) -> dict:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qdiff_jax.models.program import Signature, apply_unit
 from qdiff_jax.observe.taps import Tap
-from qdiff_jax.quant.hessian_size import hessian_parts
+from qdiff_jax.quant.hessian_size import Limit, hessian_parts
 from qdiff_jax.quant.moments import Moments, chunk_moments, merge, positions, rows_of, take_rows
 from qdiff_jax.quant.timed import select
 from qdiff_jax.runtime.mesh import AXIS, replicate, shard_batch
@@ -118,15 +118,15 @@ def level_pass(
     sampling: Sampling,
     mesh: Mesh,
     target: str,
-    hessian_mib: int = 2048,
+    limit: Limit = Limit(),
 ) -> list[Moments]:
     """Moments of the layers of one level, in the unit as it is quantized so far.
 
     params: folded where codes are decided, full precision elsewhere. quant: activation quantizers.
     inputs, full_inputs: the unit's inputs in either stream. full_outputs, targets: of `full_pass`.
-    target: what R reaches for, hessian_mib: see `ClosedFormConfig`.
+    target: what R reaches for, see `ClosedFormConfig`. limit: of one layer's Hessian.
     """
-    run = _level_function(signature, plan, level, target, hessian_mib, mesh)
+    run = _level_function(signature, plan, level, target, limit, mesh)
     members = [plan.layers[i] for i in plan.levels[level]]
     picks = [layer_picks(layer, sampling) for layer in members]
     powers = {
@@ -196,7 +196,7 @@ def _full_function(signature: Signature, layers: tuple[Layer, ...], target: str,
 
 @functools.lru_cache(maxsize=512)
 def _level_function(
-    signature: Signature, plan: UnitPlan, level: int, target: str, hessian_mib: int, mesh: Mesh
+    signature: Signature, plan: UnitPlan, level: int, target: str, limit: Limit, mesh: Mesh
 ):
     members = [plan.layers[i] for i in plan.levels[level]]
     summed = [plan.layers[j] for m in members for j in m.summands] if target == BLOCK else []
@@ -225,7 +225,7 @@ def _level_function(
             else:
                 r = jnp.zeros((*x.shape[:2], layer.kernel[-1]), x.dtype)
             rows, lacks = (v.reshape(-1, v.shape[-1]) for v in (x, r))
-            parts = hessian_parts(layer.kernel, hessian_mib)
+            parts = hessian_parts(layer.kernel, *limit)
             part = chunk_moments(rows, lacks, weights, parts)
             moments.append(jax.tree.map(lambda leaf: leaf[None], part))
         return moments

@@ -10,16 +10,24 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from qdiff_jax.models.program import Unit, subtrees
+from qdiff_jax.models.program import Unit, node_at, subtrees
 from qdiff_jax.observe.capture import batch_bounds, run_unit, slice_rows
+from qdiff_jax.quant.gptq import check_grid
+from qdiff_jax.quant.hessian_size import hessian_parts
 from qdiff_jax.quant.moments import Moments
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import dequantize
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
-from qdiff_jax.stages.layer_rounding import ClosedFormConfig, LayerResult, round_layer
-from qdiff_jax.stages.site_products import bias_of_codes, multiplied
+from qdiff_jax.stages.layer_rounding import (
+    ClosedFormConfig,
+    LayerResult,
+    check_descent,
+    round_layer,
+)
+from qdiff_jax.stages.site_products import bias_of_codes, check_operator, multiplied
 from qdiff_jax.stages.stage import fold_weights, has_kernel
 from qdiff_jax.stages.unit_moments import Sampling, level_pass
+from qdiff_jax.stages.unit_residuals import aims_at_block
 from qdiff_jax.stages.unit_structure import UnitPlan
 from qdiff_jax.stages.unit_trees import only_weights, replace_weights
 
@@ -85,6 +93,7 @@ def round_unit(
             "loss": float(made[layer.key].loss),
             "nearest_loss": float(made[layer.key].nearest_loss),
             "damping": float(made[layer.key].damping),
+            "fits_block": aims_at_block(layer, config.target),
         }
         for layer in plan.layers
     }
@@ -102,7 +111,9 @@ def round_unit(
     biases = tied if fell_back else {k: r.bias for k, r in made.items()}
     kept = made if config.refit_bias and not fell_back else tied
     result["biases"] = {k: np.asarray(biases[k]) for k in kept}
-    passes = 1.0 + (1 if config.target == "layer_fp_input" else len(plan.levels))
+    levels = 1 if config.target == "layer_fp_input" else len(plan.levels)
+    size = len(sampling.weights)
+    passes = 1.0 + levels + 2.0 * _checked(size, config) / size
     return result, plain if fell_back else closed, passes
 
 
@@ -133,12 +144,12 @@ def _layers(
             sampling,
             mesh,
             config.target,
-            config.hessian_mib,
+            config.hessian_limit,
         )
         for i, moment in zip(members, moments, strict=True):
             layer = plan.layers[i]
             site = f"{unit.nodes[layer.node]}/{layer.op}"
-            weights = _node(params[layer.node], layer.op)
+            weights = node_at(params[layer.node], layer.op)
             bias = weights.get("bias")  # a layer without one is given the bias fitted to its codes
             own = round_layer(
                 weights["kernel"],
@@ -177,11 +188,16 @@ def _with_bias(made: LayerResult, weights: Mapping, bias, moments: Moments) -> L
     return made._replace(nearest_loss=made.nearest_loss + step @ step - 2.0 * (step @ lack))
 
 
+def _checked(size: int, config: ClosedFormConfig) -> int:
+    """How many samples a unit is compared on: whole batches."""
+    return config.walk_batch * -(-min(config.check_samples, size) // config.walk_batch)
+
+
 def unit_loss(unit, params, data: UnitData, sampling: Sampling, config: ClosedFormConfig) -> float:
     """Relative squared error of the unit's outputs on the first samples, weighted by sample and summed
     over outputs."""
     size = len(sampling.weights)
-    stop = config.walk_batch * -(-min(config.check_samples, size) // config.walk_batch)
+    stop = _checked(size, config)
     wrong, whole = np.zeros(len(data.outputs)), np.zeros(len(data.outputs))
     for a, b in batch_bounds(stop, config.walk_batch):
         made = run_unit(
@@ -208,6 +224,31 @@ def undecided(params: Mapping, quant: Mapping, unit: Unit) -> tuple[str, ...]:
         for op, site in flatten_sites(tree).items()
         if isinstance(site.rhs, QParams) and has_kernel(params, f"{block}/{op}")
     )
+
+
+def check_layers(
+    params: Mapping,
+    quant: Mapping,
+    units: Sequence[Unit],
+    chosen: Mapping[str, Sequence[str]],
+    config: ClosedFormConfig,
+    where: str,
+) -> None:
+    """Raise ValueError, before anything is rounded, for a weight that cannot be.
+
+    chosen: {name of a unit: keys of its weights that are to be rounded}. where: name of the stage.
+    """
+    for unit in units:
+        flat = [flatten_sites(tree) for tree in subtrees(quant, unit)]
+        for key in chosen[unit.name]:
+            node, op = key.split(":")
+            site = f"{unit.nodes[int(node)]}/{op}"
+            held = flat[int(node)][op]
+            check_operator(held, f"{site} in {where}")
+            check_grid(held.rhs.spec, f"the weight of {site} in {where}")
+            shape = np.shape(node_at(params, site)["kernel"])
+            parts = hessian_parts(shape, *config.hessian_limit)
+            check_descent(config, parts > 1, f"{site} {shape} in {where}")
 
 
 def weight_ranges(quant: Mapping, unit: Unit) -> dict[str, QParams]:
@@ -239,9 +280,3 @@ def resumed_params(
         for key, codes in result["codes"].items()
     }
     return replace_weights(params, weights)
-
-
-def _node(tree: Mapping, op: str) -> Mapping:
-    for part in op.split("/"):
-        tree = tree[part]
-    return tree

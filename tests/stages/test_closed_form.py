@@ -69,6 +69,7 @@ class TestResult:
         assert [unit["unit"] for unit in report["units"]] == [u.name for u in chain.UNITS]
         assert report["fell_back"] == []
         for unit in report["units"]:
+            assert unit["fell_back"] is False
             assert 0 < unit["loss"] < unit["nearest_loss"]
             for layer in unit["layers"].values():
                 assert layer["loss"] <= layer["nearest_loss"] * (1 + 1e-4)
@@ -128,11 +129,13 @@ class TestResult:
         assert len(blocks) == 1
 
     @pytest.mark.slow
-    def test_gradients_and_sweeps_do_no_harm(self, whole, start):
-        for own in ({"kronecker_sweeps": 2}, {"sweeps": 2}):
+    def test_gradients_and_sweeps_lower_the_error(self, whole, start):
+        """Measured with this draw: 0.90 and 0.98 of the error without. Over two others, of 64 samples as
+        here, 0.85 and 1.21 with gradients, 0.88 and 1.13 with sweeps."""
+        for own, most in (({"kronecker_sweeps": 2}, 0.97), ({"sweeps": 2}, 1.0)):
             state, report = run_stage(stage(dataclasses.replace(CONFIG, **own)), start)
             error = chain.output_error(state.quant, HELD_OUT)
-            assert error < 1.2 * chain.output_error(whole[0].quant, HELD_OUT)
+            assert error < most * chain.output_error(whole[0].quant, HELD_OUT)
             assert report["fell_back"] == []
 
 
@@ -149,14 +152,16 @@ class TestTargets:
     def test_order(self, errors, whole, nearest):
         error = {target: value for target, (value, _) in errors.items()}
         error["block_fp_output"] = chain.output_error(whole[0].quant, HELD_OUT)
-        assert error["layer_fp_input"] < nearest
-        assert error["layer_quantized_input"] < nearest
-        assert error["layer_fp_output"] < error["layer_quantized_input"]
-        assert error["block_fp_output"] < error["layer_quantized_input"]
+        assert error["layer_fp_input"] < 0.6 * nearest
+        assert error["layer_quantized_input"] < 0.6 * nearest
+        assert error["layer_fp_output"] < 0.9 * error["layer_quantized_input"]
+        # Measured: 0.56; over two other draws of samples 0.46 and 0.51.
+        assert error["block_fp_output"] < 0.7 * error["layer_fp_output"]
 
     def test_full_precision_inputs_take_one_pass_over_the_moments(self, errors):
-        assert errors["layer_fp_input"][1] == pytest.approx(2.0)
-        assert errors["layer_quantized_input"][1] > 3.0
+        # In full precision and for the moments; the comparison takes all 64 samples twice.
+        assert errors["layer_fp_input"][1] == pytest.approx(2.0 + 2.0)
+        assert errors["layer_quantized_input"][1] > 3.0 + 2.0
 
 
 class TestActivations:
@@ -294,11 +299,35 @@ class TestFrozenAndRefused:
         with pytest.raises(ValueError, match="row_weights must be 64 non-negative"):
             stage(row_weights=np.ones(3))
 
-    def test_descent_without_room_for_a_whole_hessian(self):
+    def test_descent_without_room_for_a_whole_hessian(self, start):
+        """Before anything runs, and of the weights that are to be rounded only."""
         wide = {**chain.model().params, "mix": {"conv": {"kernel": np.zeros((3, 3, 64, 8))}}}
         config = dataclasses.replace(CONFIG, kronecker_sweeps=1, hessian_mib=5)
-        with pytest.raises(ValueError, match=r"whole Hessian of mix/conv/kernel .*hessian_mib=5"):
-            closed_form(chain.model()._replace(params=wide), chain.UNITS, CALIBRATION, config)
+        work = closed_form(chain.model()._replace(params=wide), chain.UNITS, CALIBRATION, config)
+        with pytest.raises(ValueError, match=r"whole Hessian of mix/conv .*hessian_mib=5"):
+            work.init(start, None)
+        decided = set_site(start.quant, "mix/conv", rhs=None)
+        closed_form(chain.model(), chain.UNITS, CALIBRATION, config).init(
+            start.replace(quant=decided), None
+        )
+
+    def test_a_grid_that_cannot_be_rounded_to_is_named_before_anything_runs(self, start):
+        grid = dynamic_qparams(QuantSpec(granularity="token"), 0, 15)
+        quant = set_site(start.quant, "c/conv", rhs=grid)
+        with pytest.raises(ValueError, match=r"static affine grid for the weight of c/conv in clo"):
+            stage().init(start.replace(quant=quant), None)
+
+    def test_a_backward_pass_that_does_not_fit(self, start):
+        config = dataclasses.replace(CONFIG, kronecker_sweeps=1, memory_mib=0, kronecker_batch=32)
+        with pytest.raises(ValueError, match=r"backward pass .* 32 samples at once.*memory_mib=0"):
+            stage(config).init(start, None)
+
+    @pytest.mark.parametrize(
+        "field", ["check_samples", "block", "hessian_mib", "walk_batch", "devices"]
+    )
+    def test_a_number_that_means_nothing(self, field):
+        with pytest.raises(ValueError, match=f"{field}=0 must be positive"):
+            ClosedFormConfig(**{field: 0})
 
     def test_unknown_target_lists_those_there_are(self):
         with pytest.raises(ValueError, match="block_fp_output"):
@@ -312,7 +341,9 @@ class TestFrozenAndRefused:
 
     def test_substitutes_are_not_understood(self, start):
         quant = set_site(start.quant, "a/conv", substitute=Replacement((), dataclasses.replace))
-        with pytest.raises(ValueError, match="closed_form: a/conv has a substitute"):
+        with pytest.raises(
+            ValueError, match="a/conv in closed_form has a substitute operator, replace, whose"
+        ):
             stage().init(start.replace(quant=quant), None)
 
 

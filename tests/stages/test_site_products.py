@@ -25,7 +25,6 @@ from qdiff_jax.stages.low_rank_branches import BranchConfig, low_rank_branches
 from qdiff_jax.stages.progressive import unrounded
 from qdiff_jax.stages.site_products import (
     bias_of_codes,
-    check_products,
     multiplied,
     product_input,
     site_output,
@@ -216,14 +215,3 @@ def test_other_targets_and_settings_know_of_the_branch_too(own):
     state, report = solve(**own)
     assert report["fell_back"] == []
     assert error(state.quant) < error(branched().quant)
-
-
-def test_an_operator_without_a_known_product_is_refused_before_any_work():
-    def unheard(*args):
-        del args
-
-    flat = flatten_sites(unrounded(branched()).quant)
-    flat["net/l2"] = flat["net/l2"].replace(substitute=Replacement((), unheard))
-    with pytest.raises(ValueError, match="svd: net/l2 has a substitute operator, unheard"):
-        check_products(toy.model().params, nest_sites(flat), "svd")
-    check_products(toy.model().params, branched().quant, "svd")

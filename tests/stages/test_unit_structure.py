@@ -94,6 +94,7 @@ def test_both_branches_of_a_diffusion_transformer_are_closed_through_their_gates
     assert order[-4:] == ["attn_qkv", "attn_proj", "mlp_fc1", "mlp_fc2"]
 
 
+@pytest.mark.slow
 def test_three_branches_of_a_transformer_that_reads_a_caption():
     _, layers, levels, _ = planned("pixart", "blocks_0")
     behind = ("cross_attn_q_linear", "cross_attn_proj", "mlp_fc1", "mlp_fc2")
