@@ -10,7 +10,7 @@ import pytest
 from qdiff_jax.diffusion.sample import sample_scan
 from qdiff_jax.diffusion.samplers import ddim
 from qdiff_jax.diffusion.schedule import make_schedule
-from qdiff_jax.export.integer import lowered_has_int_dot
+from qdiff_jax.export.integer import lowered_int_dots
 from qdiff_jax.models.program import subtrees, units_with_projections
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.observers import minmax
@@ -152,7 +152,7 @@ def lowered(function, args, platform) -> str:
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_sampling_with_step_tables(platform):
     sample, args = sampling(quantized(SMALL, tables=True))
-    assert not lowered_has_int_dot(sample, *args, platforms=[platform])
+    assert lowered_int_dots(sample, *args, platforms=[platform]) == 0
     text = lowered(sample, args, platform)
     # One loop over the steps, whose body convolves in floating point.
     assert text.count("stablehlo.while") == 1
@@ -163,7 +163,9 @@ def test_sampling_with_step_tables(platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_sampling_with_packed_integers_multiplies_integers(platform):
     sample, args = sampling(quantized(SMALL, w_bits=4, execute=True))
-    assert lowered_has_int_dot(sample, *args, platforms=[platform])
+    # One product at every site, of the one step that the loop repeats.
+    executing = len(network(SMALL).sites)
+    assert lowered_int_dots(sample, *args, platforms=[platform]) == executing
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -31,7 +31,7 @@ def check_variant(
         _check_parts(method, parts, settings)
     if "svdquant" in parts:
         check_plan(model, sites, plan, settings.svdquant)
-    if "ptq4dit" in parts:
+    if {"ptq4dit", "csb"} & set(parts):  # CSB is taken from the whole method
         check_reconstruction(settings.ptq4dit, settings.rounding)
 
 

@@ -273,6 +273,11 @@ def test_a_recipe_for_another_network_is_refused_before_any_work():
             "tune_steps is 3, and tuning has no",
         ),
         ("csb+svdquant", {"svdquant": {"group": 5}}, "groups of 5 do not divide"),
+        (
+            "csb+rtn",
+            {"ptq4dit": {"reconstruction": False}, "rounding": "closed_form"},
+            "leave out rounding='closed_form'",
+        ),
     ],
 )
 def test_settings_that_leave_a_part_nothing_are_found_before_any_work(parts, changes, message):
