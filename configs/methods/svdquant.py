@@ -18,7 +18,8 @@ DiT-XL's) and 64 samples; `smoke` runs in seconds (`svdquant.py:smoke`).
 
 Expected of `svdquant.py:w4a4,laptop`: teacher-forced and rollout errors below those of round-to-nearest, whose
 activations have one calibrated range (measured with `smoothing=fast`: an eps error of 0.033 against 0.33, and
-0.049 for groups alone).
+0.049 for groups alone). `rounding=closed_form` lowers both (with `smoothing=fast`, one seed and 16 rollouts an
+eps error of 0.0281 to 0.0238 and a rollout error of 0.0038 to 0.0012, where `gptq` gains 1 and 4 %).
 """
 
 from configs.methods._start import ROUNDING, parse, start

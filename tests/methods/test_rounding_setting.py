@@ -7,17 +7,21 @@ import pytest
 from experiments.quantize import prepare
 from experiments.quantize_config import method_settings, read_config, settings_of
 from qdiff_jax.config import load_config
+from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings, build, check_rounds
 from qdiff_jax.methods.svdquant import SvdQuantConfig, svdquant
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
+from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.low_rank_branches import BranchConfig
 from qdiff_jax.stages.reconstruct import ReconstructConfig
+from qdiff_jax.stages.stage import Method
 
 from ..main_job import ROOT, SMOKE
+from ..stages.chain import leaves_equal
 from . import cases
 from .test_recipes import sets
 
@@ -76,6 +80,28 @@ def test_par_repeats_svdquant_in_closed_form_alone():
     layerwise = dataclasses.replace(settings, rounding=MethodSettings.rounding)
     with pytest.raises(ValueError, match="par has nothing to repeat; set rounding='closed_form'"):
         build("svdquant+par", None, None, layerwise)
+
+
+@pytest.mark.slow
+def test_a_recipe_solves_for_codes_after_a_transform_and_again_on_other_states():
+    """On the transformer, where CSB changes the parameters and one input of every block is shifted."""
+    settings = dataclasses.replace(SOLVED, tcaq=TcaqConfig(rounds=1))
+    stages = build("csb+svdquant+par", cases.model("dit"), sets(), settings).stages
+    first = cases.finish(
+        Method("csb+svdquant", stages[:-2]), cases.begin(cases.case_plan("svdquant dit"))
+    )
+    again = cases.finish(Method("par", stages[-2:]), first.state)
+    for made, name in ((first, "svdquant_weights"), (again, "par_round_1")):
+        assert all(
+            u["loss"] <= u["nearest_loss"] for u in made.reports[name]["units"] if u["trained"]
+        )
+    before, after = (flatten_sites(made.state.quant) for made in (first, again))
+    assert set(after) == set(before)
+    assert [n for n in before if not leaves_equal(before[n].rhs, after[n].rhs)]
+    for name, site in after.items():
+        assert leaves_equal(before[name].substitute, site.substitute), name
+        assert isinstance(site.rhs, QTensor), name
+        assert site.bias is not None, name
 
 
 @pytest.mark.parametrize("name", ["brecq+efficientdm", "csb+svdquant+efficientdm", "closed_form"])
