@@ -36,6 +36,7 @@ from experiments.quantize_config import (
     check_sizes,
     method_settings,
     read_config,
+    settings_of,
 )
 from experiments.quantize_images import training_images
 from experiments.quantize_report import (
@@ -176,7 +177,8 @@ def prepare(config: Any) -> Job:
         for name, v in config.variants.items()
     }
     for name, v in config.variants.items():
-        check_variant(v.method, diffusion.model, sites, plans[name], settings)
+        own = settings_of(config, settings, name)
+        check_variant(v.method, diffusion.model, sites, plans[name], own)
         if config.ptqd.step_bits and "ptqd" in methods_of(v.method, base):
             try:
                 target_entries(plans[name])
@@ -340,9 +342,10 @@ def quantize_one(
 ) -> dict:
     """Run the variant's method to its bundle. calibration: full-precision trajectories."""
     config, v = job.config, job.config.variants[name]
+    settings = settings_of(config, job.settings, name)
     with follow(name) as tell:
         return run_method(
-            build(v.method, job.diffusion.model, sets, job.settings, tell),
+            build(v.method, job.diffusion.model, sets, settings, tell),
             job.diffusion,
             job.plans[name],
             jax.random.fold_in(jax.random.key(config.seed), 3),

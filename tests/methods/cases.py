@@ -142,6 +142,14 @@ CASES = {
     "ptq4dit": Case("ptq4dit", "official:ptq4dit", reports=6, network="dit"),
     # Twelve blocks are reported; by the sixth some layers have their results in the store.
     "svdquant": Case("svdquant", "official:svdquant", options={"svdquant": SVDQUANT}, reports=6),
+    # The same branches, then every layer's shape compiles again as in "closed_form"; killed among its blocks.
+    "svdquant closed form": Case(
+        "svdquant",
+        "official:svdquant",
+        options={"svdquant": SVDQUANT, "rounding": "closed_form"},
+        slow=True,
+        reports=15,
+    ),
     # Of its five units: killed with the first block in the store.
     "svdquant dit": Case(
         "svdquant",
