@@ -20,7 +20,14 @@ from qdiff_jax.methods.efficientdm import EfficientDMConfig
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.recipes import JOIN, PARTS
-from qdiff_jax.methods.registry import BINARY, METHODS, MethodSettings, methods_of
+from qdiff_jax.methods.registry import (
+    BINARY,
+    METHODS,
+    MethodSettings,
+    check_rounds,
+    deciding,
+    methods_of,
+)
 from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
@@ -89,14 +96,18 @@ class SamplerConfig:
 @dataclasses.dataclass(frozen=True)
 class CalibrationConfig:
     """samples: full-precision trajectories; weight_steps: how many of their steps reconstruction sees
-    (activation ranges see every step). selector: of that set, "uniform", or one of DRAWING, which take
-    `count` items (0: one of each trajectory); position: of "one_step", 0 the least noisy."""
+    (activation ranges see every step). selector: of that set, "uniform", or one of DRAWING, which take `count`
+    items (0: one of each trajectory); position: of "one_step", 0 the least noisy; mean, std, mirror_bug: of
+    "ndtc" (`observe.selectors.ndtc`)."""
 
     samples: int = 16
     weight_steps: int = 20
     selector: str = "uniform"
     count: int = 0
     position: int = 0
+    mean: float = 0.4
+    std: float = 0.4
+    mirror_bug: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +137,8 @@ class VariantConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionConfig:
-    """The fields of ReconstructConfig that a config sets, and BRECQ's activation phase (0: none)."""
+    """The fields of ReconstructConfig that a config sets, and BRECQ's activation phase: steps (0: none), rate,
+    and samples of each step (0: batch_size)."""
 
     steps: int = 150
     temporal_steps: int = 0
@@ -139,6 +151,7 @@ class ReconstructionConfig:
     save_seconds: float = 20.0
     activation_steps: int = 0
     activation_lr: float = 4e-4
+    activation_batch: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +170,18 @@ class RoundingConfig:
     samples of each step count, "uniform", "eps_coefficient" or "sensitivity" (`stages.row_weights`)."""
 
     target: str = "block_fp_output"
+    act_order: bool = True
     damping: float = 0.01
+    block: int = 128
     ridge: float = 0.05
     refit_bias: bool = True
     sweeps: int = 0
     kronecker_sweeps: int = 0
+    kronecker_batch: int = 0
     rows: int = 24_576
     hessian_mib: int = 2048
+    hessian_seconds: float = 0.0
+    check_samples: int = 64
     activations: bool = True
     tune_steps: int = 0
     step_weights: str = "uniform"
@@ -174,10 +192,9 @@ class QuantizeConfig:
     """model, classifier: shipped names or .safetensors paths (classifier "" for none); or model is the place of
     a published network, parts which that is and where its first stage and text encoder are
     (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. data: real
-    images for methods that can train on them (`quantize_images`). variants:
-    {name: VariantConfig}, in the order of the report. rounding: how methods that reconstruct
-    weights round them, "adaround" or "closed_form", the latter by the settings of that name, which the method
-    closed_form has too."""
+    images for methods that can train on them (`quantize_images`). variants: {name: VariantConfig}, in the order
+    of the report. rounding: "adaround" for each method's own way, or "closed_form" by the settings of that
+    name, which the method closed_form has too; methods that decide otherwise refuse it (`settings_of`)."""
 
     model: str
     classifier: str
@@ -194,7 +211,10 @@ class QuantizeConfig:
     tfmq_variant: str = "fixed"
     tfmq_tiar: bool = True
     tfmq_fsc: bool = True
-    qdiffusion_split: str = "both"
+    tfmq_freeze: bool = False
+    tfmq_margin: float = 1.0
+    tfmq_split: str = "none"
+    qdiffusion_split: str = "shortcut"
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
@@ -280,18 +300,23 @@ def read_config(config: Any) -> QuantizeConfig:
         "sampler.variance": (config.sampler.variance, ("", "fixed_small", "fixed_large")),
         "sampler.guided_channels": (config.sampler.guided_channels, (0,)),
         "qdiffusion_split": (config.qdiffusion_split, SPLITS),
+        "tfmq_split": (config.tfmq_split, SPLITS),
         "closed_form.step_weights": (config.closed_form.step_weights, RULES),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"config.{key} is {value!r}; use one of {allowed}.")
+    if config.calibration.std < 0:
+        raise ValueError(f"config.calibration.std is {config.calibration.std}; it is not negative.")
     return dataclasses.replace(config, variants=dict(sorted(variants.items(), key=place)))
 
 
 def method_settings(config: QuantizeConfig) -> MethodSettings:
     """The knobs of every method. Raises ValueError for one outside its choices."""
     fields = dataclasses.asdict(config.reconstruct)
-    activation_steps, activation_lr = fields.pop("activation_steps"), fields.pop("activation_lr")
+    phase = {
+        name: fields.pop(name) for name in ("activation_steps", "activation_lr", "activation_batch")
+    }
     # Several CPU devices share the same cores: they gain nothing, and the figures would depend on them.
     devices = 1 if jax.default_backend() == "cpu" else len(jax.devices())
     rounding = dataclasses.asdict(config.closed_form)
@@ -299,11 +324,13 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
     return MethodSettings(
         weights=ReconstructConfig(**fields, devices=devices),
         activations=ActivationConfig(**dataclasses.asdict(config.activations)),
-        activation_steps=activation_steps,
-        activation_lr=activation_lr,
+        **phase,
         variant=config.tfmq_variant,
         tiar=config.tfmq_tiar,
         fsc=config.tfmq_fsc,
+        freeze=config.tfmq_freeze,
+        faithful_margin=config.tfmq_margin,
+        tfmq_split=config.tfmq_split,
         rounding=config.rounding,
         closed_form=ClosedFormConfig(
             **rounding,
@@ -321,6 +348,21 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         efficientdm=config.efficientdm,
         binarydm=config.binarydm,
     )
+
+
+def settings_of(config: QuantizeConfig, settings: MethodSettings, name: str) -> MethodSettings:
+    """The settings of the variant `name`. Rounding to nearest is what others are compared with, and stays so
+    beside variants that are rounded as the config asks.
+
+    Raises ValueError for `config.rounding` asked of a method that decides its codes in a way of its own, or
+    where there is nothing but rounding to nearest.
+    """
+    base = config.ptqd.base
+    decide = {v: deciding(asked.method, base) for v, asked in config.variants.items()}
+    if decide[name] == "rtn" and set(decide.values()) != {"rtn"}:
+        return dataclasses.replace(settings, rounding=MethodSettings.rounding)
+    check_rounds(config.variants[name].method, settings)
+    return settings
 
 
 def check_sizes(config: QuantizeConfig, steps: int) -> None:

@@ -39,13 +39,16 @@ class CalibrationSets(NamedTuple):
 class MethodSettings:
     """Every knob of the methods here; a method reads those it has, and so do its parts in a recipe.
 
-    weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it. variant:
-    TFMQ-DM's "fixed" (the paper) or "faithful" (the official code); tiar, fsc: its parts. rounding: how methods
-    that reconstruct weights round them, "adaround" (the papers, by `weights`) or "closed_form" (by
-    `closed_form`). rounds: how often a recipe's PAR will decide the weights again after a method that
-    reconstructs them (`build` sets it). tune_steps: of end-to-end tuning after the method closed_form. split:
-    which layers Q-Diffusion splits at a skip, "both", "shortcut" or "none". batch_ranges: PTQ4DM's search of
-    activation ranges, but for its batch size, which is that of `activations`.
+    weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it;
+    activation_batch: samples of each, 0 for as many as the first phase takes. variant: TFMQ-DM's "fixed" (the
+    paper) or "faithful" (the official code), faithful_margin: of the latter's tables; tiar, fsc, freeze: its
+    parts; tfmq_split: what it splits at a skip. rounding: "adaround" for each method's own way (of those that
+    reconstruct weights AdaRound, by `weights`), or "closed_form", by `closed_form`, which methods refuse that
+    decide codes otherwise (`methods.registry.check_rounds`). rounds: how often a recipe's PAR will decide the
+    weights again after a method that reconstructs them (`build` sets it). tune_steps: of end-to-end tuning
+    after the method closed_form. split: which layers Q-Diffusion splits at a skip, "shortcut", "both" or
+    "none". batch_ranges: PTQ4DM's search of activation ranges, but for its batch size, which is that of
+    `activations`.
     """
 
     weight_method: str = "mse"
@@ -53,14 +56,18 @@ class MethodSettings:
     activations: ActivationConfig = ActivationConfig()
     activation_steps: int = 0
     activation_lr: float = 4e-4
+    activation_batch: int = 0
     variant: str = "fixed"
     tiar: bool = True
     fsc: bool = True
+    freeze: bool = False
+    faithful_margin: float = 1.0
+    tfmq_split: str = "none"
     rounding: str = "adaround"
     closed_form: ClosedFormConfig = ClosedFormConfig()
     rounds: int = 0
     tune_steps: int = 0
-    split: str = "both"
+    split: str = "shortcut"
     batch_ranges: BatchRangeConfig = BatchRangeConfig()
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()

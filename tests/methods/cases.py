@@ -127,7 +127,7 @@ CASES = {
     "tfmq": Case("tfmq"),
     # The same weights and another set of step tables, which cost a compile of the network.
     "tfmq faithful": Case("tfmq", options={"variant": "faithful"}, slow=True),
-    "qdiffusion": Case("qdiffusion", "official:qdiffusion"),
+    "qdiffusion": Case("qdiffusion", "official:qdiffusion", options={"split": "both"}),
     "ptq4dm": Case("ptq4dm", "official:ptq4dm"),
     # A program for each shape of a layer, minutes of compiling; the stage has default tests on a chain.
     "closed_form": Case("closed_form", slow=True),
@@ -142,6 +142,23 @@ CASES = {
     "ptq4dit": Case("ptq4dit", "official:ptq4dit", reports=6, network="dit"),
     # Twelve blocks are reported; by the sixth some layers have their results in the store.
     "svdquant": Case("svdquant", "official:svdquant", options={"svdquant": SVDQUANT}, reports=6),
+    # The same branches, then every layer's shape compiles again as in "closed_form"; killed among its blocks.
+    "svdquant closed form": Case(
+        "svdquant",
+        "official:svdquant",
+        options={"svdquant": SVDQUANT, "rounding": "closed_form"},
+        slow=True,
+        reports=15,
+    ),
+    # Of its five units: killed with the first block in the store.
+    "svdquant dit": Case(
+        "svdquant",
+        "official:svdquant",
+        options={"svdquant": SVDQUANT},
+        slow=True,
+        reports=3,
+        network="dit",
+    ),
     # Four batches of the calibration, then three chunks of training.
     "efficientdm": Case("efficientdm", late=5),
     "efficientdm dit": Case("efficientdm", late=5, network="dit", slow=True),
@@ -240,7 +257,7 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
         activation_steps=2 if steps and case.entry == "qdiffusion" else 0,
         closed_form=ClosedFormConfig(walk_batch=12, check_samples=12, devices=devices),
         tune_steps=steps,
-        batch_ranges=BatchRangeConfig(values=32, candidates=10),
+        batch_ranges=BatchRangeConfig(bins=256, candidates=10),
         tdq=TdqConfig(
             mode=case.mode,
             scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8),

@@ -95,7 +95,9 @@ def test_every_method_is_made_of_the_kinds_that_its_part_has():
         factors = {"transform"} if name == "tcaq" else set()
         assert kinds | rounds | factors == set(PARTS[entry].kinds) | ({"training"} & kinds), name
         assert kinds <= set(KINDS)
-        assert PARTS[entry].repeats == (made.again is not None)
+        # SVDQuant can be repeated in closed form alone.
+        able = entry != "svdquant" or "rounding" in cases.CASES[name].options
+        assert (PARTS[entry].repeats and able) == (made.again is not None)
 
 
 def test_a_recipe_of_a_methods_own_parts_is_the_method():
@@ -216,7 +218,8 @@ def test_a_config_holds_the_recipe_and_each_of_its_parts(name):
     for words in ("w4a4", "w4a8,laptop", "w8a8,rounding=closed_form", "smoke"):
         read = read_config(load_config(f"{path}:{words}"))
         assert [v.method for v in read.variants.values()][-1] == recipe
-        assert {v.method for v in read.variants.values()} == {recipe, *alone}
+        left_out = {"efficientdm"} if "closed_form" in words else set()
+        assert {v.method for v in read.variants.values()} == {recipe, *alone} - left_out
     only = read_config(load_config(f"{path}:only,laptop"))
     assert [v.method for v in only.variants.values()] == [recipe]
     for part in recipe.split("+"):
@@ -248,6 +251,42 @@ def test_a_recipe_for_another_network_is_refused_before_any_work():
     path = ROOT / "configs" / "recipes" / "unet_tcr_tfmq_par_ptqd.py"
     with pytest.raises(ValueError, match="this network has none of them"):
         prepare(load_config(f"{path}:smoke,only,parts=csb+rtn"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "message"),
+    [
+        (
+            "csb+rtn",
+            {"ptq4dit": {"csb": False}},
+            "ptq4dit.csb is off, which leaves nothing of .* 'csb'",
+        ),
+        (
+            "brecq+par",
+            {"tcaq": {"rounds": 0}},
+            "tcaq.rounds is 0, which leaves nothing of .* 'par'",
+        ),
+        ("tcr+rtn", {"tcaq": {"tcr": False}}, "tcaq.tcr is off, which leaves nothing of .* 'tcr'"),
+        (
+            "closed_form+ptqd",
+            {"closed_form": {"tune_steps": 3}},
+            "tune_steps is 3, and tuning has no",
+        ),
+        ("csb+svdquant", {"svdquant": {"group": 5}}, "groups of 5 do not divide"),
+        (
+            "csb+rtn",
+            {"ptq4dit": {"reconstruction": False}, "rounding": "closed_form"},
+            "leave out rounding='closed_form'",
+        ),
+    ],
+)
+def test_settings_that_leave_a_part_nothing_are_found_before_any_work(parts, changes, message):
+    path = ROOT / "configs" / "recipes" / "dit_csb_svdquant_efficientdm.py"
+    config = load_config(f"{path}:smoke,only,parts={parts}")
+    with config.unlocked():
+        config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
 
 
 @pytest.mark.slow
