@@ -131,10 +131,11 @@ def train_binary(
     who is quantized from when; by default `progressive` over the depths of the network. `finish` decides the
     codes of the averaged weights with one basis and puts every other parameter into `aux["params"]`; its report
     has the first and last loss and what the transition found. Memory: the model's parameters are the teacher
-    and the data are shared, not copied; beside them the student with AdamW's two moments and its average.
-    Raises FloatingPointError if the loss is not finite, ValueError for an activation with a step table, a
-    weight without a range, or a phase that begins after the end, or after the first question about the second
-    basis.
+    and the data are shared, not copied; beside them the student with AdamW's two moments and its average. All
+    gradients come on top: a step is 1.4 times that by the compiler's plan
+    (tests/stages/test_finetune_memory.py). Raises FloatingPointError if the loss is not finite, ValueError for
+    an activation with a step table, a weight without a range, or a phase that begins after the end, or after
+    the first question about the second basis.
     """
     arrays, noising = _arrays(data)
     judged, judged_noising = _arrays(held_out)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.bench_memory import Case, measure
+from experiments.bench_memory import Case, measure, size
 from qdiff_jax.models.dit import DiTConfig
 from qdiff_jax.models.families import make_module, parameter_shapes, program_of
 from qdiff_jax.stages.stage import Model
@@ -37,21 +37,41 @@ def held(config, **case):
     return measure(model(config), Case(**case), **QUICK)
 
 
-CASES = {
-    "weights alone": dict(method="efficientdm", a_bits=None, rank=8),
-    "step tables": dict(method="efficientdm", rank=8),
-    "binary": dict(method="binarydm"),
-    "guided": dict(method="efficientdm", rank=8, guided=True),
-}
+TABLES = dict(method="efficientdm", rank=8)
+WEIGHTS = dict(TABLES, a_bits=None)
+BINARY = dict(method="binarydm")
+
+
+@pytest.mark.parametrize(
+    ("case", "remat", "limit"),
+    [(WEIGHTS, False, 1.2), (WEIGHTS, True, 1.2), (TABLES, False, 1.25)],
+)
+def test_the_plan_of_a_step_beside_what_must_be_there(case, remat, limit):
+    """Sum: the teacher, as much for the student's weights, what is trained and its optimizer's state. The plan
+    is 1.19 times that, and 1.22 with 4-bit activations, whose rounding leaves more for the backward pass."""
+    made, carry = held(DIT, remat=remat, batch=1, **case)
+    assert made.trained == size(carry.work["trainable"])
+    assert made.optimizer < 2.01 * made.trained
+    shared(carry.fixed["teacher"])
+    assert made.ratio < limit
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("name", CASES)
-def test_the_plan_of_a_step_beside_what_must_be_there(name, remat):
-    """Sum: the teacher, as much for the student's weights, what is trained and its optimizer's state."""
-    made, carry = held(DIT, remat=remat, batch=1, **CASES[name])
-    print(name, remat, round(made.ratio, 3), made, flush=True)
-    assert made.ratio < 1.2
+def test_a_binary_network_also_holds_its_gradients(remat):
+    """Sum: the teacher, the student, its two moments and its average. Every weight is trained, so that all
+    gradients are there at once: 1.41 times the sum (1.39 with blocks recomputed), within a fifth of it with
+    them."""
+    made, carry = held(DIT, remat=remat, batch=1, **BINARY)
+    assert made.optimizer < 3.1 * made.teacher
+    shared(carry.fixed["params"])
+    assert made.ratio < 1.45
+    assert made.plan["peak"] < 1.2 * (made.sum + made.teacher)
+
+
+def shared(teacher):
+    """The model's own arrays, not copies."""
+    for ours, theirs in zip(jax.tree.leaves(teacher), jax.tree.leaves(model(DIT).params)):
+        assert ours.unsafe_buffer_pointer() == theirs.unsafe_buffer_pointer()
 
 
 def test_recomputing_blocks_keeps_their_inputs_alone():
