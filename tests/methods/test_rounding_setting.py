@@ -98,7 +98,8 @@ def test_a_recipe_solves_for_codes_after_a_transform_and_again_on_other_states()
     before, after = (flatten_sites(made.state.quant) for made in (first, again))
     assert set(after) == set(before)
     assert [n for n in before if not leaves_equal(before[n].rhs, after[n].rhs)]
-    for name, site in after.items():
+    for entry in again.state.plan.quantized("weight"):
+        name, site = entry.site, after[entry.site]
         assert leaves_equal(before[name].substitute, site.substitute), name
         assert isinstance(site.rhs, QTensor), name
         assert site.bias is not None, name
