@@ -7,11 +7,13 @@ arXiv:2302.04304); TFMQ-DM (Huang et al. 2024, arXiv:2311.16503). 20 DDIM steps 
 of the CIFAR-10 literature (it tops out at t = 800); all variants under one site policy (`common`:
 everything quantized, first and last layer and softmax at 8 bits).
 
-`quickstart.py` uses 150 steps a unit at 1e-2 with cosine decay, because at the papers' 1e-3 so few
-steps change almost nothing; the time embedding, a few dense layers, gets 2,000 at hardly any cost.
-`quickstart.py:full` adds Q-Diffusion, TCAQ-DM and PTQD (over BRECQ) and takes every method to W4A4 too, all
-with activation ranges by MSE search. `quickstart.py:paper` is the papers' setting, 20,000 steps at 1e-3 and
-a 5,000-step activation phase for BRECQ: hours on a CPU. `quickstart.py:smoke` runs in seconds.
+`quickstart.py` uses 150 steps a unit at 1e-2 with cosine decay, because at the papers' 1e-3 so few steps change
+almost nothing; the time embedding, a few dense layers, gets 2,000 at hardly any cost. `quickstart.py:full` adds
+Q-Diffusion, TDQ, TCAQ-DM and PTQD (over BRECQ) and takes every method to W4A4 too, all with activation ranges
+by MSE search and a short activation phase (40 steps) for the methods that have one. Its Q-Diffusion has the
+paper's split, rounding and activation phase, but not the site table of its code: the policy is one for all, and
+`configs/methods/qdiffusion.py` has the other. `quickstart.py:paper` is the papers' setting, 20,000 steps at
+1e-3 and a 5,000-step activation phase for BRECQ: hours on a CPU. `quickstart.py:smoke` runs in seconds.
 `--config.policy=official:tfmq` (or `official:brecq`, ...) chooses who stays in full precision.
 
 Expected on two CPU cores: ten minutes with a cold compile cache, and 3 GiB; figures in the README.
@@ -21,7 +23,7 @@ import ml_collections
 
 from qdiff_jax.config import parse_arg
 
-FULL = ("rtn", "brecq", "tfmq", "closed_form", "qdiffusion", "tcaq", "ptqd")
+FULL = ("rtn", "brecq", "tfmq", "closed_form", "qdiffusion", "tdq", "tcaq", "ptqd")
 
 
 def get_config(arg=None):
@@ -58,6 +60,7 @@ def get_config(arg=None):
         save_seconds=20.0,
         activation_steps=0,
         activation_lr=4e-4,
+        activation_batch=0,
     )
     config.rounding = "adaround"
     config.closed_form = dict(
@@ -87,6 +90,8 @@ def get_config(arg=None):
             for a_bits in (8, 4):
                 variant = dict(method=method, w_bits=4, a_bits=a_bits)
                 config.variants[f"{method}_w4a{a_bits}"] = variant
+        config.reconstruct.activation_steps = 40
+        config.tdq = dict(mode="ptq", scales=dict(steps=100, lr=2e-3, dropout=0.0))
         config.ptqd = dict(base="brecq")
     if arg.paper:
         config.reconstruct.steps = 20_000

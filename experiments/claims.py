@@ -1,173 +1,162 @@
 """The ledger of claims: what each part of a method does to the error here, beside what its paper says.
 
     python -m experiments.claims --config=configs/claims.py --out=W
+    python -m experiments.claims --config=configs/claims.py:model=unet,seed=1 --out=W
+    python -m experiments.claims --config=configs/claims.py --out=W --assemble
 
-Every claim is a pair of runs of `experiments.quantize`, with the part and without it, per seed; runs lie under
-OUT/runs, are made once and resume. A verdict rests on the paired squared errors of the final images, from
-shared noise: *holds* if the part lowers them beyond the 95 % interval with every seed, *reversed* if it
-raises them with every seed, else *no effect*. Beside it stand the ratios of the errors of the noise estimate
-and of the temporal features. Writes claims.md and claims.json.
+Every claim is a pair of runs of `experiments.quantize`, with the part and without it, per seed (or two pairs,
+one held against the other). Runs lie under OUT/runs, are made once, whatever the words that ask for them, and
+resume; seeds come one after the other, so that an early end leaves every claim some. A claim with one seed is a
+row, a file under OUT/rows. Several processes may work in one OUT at a time, one for each model and seed say:
+`claim=`, `group=`, `model=` and `seed=` choose what a process runs. claims.md and claims.json are made from all
+rows of the config's claims whenever one is added, and by `--assemble`, which runs nothing.
+
+A verdict rests on the paired squared errors of the final images, from shared noise, sample by sample and over
+seeds (`qdiff_jax.eval.verdicts`). Beside it stand the ratios of the errors of the noise estimate and of the
+temporal features. A run that diverges, or is refused, leaves its sentence in the row, and the ledger goes on.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
-import platform
-from typing import Any, NamedTuple
+import shlex
+import sys
+from typing import Any
 
-import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import command_line
-from experiments.compare import Run, make_run, run_once
-from experiments.quantize_config import read_config
-from qdiff_jax.eval.files import write_atomic
-from qdiff_jax.eval.report import read_report
-from qdiff_jax.eval.samples import Samples
-from qdiff_jax.eval.tables import ABSENT, significant
-from qdiff_jax.eval.verdicts import Effect, overall, paired_effect, verdict
-from qdiff_jax.observe.archive import load_arrays
+from experiments.claim_runs import (
+    Claim,
+    Made,
+    bitops,
+    commit_of,
+    definition,
+    errors,
+    make,
+    record_of,
+    runs_of,
+    samples_of,
+)
+from experiments.claims_report import OTHER_ERRORS, assemble
+from experiments.compare import Run
+from experiments.quantize import prepare
+from qdiff_jax.config import fingerprint
+from qdiff_jax.eval.verdicts import Effect, paired_effect, spread_effect
+from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
 from qdiff_jax.runtime.progress import log_progress
 
-OTHER_ERRORS = {"eps_rel_mse": "eps error", "temporal_cosine": "temporal features"}
+_SIDES = {
+    2: ("with it", "without it"),
+    4: ("first pair, with it", "first pair, without it", "second, with it", "second, without it"),
+}
 
 
-class Claim(NamedTuple):
-    """name, model, method, part: of the claim; with_it, without: config files with their words."""
-
-    name: str
-    model: str
-    method: str
-    part: str
-    with_it: str
-    without: str
-    bits: str
-    published: str
+def claims_of(config: ConfigDict) -> list[Claim]:
+    """All claims of a ledger, whose configs are read: a wrong one is found before the first run."""
+    claims = [Claim(*values) for values in config.claims]
+    for claim in claims:
+        runs_of(claim, config, 0)
+    return claims
 
 
-def runs_of(claim: Claim, config: ConfigDict) -> list[tuple[Run, Run]]:
-    """(with the part, without it) for every seed. Raises ValueError for a config that is wrong."""
-    pairs = []
-    for seed in config.seeds:
-        overrides = {
-            "evaluation.samples": int(config.samples),
-            "sampler.guidance_scale": float(config.guidance_scale),
-            "seed": int(seed),
-        }
-        pair = (make_run(path, overrides) for path in (claim.with_it, claim.without))
-        pairs.append(tuple(_alone(run, f"{run.name}-seed{seed}") for run in pair))
-    return pairs
+def row_path(claim: Claim, config: ConfigDict, seed: int, out: pathlib.Path) -> pathlib.Path:
+    """The file of a claim's row with one seed; another for another definition of the claim."""
+    sides = [definition(run.parsed) for run in runs_of(claim, config, 0)]
+    digits = fingerprint({"aim": claim.aim, "sides": sides})[:8]
+    return out / "rows" / f"{claim.model}-{claim.name}-{claim.bits}-{digits}-seed{seed}.json"
 
 
-def _alone(run: Run, name: str) -> Run:
-    """A config's method without the round-to-nearest beside it, which no claim reads."""
-    own = run.config.copy_and_resolve_references()
-    with own.unlocked():
-        # In the order of the report, where a config's method comes last; a ConfigDict sorts by name.
-        method = list(run.parsed.variants)[-1]
-        own.variants = ConfigDict({method: own.variants[method]})
-    return Run(name, run.given, own, read_config(own))
+def measure(claim: Claim, config: ConfigDict, seed: int, out: pathlib.Path) -> dict[str, Any]:
+    """Run what is missing for a claim with one seed; returns its row, with "why" if there is no effect."""
+    row = {"model": claim.model, "name": claim.name, "bits": claim.bits, "seed": seed}
+    runs = runs_of(claim, config, seed)
+    made = []
+    for run, side in zip(runs, _SIDES[len(runs)], strict=True):
+        one = make(run, out)
+        if not (one.why or np.isfinite(samples_of(one.workdir, *run.parsed.variants)).all()):
+            one = one._replace(why="its samples are not finite", diverged=True)
+        if one.why:
+            return {**row, "why": f"{side}: {one.why}", "diverged": one.diverged}
+        made.append(one)
+    try:
+        found = _effect(claim.aim, runs, made)
+    except ValueError as error:
+        logging.exception("%s, seed %d", claim.name, seed)
+        return {**row, "why": str(error), "diverged": False}
+    return {**row, "why": "", **found}
 
 
-def errors(workdir: pathlib.Path, name: str) -> np.ndarray:
-    """[N] mean squared error of each final image from full precision's."""
-    ours, full = (
-        load_arrays(workdir / "variants" / which / "samples.npz", Samples).x.astype(np.float64)
-        for which in (name, "fp32")
-    )
-    return np.square(ours - full).reshape(len(ours), -1).mean(axis=1)
+def _effect(aim: str, runs: tuple[Run, ...], made: list[Made]) -> dict[str, Any]:
+    places = [(one.workdir, *run.parsed.variants) for run, one in zip(runs, made, strict=True)]
+    if aim == "spread":
+        samples = [samples_of(*place) for place in places]
+        effect = spread_effect(*samples, samples_of(places[0][0], "fp32"))
+    else:
+        effect = _ratio([errors(*place) for place in places])
+    records = [record_of(*place) for place in places]
+    found = {"effect": effect._asdict(), "commits": sorted({commit_of(*p) for p in places})}
+    for key in OTHER_ERRORS:
+        values = [record[key] for record in records]
+        # None where features are not compared; 0 where an error has vanished: neither has a ratio.
+        found[key] = _quotient(values) if all(values) else None
+    if aim == "cheaper":
+        costs = [bitops(run, one.workdir) for run, one in zip(runs, made, strict=True)]
+        found["bitops"] = costs
+    return found
 
 
-def measure(
-    claim: Claim, pairs: list[tuple[Run, Run]], config: ConfigDict, out: pathlib.Path
-) -> dict[str, Any]:
-    """Run what is missing for a claim, whose `runs_of` are `pairs`; returns its row of the ledger."""
-    effects: list[Effect] = []
-    ratios: dict[str, list[float]] = {key: [] for key in OTHER_ERRORS}
-    for pair in pairs:
-        seen, found = [], []
-        for run in pair:
-            (name,) = run.parsed.variants
-            workdir = run_once(run, out, f"python -m experiments.claims ({run.given})")
-            seen.append(errors(workdir, name))
-            records = read_report(workdir / "report.json")["variants"]
-            found.append(next(record for record in records if record["name"] == name))
-        effects.append(paired_effect(*seen))
-        for key, values in ratios.items():
-            top, bottom = (record[key] for record in found)
-            if top is not None and bottom:
-                values.append(top / bottom)
-    ratio, smallest, largest = overall(effects)
-    return {
-        **claim._asdict(),
-        "verdict": verdict(effects),
-        "rollout_ratio": ratio,
-        "smallest": smallest,
-        "largest": largest,
-        "effects": [effect._asdict() for effect in effects],
-        "seeds": [int(seed) for seed in config.seeds],
-        "samples": int(config.samples),
-        "guidance_scale": float(config.guidance_scale),
-        **{key: float(np.exp(np.mean(np.log(v)))) if v else None for key, v in ratios.items()},
-    }
+def _ratio(seen: list) -> Effect:
+    if len(seen) == 2:
+        return paired_effect(*seen)
+    return paired_effect([seen[0], seen[3]], [seen[1], seen[2]])
 
 
-def write_ledger(rows: list[dict], out: pathlib.Path, command: str) -> pathlib.Path:
-    """claims.md and claims.json under out."""
-    write_atomic(out / "claims.json", json.dumps(rows, indent=1) + "\n")
-    lines = [
-        "| model | method | part | bits | rollout error, with / without (range over seeds) | "
-        + " | ".join(OTHER_ERRORS.values())
-        + " | verdict | published |",
-        "|---|---|---|---|---|" + "---|" * len(OTHER_ERRORS) + "---|---|",
-    ]
-    for row in rows:
-        others = (ABSENT if row[key] is None else significant(row[key]) for key in OTHER_ERRORS)
-        spread = f"{significant(row['smallest'])} to {significant(row['largest'])}"
-        lines.append(
-            f"| {row['model']} | {row['method']} | {row['part']} | {row['bits']} | "
-            f"{significant(row['rollout_ratio'])} ({spread}) | {' | '.join(others)} | "
-            f"**{row['verdict']}** | {row['published']} |"
-        )
-    seeds = sorted({len(row["seeds"]) for row in rows})
-    scales = sorted({row["guidance_scale"] for row in rows})
-    guidance = ", ".join("none" if scale < 0 else significant(scale) for scale in scales)
-    parts = [
-        "# Claims of the papers, measured here",
-        "Ratios below 1 mean that the part lowers the error. A verdict asks of every seed that the 95 % "
-        f"interval of the paired rollout error leaves 1 out; seeds: {', '.join(map(str, seeds))}, samples: "
-        f"{rows[0]['samples'] if rows else 0}, guidance: {guidance}.",
-        "\n".join(lines),
-        f"Made by `{command}` on {platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}.",
-    ]
-    return write_atomic(out / "claims.md", "\n\n".join(parts) + "\n")
+def _quotient(values: list[float]) -> float:
+    first = values[0] / values[1]
+    return first if len(values) == 2 else first / (values[2] / values[3])
 
 
 def ledger(
     config: ConfigDict, out: pathlib.Path, command: str = "experiments.claims"
 ) -> pathlib.Path:
-    """Measure every claim of a config and write the ledger, again after each claim."""
-    # All configs first: a wrong one is found before the first run.
-    todo = [(claim, runs_of(claim, config)) for claim in (Claim(*v) for v in config.claims)]
-    path, rows = out / "claims.json", {}
-    if path.exists():
-        held = json.loads(path.read_text("utf-8"))
-        # Those of other settings are measured again: one table has one rule.
-        same = {"samples": int(config.samples), "guidance_scale": float(config.guidance_scale)}
-        rows = {
-            (row["model"], row["name"], row["bits"]): row
-            for row in held
-            if all(row.get(key) == value for key, value in same.items())
-        }
-    for claim, pairs in todo:
-        rows[claim.model, claim.name, claim.bits] = measure(claim, pairs, config, out)
-        write_ledger(list(rows.values()), out, command)
-    return out / "claims.md"
+    """Measure the claims that a config chooses, seed by seed, and write the ledger again after each.
+
+    Raises ValueError, before anything runs, for a run whose model or settings cannot be.
+    """
+    claims = claims_of(config)
+    chosen = {tuple(pair) for pair in config.chosen}
+    todo = []
+    for seed in config.only_seeds or range(max(claim.seeds for claim in claims)):
+        for claim in claims:
+            if not claim.sides or (claim.model, claim.name) not in chosen or seed >= claim.seeds:
+                continue
+            path = row_path(claim, config, seed, out)
+            if not path.exists() or load_record(path)["why"]:
+                todo.append((claim, seed, path))
+    wanted = {run.name: run for claim, _, _ in todo for run in runs_of(claim, config, 0)}
+    for run in wanted.values():
+        prepare(run.config)
+    for claim, seed, path in todo:
+        logging.info("claim %s on %s, seed %d", claim.name, claim.model, seed)
+        save_record(path, measure(claim, config, seed, out))
+        assembled(config, out, command, claims)
+    return assembled(config, out, command, claims)
+
+
+def assembled(
+    config: ConfigDict, out: pathlib.Path, command: str, claims: list[Claim] | None = None
+) -> pathlib.Path:
+    """claims.md and claims.json from the rows that are there; runs nothing."""
+    rows: dict[tuple[str, str], list[dict]] = {}
+    claims = claims_of(config) if claims is None else claims
+    for claim in claims:
+        paths = [row_path(claim, config, seed, out) for seed in range(claim.seeds)]
+        rows[claim.model, claim.name] = [load_record(path) for path in paths if path.exists()]
+    return assemble(claims, rows, config, out, command)
 
 
 def main(argv) -> None:
@@ -175,13 +164,15 @@ def main(argv) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     log_progress()
     enable_compile_cache(flags.FLAGS.compile_cache)
-    command = "python -m experiments.claims --config=configs/claims.py"
-    print(ledger(flags.FLAGS.config, pathlib.Path(flags.FLAGS.out), command).read_text("utf-8"))
+    command = shlex.join(["python", "-m", "experiments.claims", *sys.argv[1:]])
+    write = assembled if flags.FLAGS.assemble else ledger
+    print(write(flags.FLAGS.config, pathlib.Path(flags.FLAGS.out), command).read_text("utf-8"))
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file, path:arg.", lock_config=True)
     flags.DEFINE_string("out", None, "Runs and ledger go here; the same again resumes.")
+    flags.DEFINE_boolean("assemble", False, "Only write the ledger of the rows that are there.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["config", "out"])
     command_line.run(main)

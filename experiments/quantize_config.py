@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from experiments.quantize_images import TrainingImages
 from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
@@ -95,14 +96,18 @@ class SamplerConfig:
 @dataclasses.dataclass(frozen=True)
 class CalibrationConfig:
     """samples: full-precision trajectories; weight_steps: how many of their steps reconstruction sees
-    (activation ranges see every step). selector: of that set, "uniform", or one of DRAWING, which take
-    `count` items (0: one of each trajectory); position: of "one_step", 0 the least noisy."""
+    (activation ranges see every step). selector: of that set, "uniform", or one of DRAWING, which take `count`
+    items (0: one of each trajectory); position: of "one_step", 0 the least noisy; mean, std, mirror_bug: of
+    "ndtc" (`observe.selectors.ndtc`)."""
 
     samples: int = 16
     weight_steps: int = 20
     selector: str = "uniform"
     count: int = 0
     position: int = 0
+    mean: float = 0.4
+    std: float = 0.4
+    mirror_bug: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +137,8 @@ class VariantConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionConfig:
-    """The fields of ReconstructConfig that a config sets, and BRECQ's activation phase (0: none)."""
+    """The fields of ReconstructConfig that a config sets, and BRECQ's activation phase: steps (0: none), rate,
+    and samples of each step (0: batch_size)."""
 
     steps: int = 150
     temporal_steps: int = 0
@@ -145,6 +151,7 @@ class ReconstructionConfig:
     save_seconds: float = 20.0
     activation_steps: int = 0
     activation_lr: float = 4e-4
+    activation_batch: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +191,11 @@ class RoundingConfig:
 class QuantizeConfig:
     """model, classifier: shipped names or .safetensors paths (classifier "" for none); or model is the place of
     a published network, parts which that is and where its first stage and text encoder are
-    (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. variants:
-    {name: VariantConfig}, in the order of the report. rounding: "adaround" for each method's own
-    way, or "closed_form" by the settings of that name, which the method closed_form has too; methods that
-    decide codes otherwise refuse it (`settings_of`)."""
+    (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. data: real
+    images for methods that can train on them (`quantize_images`). variants:
+    {name: VariantConfig}, in the order of the report. rounding: "adaround" for each method's own way, or
+    "closed_form" by the settings of that name, which the method closed_form has too; methods that decide codes
+    otherwise refuse it (`settings_of`)."""
 
     model: str
     classifier: str
@@ -204,7 +212,10 @@ class QuantizeConfig:
     tfmq_variant: str = "fixed"
     tfmq_tiar: bool = True
     tfmq_fsc: bool = True
-    qdiffusion_split: str = "both"
+    tfmq_freeze: bool = False
+    tfmq_margin: float = 1.0
+    tfmq_split: str = "none"
+    qdiffusion_split: str = "shortcut"
     ptqd: PTQDConfig = PTQDConfig()
     tdq: TdqConfig = TdqConfig()
     tcaq: TcaqConfig = TcaqConfig()
@@ -214,6 +225,7 @@ class QuantizeConfig:
     binarydm: BinaryTrainConfig = BinaryTrainConfig()
     parts: Parts = Parts()
     prompts: str = ""
+    data: TrainingImages = TrainingImages()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
@@ -289,18 +301,23 @@ def read_config(config: Any) -> QuantizeConfig:
         "sampler.variance": (config.sampler.variance, ("", "fixed_small", "fixed_large")),
         "sampler.guided_channels": (config.sampler.guided_channels, (0,)),
         "qdiffusion_split": (config.qdiffusion_split, SPLITS),
+        "tfmq_split": (config.tfmq_split, SPLITS),
         "closed_form.step_weights": (config.closed_form.step_weights, RULES),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"config.{key} is {value!r}; use one of {allowed}.")
+    if config.calibration.std < 0:
+        raise ValueError(f"config.calibration.std is {config.calibration.std}; it is not negative.")
     return dataclasses.replace(config, variants=dict(sorted(variants.items(), key=place)))
 
 
 def method_settings(config: QuantizeConfig) -> MethodSettings:
     """The knobs of every method. Raises ValueError for one outside its choices."""
     fields = dataclasses.asdict(config.reconstruct)
-    activation_steps, activation_lr = fields.pop("activation_steps"), fields.pop("activation_lr")
+    phase = {
+        name: fields.pop(name) for name in ("activation_steps", "activation_lr", "activation_batch")
+    }
     # Several CPU devices share the same cores: they gain nothing, and the figures would depend on them.
     devices = 1 if jax.default_backend() == "cpu" else len(jax.devices())
     rounding = dataclasses.asdict(config.closed_form)
@@ -308,11 +325,13 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
     return MethodSettings(
         weights=ReconstructConfig(**fields, devices=devices),
         activations=ActivationConfig(**dataclasses.asdict(config.activations)),
-        activation_steps=activation_steps,
-        activation_lr=activation_lr,
+        **phase,
         variant=config.tfmq_variant,
         tiar=config.tfmq_tiar,
         fsc=config.tfmq_fsc,
+        freeze=config.tfmq_freeze,
+        faithful_margin=config.tfmq_margin,
+        tfmq_split=config.tfmq_split,
         rounding=config.rounding,
         closed_form=ClosedFormConfig(
             **rounding,

@@ -4,11 +4,10 @@
 
 Paper: Temporal Dynamic Quantization (So et al. 2023, arXiv:2306.02316). Words behind the colon: bits `w4a8`
 (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit`; `mode=ptq` (default: weights by block
-reconstruction, 20,000 steps a unit, then the networks) or `mode=qat` (everything together, 200,000 steps at
-batch 128; without images, on the full-precision prediction); `rounding=closed_form` solves the
-weights of `ptq`; `shared` learns one step size for all timesteps (the ablation). Round-to-nearest stands
-beside it.
-`laptop` takes 150 steps of 16 a unit for the weights and 100 for the networks, or 300 steps of training;
+reconstruction, 256 trajectories and 20,000 steps a unit, then the networks) or `mode=qat` (everything together,
+200,000 steps at batch 128; without images, on the full-precision prediction); `rounding=closed_form` solves the
+weights of `ptq`; `shared` learns one step size for all timesteps (the ablation). Round-to-nearest stands beside
+it. `laptop` takes 150 steps of 16 a unit for the weights and 100 for the networks, or 300 steps of training;
 `smoke` runs in seconds.
 
 Expected of `tdq.py:w4a8,laptop` on two CPU cores: less than 10 minutes, and a teacher-forced eps error below
@@ -22,7 +21,7 @@ def get_config(arg=None):
     arg = parse(arg, mode=("ptq", "qat"), shared=False, **ROUNDING)
     config = start(arg, rtn="rtn", tdq="tdq")
     scales = dict(
-        encoding=128,
+        encoding=0,  # the model's channels
         hidden=64,
         exact_shift=False,
         shared=arg.shared,
@@ -31,6 +30,8 @@ def get_config(arg=None):
         lr=2e-4,
     )
     train = dict(steps=200_000, batch_size=128, lr=2e-4, warmup=5_000, per_tensor=True)
+    if not (arg.laptop or arg.smoke):
+        config.calibration.samples = 256
     if arg.laptop:
         # So few steps need a faster rate; a network on a laptop's budget has no time to overfit.
         scales.update(steps=100, lr=2e-3, dropout=0.0)

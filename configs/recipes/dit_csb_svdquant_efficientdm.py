@@ -2,27 +2,28 @@
 
     python -m experiments.quantize --config=configs/recipes/dit_csb_svdquant_efficientdm.py:w4a4 --workdir=W
 
-Papers: PTQ4DiT (Wu et al. 2024, arXiv:2405.16005), SVDQuant (Li et al. 2024, arXiv:2411.05007), EfficientDM (He
-et al. 2024, arXiv:2310.03270). CSB balances the channels and folds the factors into the modulation; the branch
-takes up what is left of the outliers, with groups of 64; fine-tuning then moves the codes of what the branch
-leaves, together with their scales, beside the branch as it is. Who is quantized is SVDQuant's table
+Papers: PTQ4DiT (Wu et al. 2024, arXiv:2405.16005), SVDQuant (Li et al. 2024, arXiv:2411.05007), EfficientDM
+(He et al. 2024, arXiv:2310.03270). CSB balances the channels and folds the factors into the modulation; the
+branch takes up what is left of the outliers, with groups of 64; fine-tuning then moves the codes of what the
+branch leaves, together with their scales, beside the branch as it is. Who is quantized is SVDQuant's table
 (`official:svdquant`), or all with `policy=common`. Each part alone has the same table, calibration and seed:
 CSB with round-to-nearest, SVDQuant, EfficientDM (whose activations have a table by step in place of ranges
 measured at run time). Words behind the colon: bits `w4a4` (default), `w4a8`, `w8a8`; `no_csb`, `no_svdquant`,
 `no_efficientdm` leave a part out of the recipe; `only` runs the recipe without its parts beside it; `gptq` and
 `smoothing=full`, `fast`, `none` as in configs/methods/svdquant.py; `weights=eps_coefficient` or `sensitivity`
 lets the errors of a step count in training by what they do to the sample (`stages/row_weights.py`), not all
-alike; `parts=brecq+efficientdm` runs another recipe alone (`qdiff_jax/methods/recipes.py`);
-`rounding=closed_form` decides in closed form the codes that the training begins with, and has no EfficientDM
-alone beside it, which begins with none. The papers' sizes (16,000 steps:
-hours on a CPU) unless `laptop`, which trains 300 steps of 8 and searches ten smoothings; `smoke` runs in
-seconds (`dit_csb_svdquant_efficientdm.py:smoke`).
+alike; `parts=brecq+efficientdm` runs another recipe alone (`qdiff_jax/methods/recipes.py`; each part has the
+settings of its own config under the same words of size); `rounding=closed_form` decides in closed form the
+codes that the training begins with, and has no EfficientDM alone beside it, which begins with none. The
+papers' sizes (16,000 steps: hours on a CPU) unless `laptop`, which trains 300 steps of 8 and searches ten
+smoothings; `smoke` runs in seconds (`dit_csb_svdquant_efficientdm.py:smoke`).
 
 Expected of `w4a4,laptop`: the table of recipes in the README.
 """
 
 from configs.methods import efficientdm, svdquant
 from configs.methods._start import ROUNDING, parse, start
+from configs.recipes._parts import take_settings
 from qdiff_jax.methods.recipes import JOIN, PARTS
 
 POLICIES = {"svdquant": "official:svdquant", "common": "common"}
@@ -53,6 +54,7 @@ def get_config(arg=None):
         alone.pop("efficientdm", None)
     config = start(arg, **alone, **({"recipe": recipe} if recipe not in alone.values() else {}))
     size = ",".join(word for word in ("laptop", "smoke") if getattr(arg, word))
+    take_settings(config, recipe, size, "dit")
     trained = efficientdm.get_config(f"{arg.bits},model=dit,{size}")
     smoothing = arg.smoothing or ("fast" if arg.laptop or arg.smoke else "full")
     branch = svdquant.get_config(f"{arg.bits},model=dit,smoothing={smoothing},{size}")

@@ -1,8 +1,9 @@
 """PAR on another paper's rounding: the quantized sampler's states, the same decision on them, and again.
 
 Source: TCAQ-DM (Huang et al. 2024), whose own reconstruction it repeats in `methods.tcaq`; `stages.progressive`
-says how. Here it repeats that of the method before it in a recipe: of AdaRound with the alphas that the round
-before has left, of the closed form anew. Ranges stay as the method has calibrated them.
+says how. What rounds bring is seen against (1 + share * rounds) times the steps without them, in the temporal
+unit too (`temporal_steps`). Here it repeats that of the method before it in a recipe: of AdaRound with the
+alphas that the round before has left, of the closed form anew. Ranges stay as the method has calibrated them.
 """
 
 from __future__ import annotations

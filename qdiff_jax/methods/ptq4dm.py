@@ -6,10 +6,10 @@ tensor, both by the MSE observer, activation ranges averaged over batches with m
 rounding. The sampler's own tensors in 8 bits are `diffusion.quantized_tensors`, switched on by the
 sampler of a config (`sampler.tensor_bits`).
 
-`selectors.random_steps` and `selectors.one_step` give the sets NDTC is compared with; the comparison
-is a choice of the calibration set and touches nothing here. Departures from the official code: state and
-timestep belong together (there they are mirrored in time, selector option `mirror_bug`); the rounding
-optimisation, which its flags switch off, is not offered; the search sees a sample of each batch.
+`selectors.random_steps` and `selectors.one_step` give the sets NDTC is compared with; the comparison is a
+choice of the calibration set and touches nothing here. Departures from the official code: state and timestep
+belong together (there they are mirrored in time, selector option `mirror_bug`); the rounding optimisation,
+which its flags switch off, is not offered; the search reads a histogram of each batch (2,048 bins).
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ quantized network, activation ranges as a running mean (0.95) over shuffled batc
 5,000 steps of learned activation scales; q, k, v and the softmax output are quantized, the last at 8
 bits. Use it with the policy "official:qdiffusion", the site table of its code.
 
-`split="both"` (default) gives [h, skip] two ranges wherever both meet in one layer, the first convolution and
-the shortcut of every up block; "shortcut" is the official code, which splits the 1x1 shortcut alone
-because the first convolution reads the maps after a joint group norm; "none" is the ablation.
+`split="shortcut"` (default) is the official code: the 1x1 shortcut of every up block gets two ranges for
+[h, skip], and nothing else, because the first convolution reads the maps after a joint group norm; "both" is a
+variant of ours, which splits that convolution too; "none" is the ablation.
 
 Departures from the official code, all deliberate: the regulariser and the soft targets cover both parts of
 a split weight (there: the first part only); ranges of one sign contain zero; activation ranges never come
@@ -36,7 +36,7 @@ def qdiffusion(
     calibration: Any,
     timesteps: Any,
     *,
-    split: str = "both",
+    split: str = "shortcut",
     weight_method: str = "mse",
     weights: ReconstructConfig = ReconstructConfig(),
     activations: ActivationConfig = ActivationConfig(observer="ema", momentum=0.95),
@@ -51,7 +51,7 @@ def qdiffusion(
     """Split, ranges, block reconstruction, running-mean activation ranges, learned activation steps.
 
     calibration: one set for weights and activations, from the selector `uniform` (20 steps x 256). timesteps:
-    [S], the sampler's schedule by step index. split: "both", "shortcut" or "none". activation_steps: None skips
+    [S], the sampler's schedule by step index. split: "shortcut", "both" or "none". activation_steps: None skips
     the last phase. rounding, closed_form, step_weights, rounds: as in `brecq`; the two parts of a split weight
     keep their own scales in closed form too.
 

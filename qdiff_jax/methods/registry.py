@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 
+import jax
+
 from qdiff_jax.methods.binarydm import binarydm
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import check_rounding, closed_form
@@ -23,6 +25,7 @@ from qdiff_jax.methods.tcaq import tcaq
 from qdiff_jax.methods.tdq import tdq
 from qdiff_jax.methods.tfmq import tfmq
 from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.training_sets import split_images, split_trajectories
 from qdiff_jax.stages.tune import TuneConfig
 
 
@@ -52,6 +55,8 @@ def _second_phase(settings):
     return dataclasses.replace(
         settings.weights,
         steps=settings.activation_steps,
+        temporal_steps=0,  # of scales they cost what all others cost
+        batch_size=settings.activation_batch or settings.weights.batch_size,
         scale_lr=settings.activation_lr,
         trains="scales",
         inputs="full_precision",
@@ -109,6 +114,9 @@ def _tfmq(model, sets, settings, **own):
         variant=settings.variant,
         tiar=settings.tiar,
         fsc=settings.fsc,
+        freeze=settings.freeze,
+        split=settings.tfmq_split,
+        margin=settings.faithful_margin,
         activations=settings.activations,
         **_rounded(sets, settings),
         **_repeated(settings),
@@ -237,9 +245,20 @@ def _efficientdm(model, sets, settings, **own):
 
 
 def _binarydm(model, sets, settings, **own):
+    gate = settings.binarydm.gate_samples
+    if sets.images is not None:
+        data = split_images(sets.images, gate)
+    elif sets.paired is not None:
+        data = split_trajectories(jax.random.key(0), sets.paired.trajectory, gate)
+    else:
+        raise ValueError(
+            "binarydm trains on images or on recorded trajectories: give CalibrationSets.images or .paired."
+        )
     return binarydm(
         model,
-        *_two_sets(sets),
+        *data,
+        sets.activations,
+        sets.timesteps,
         weight_method=settings.weight_method,
         activations=settings.activations,
         config=settings.binarydm,

@@ -29,12 +29,13 @@ VARIANTS = ("fixed", "faithful")
 class Paired(NamedTuple):
     """Where pairs come from. trajectory: full precision, every step of the plan. guidance: as it was
     sampled with. plan: the sampler. alpha_bar: [S] float64 at its timesteps, None for a flow model, whose
-    plan has the rows "signal" and "noise"."""
+    plan has the rows "signal" and "noise". key: the trajectory's noise was drawn from, None if unknown."""
 
     trajectory: Trajectory
     guidance: Guidance | None
     plan: SamplerPlan
     alpha_bar: np.ndarray | None
+    key: jax.Array | None = None
 
 
 def paired(
@@ -42,15 +43,18 @@ def paired(
     guidance: Guidance | None,
     plan: SamplerPlan,
     schedule: NoiseSchedule | None,
+    key: jax.Array | None = None,
 ) -> Paired:
-    """schedule: None for a flow model. Raises ValueError if the trajectory does not hold every step."""
+    """schedule: None for a flow model. key: of `record_trajectories`.
+
+    Raises ValueError if the trajectory does not hold every step."""
     if not np.array_equal(trajectory.t, np.asarray(plan.timesteps)):
         raise ValueError(
             f"a trajectory of {len(trajectory.t)} recorded steps does not hold the {plan.steps} steps "
             "of the sampler; record every step."
         )
     alpha_bar = None if schedule is None else alpha_bar_at(schedule, plan.timesteps)
-    return Paired(trajectory, guidance, plan, alpha_bar)
+    return Paired(trajectory, guidance, plan, alpha_bar, key)
 
 
 @functools.partial(jax.jit, static_argnames="predict")

@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-STATISTICS = ("range", "channel_range", "sample", "value")
+STATISTICS = ("range", "channel_range", "sample", "histogram", "value")
 
 
 @struct.dataclass
 class Tap:
     """statistic: "range" (min and max per sample), "channel_range" (per sample and channel),
     "sample" (a fixed pseudo-random subset of `size` elements per sample, beside the range),
-    "value" (the operand itself). boundary: report "range" and "sample" of the channels before it and
-    from it on apart, as {"part_0": ..., "part_1": ...}."""
+    "histogram" (counts of all elements in `size` bins, beside the range), "value" (the operand itself).
+    boundary: report "range", "sample" and "histogram" of the channels before it and from it on apart, as
+    {"part_0": ..., "part_1": ...}."""
 
     statistic: str = struct.field(pytree_node=False, default="range")
     size: int = struct.field(pytree_node=False, default=256)
@@ -43,7 +44,26 @@ def measure(tap: Tap, x: jax.Array) -> dict[str, jax.Array]:
         if flat.shape[1] > tap.size:
             flat = jnp.take(flat, sample_positions(flat.shape[1], tap.size), axis=1)
         report["sample"] = flat
+    if tap.statistic == "histogram":
+        report["counts"] = histogram(x, tap.size)
     return report
+
+
+def histogram(x: jax.Array, bins: int) -> jax.Array:
+    """[B, bins] float32: how many elements of each sample lie in each of `bins` equal bins.
+
+    They cover the range of all samples together, made to contain zero. Elements that are exactly 0 are not
+    counted: every grid holds them."""
+    lo, hi = jnp.minimum(x.min(), 0.0), jnp.maximum(x.max(), 0.0)
+    flat = x.reshape(x.shape[0], -1)
+    place = jnp.floor((flat - lo) * (bins / jnp.maximum(hi - lo, 1e-30))).astype(jnp.int32)
+    place = jnp.clip(place, 0, bins - 1) + bins * jnp.arange(len(flat))[:, None]
+    counts = (
+        jnp.zeros((len(flat) * bins,), jnp.int32)
+        .at[place.ravel()]
+        .add((flat != 0.0).astype(jnp.int32).ravel())
+    )
+    return counts.reshape(len(flat), bins).astype(jnp.float32)
 
 
 def sample_positions(count: int, size: int = 256) -> jax.Array:

@@ -3,7 +3,12 @@
 Distribution-aware quantization, TCAQ-DM (Huang et al. 2024): where a power law explains the
 values better than an exponential, the many small ones among them deserve the log2 grid. The log-normal
 alternative of the paper is left out: a softmax of Gaussian logits is log-normal, so it wins everywhere and
-log2 is never chosen. The rule does not minimise an error; `criterion="mse"` does.
+log2 is never chosen.
+
+The rule does not minimise an error, and where codes are many it is far from doing so: at 8 bits the
+uniform grid resolves the small values too, and on peaked attention log2 has hundreds of times its error.
+`criterion="mse"` takes the grid of less error of the values, "attn_out_mse" that of less error of what
+attention makes of them (`stages.softmax_grids`), "uniform" none but the uniform one.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from qdiff_jax.quant.qparams import SCALE_FLOOR, QParams
 from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.spec import QuantSpec
 
-CRITERIA = ("mle", "mse")
+CRITERIA = ("mle", "mse", "attn_out_mse", "uniform")
 _UNION = QuantSpec(grid="affine_or_log2", symmetric=True)
 
 
@@ -50,9 +55,18 @@ def evidence(x: np.ndarray) -> Evidence:
 
 
 def kind_of(x: np.ndarray, hi: float, qmax: float, criterion: str = "mle") -> float:
-    """LOG2 or UNIFORM for values x whose largest may be hi. Raises ValueError for an unknown criterion."""
+    """LOG2 or UNIFORM for values x whose largest may be hi.
+
+    Raises ValueError for an unknown criterion, or one that values alone do not answer ("attn_out_mse")."""
     if criterion not in CRITERIA:
         raise ValueError(f"criterion {criterion!r} is unknown; use one of {CRITERIA}.")
+    if criterion == "attn_out_mse":
+        raise ValueError(
+            "criterion 'attn_out_mse' compares outputs of attention, which the values alone do not give; call "
+            "`stages.softmax_grids.choose_softmax_grids`, or use 'mse'."
+        )
+    if criterion == "uniform":
+        return UNIFORM
     if criterion == "mle":
         return LOG2 if evidence(x).ratio > 0 else UNIFORM
     table = grid_rows(np.float32([UNIFORM, LOG2]), np.full(2, hi), qmax)

@@ -135,10 +135,8 @@ def closed_form(
         return Carry(state, stream, stream, pool, 0, (), store, None)
 
     def run(carry: Carry, n: int) -> Carry:
-        for _ in range(n):
-            if not done(carry):
-                carry = _one_unit(carry, units[carry.position])
-        return carry
+        # One unit and not n: what it took is on disk before the next one begins.
+        return carry if done(carry) else _one_unit(carry, units[carry.position])
 
     def done(carry: Carry) -> bool:
         return carry.position >= len(units)

@@ -183,10 +183,8 @@ def low_rank_branches(
         return Carry(state, 0, first_values(calibration, rows), {}, store)
 
     def run(carry: Carry, n: int) -> Carry:
-        for _ in range(n):
-            if not done(carry):
-                carry = _one_unit(carry)
-        return carry
+        # One unit and not n: what it took is on disk before the next one begins.
+        return carry if done(carry) else _one_unit(carry)
 
     def done(carry: Carry) -> bool:
         return carry.position >= len(units)

@@ -36,7 +36,8 @@ from qdiff_jax.stages.stage import (
 )
 from qdiff_jax.stages.unit_steps import ReconstructConfig
 
-_SAMPLING = 0x9A12  # of the key that sampling noise is drawn from, the same in every round
+# Of the key that sampling noise is drawn from, the same in every round, where the recording's is unknown.
+_SAMPLING = 0x9A12
 
 
 def round_configs(
@@ -123,9 +124,10 @@ def resample(
     """The stage that samples the network as quantized so far and keeps the states it meets.
 
     source: the full-precision trajectories, from whose first states (and labels, guidance, sampler) the
-    quantized ones start too. steps: step indices that calibration sees. `finish` leaves the set in
-    `aux["calibration"]` and all states in `aux["states"]`, and reports `gap`: how far they are from those
-    of the last round (of full precision in the first), mean square.
+    quantized ones start too; with its key they meet the same noise at every step, so that `gap` is of the
+    networks alone (of a stochastic sampler, and only with the key). steps: step indices that calibration sees.
+    `finish` leaves the set in `aux["calibration"]` and all states in `aux["states"]`, and reports `gap`: how
+    far they are from those of the last round (of full precision in the first), mean square.
     """
     trajectory = source.trajectory
     every = len(branches(source.guidance))
@@ -143,13 +145,16 @@ def resample(
         params, quant = fold_weights(params, carry.state.quant)
         noisiest = int(np.argmax(trajectory.t))
         indices = trajectory.sample[::every]
+        # What is handed over is the standard normal, which a sampler multiplies by its own start.
+        start = trajectory.x[noisiest, ::every] / np.float32(source.plan.start_scale)
+        drawn = jax.random.fold_in(carry.state.key, _SAMPLING)
         made = record_trajectories(
             predict,
             {"params": params, "quant": quant},
             source.plan,
-            jax.random.fold_in(carry.state.key, _SAMPLING),
+            drawn if source.key is None else source.key,
             indices,
-            noise=trajectory.x[noisiest, ::every],
+            noise=start,
             y=jax.tree.map(lambda leaf: leaf[::every], trajectory.y),
             guidance=source.guidance,
             batch_size=min(batch_size, len(indices)),

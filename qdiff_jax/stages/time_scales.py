@@ -28,13 +28,14 @@ from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
 
 @dataclasses.dataclass(frozen=True)
 class TimeScaleConfig:
-    """encoding: width of the frequency encoding (the paper's: the model's channels, 128 on CIFAR-10).
+    """encoding: width of the frequency encoding; 0 (the paper's) for that of the model's own timesteps: the
+    channels of a U-Net, 256 for a transformer.
     hidden: of the MLP. exact_shift: SiLU outputs by the paper's real shift, without integer execution.
     shared: the ablation, one learned step size for all timesteps.
     Training, one unit after the other: steps, batch_size, lr (Adam, cosine to 0), weight_decay,
     dropout, p of the loss."""
 
-    encoding: int = 128
+    encoding: int = 0
     hidden: int = HIDDEN
     exact_shift: bool = False
     shared: bool = False
@@ -46,8 +47,10 @@ class TimeScaleConfig:
     p: float = 2.0
 
     def __post_init__(self):
-        if self.encoding < 2 or self.encoding % 2:
-            raise ValueError(f"TimeScaleConfig.encoding is {self.encoding}; choose an even number.")
+        if self.encoding < 0 or self.encoding % 2:
+            raise ValueError(
+                f"TimeScaleConfig.encoding is {self.encoding}; choose an even number, or 0 for the model's own."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"TimeScaleConfig.dropout is {self.dropout}; choose from [0, 1).")
 
@@ -118,6 +121,7 @@ def calibrate_time_scales(
 
     def finish(carry: Carry) -> tuple[QuantState, dict]:
         scales = {}
+        own = getattr(getattr(model.module, "config", None), "channels", 256)
         for entry in activations(carry.state):
             name = f"{entry.site}:{entry.operand}"
             seen = carry.seen[name]
@@ -130,7 +134,7 @@ def calibrate_time_scales(
                 hi=seen.hi,
                 mean_magnitude=seen.magnitude / seen.count,
                 deviation=max(seen.square / seen.count - mean**2, 0.0) ** 0.5,
-                dim=config.encoding,
+                dim=config.encoding or own,
                 hidden=config.hidden,
                 exact=config.exact_shift,
                 shared=config.shared,

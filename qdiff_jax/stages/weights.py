@@ -7,6 +7,7 @@ Q-Diffusion family; the best of three percentiles, PTQ4DiT) or are min-max. Noth
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from qdiff_jax.quant.ranges import weight_qparams
@@ -67,3 +68,28 @@ def round_to_nearest(model: Model) -> Stage:
         return carry.state, {}
 
     return Stage("round_to_nearest", init, run, finish, lambda carry: carry.position >= 1)
+
+
+def freeze_weights(model: Model, nodes: Sequence[str]) -> Stage:
+    """The stage that gives the planned weights of these blocks min-max ranges and their nearest codes."""
+    own = tuple(f"{name}/" for name in nodes)
+
+    def run(carry: Carry, n: int) -> Carry:
+        del n
+        flat, frozen = flatten_sites(carry.state.quant), {}
+        for entry in carry.state.plan.quantized("weight"):
+            if entry.site.startswith(own):
+                kernel = kernel_at(model.params, entry.site)
+                qparams = weight_qparams(kernel, entry.spec, entry.bits, method="minmax")
+                frozen[entry.site] = flat.get(entry.site, SiteQuant()).replace(rhs=qparams)
+        decided = flatten_sites(decide_codes(nest_sites(frozen), model.params))
+        return Carry(carry.state.replace(quant=nest_sites({**flat, **decided})), len(frozen))
+
+    return Stage(
+        "round_frozen",
+        lambda state, store: Carry(state, -1),
+        run,
+        lambda carry: (carry.state, {"weights": carry.position}),
+        lambda carry: carry.position >= 0,
+        "ranges",
+    )

@@ -298,3 +298,32 @@ def test_a_smoke_run_reports_the_recipe_and_its_parts(name, words, tmp_path):
     variants = read_report(tmp_path / "report.json")["variants"]
     assert {v["name"] for v in variants} == {"fp32", *config.variants}
     assert np.isfinite([v["eps_rel_mse"] for v in variants]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (name, f"{size}parts={parts}")
+        for name in CONFIGS
+        for size in ("smoke,", "laptop,", "")
+        for parts in ("csb+binarydm", "tcr+efficientdm", "tcr+svdquant", "tcr+tdq", "tcr+par+rtn")
+    ],
+)
+def test_parts_that_a_recipe_did_not_foresee_have_the_size_that_is_asked_for(name, words):
+    """The sub-dict of each part's method is that of the method's own config under the same word."""
+    size, method = words.rpartition("parts=")[0], words.rpartition("+")[2]
+    method = {"rtn": "tcaq"}.get(method, method)
+    config = load_config(f"{ROOT}/configs/recipes/{name}.py:{words}").to_dict()
+    model = "" if method == "binarydm" else f"model={name[:4].rstrip('_')},"
+    own = load_config(f"{ROOT}/configs/methods/{method}.py:{model}{size}").to_dict()
+    if method == "svdquant":
+        own["svdquant"]["branch"]["smoothing"] = config["svdquant"]["branch"]["smoothing"]
+    if method == "efficientdm":  # the recipe on the DiT trains fewer steps
+        assert config["efficientdm"].pop("steps") <= own["efficientdm"].pop("steps")
+        assert config["activations"] == own["activations"]
+    if method == "tcaq":  # the recipe on the U-Net takes one round in its smoke
+        assert config["tcaq"].pop("rounds") <= own["tcaq"].pop("rounds")
+    assert config[method] == own[method]
+    if method == "binarydm":
+        assert config["calibration"] == own["calibration"]
+        assert config["data"] == own["data"]

@@ -103,7 +103,7 @@ def test_ranges_averaged_over_batches_follow_their_momentum():
     """0.9 of the old and 0.1 of the new, the first batch as it is: recomputed batch by batch."""
 
     state, made = outcome("ptq4dm")
-    config = BatchRangeConfig(batch_size=6, values=32, candidates=10)
+    config = BatchRangeConfig(batch_size=6, bins=256, candidates=10)
     ranges = []
     for start, stop in batch_bounds(24, 6):
         part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], calibration())

@@ -3,6 +3,11 @@
 The errors beside the limits were measured with 16 trajectories of 20 steps, 8 held out, rank 4 and the fast
 search: teacher-forced eps error 0.329 with nearest rounding and one range for each activation, 0.0576 with a
 scale for each token, 0.0486 in groups of 64, 0.0433 smoothed, 0.0364 with a branch, 0.0326 with both.
+
+Of 64 samples of 10 steps, the SQNR of the latents: 2.9 dB with nearest rounding, 18.4 in groups, 19.5 smoothed,
+20.3 with both. At W4A8 and nearest rounding 21.0 with a scale for each channel, 24.0 in groups of 64, 22.0 in
+groups of 32, 43.5 at W8A8: the samples of these two groups do not stand in the order of their estimates (eps
+errors 0.0078, 0.0059, 0.0046, 0.0003), and no test says that they do.
 """
 
 import functools
@@ -49,8 +54,11 @@ VARIANTS = {
     "w4a8 groups of 32": dict(group=32, a_bits=8, **PLAIN),
     "w8a8": dict(group=0, w_bits=8, a_bits=8, **PLAIN),
 }
-ORDER_OF_GRIDS = ("w4a8 channels", "w4a8 groups of 64", "w4a8 groups of 32", "w8a8")
-ORDER_OF_PARTS = ("nearest", "groups", "smoothed", "both")
+ORDERS = (
+    ("w4a8 channels", "w4a8 groups of 64", "w8a8"),
+    ("w4a8 channels", "w4a8 groups of 32", "w8a8"),
+    ("nearest", "groups", "smoothed", "both"),
+)
 
 
 @functools.cache
@@ -99,8 +107,8 @@ def eps_error(name: str) -> float:
 
 @functools.cache
 def samples(name: str) -> np.ndarray:
-    """16 samples of 10 steps from the same noise; name: "full" for full precision."""
-    indices = list(range(200, 216))
+    """64 samples of 10 steps from the same noise; name: "full" for full precision."""
+    indices = list(range(200, 264))
     return sample(
         registry.predictor(shipped().model.module),
         {"params": shipped().model.params, "quant": {}} if name == "full" else quantized(name),
@@ -109,7 +117,7 @@ def samples(name: str) -> np.ndarray:
         indices,
         shape=shipped().image_shape,
         y=np.asarray(indices, np.int32) % shipped().null_class,
-        batch_size=16,
+        batch_size=64,
     ).x
 
 
@@ -133,8 +141,13 @@ def test_each_part_takes_its_share_off_the_error(better, worse, ratio):
     assert eps_error(better) <= ratio * eps_error(worse)
 
 
-@pytest.mark.parametrize("order", [ORDER_OF_GRIDS, ORDER_OF_PARTS])
-def test_samples_from_the_same_noise_are_the_nearer_the_finer_the_grid_and_the_more_parts(order):
+@pytest.mark.parametrize("order", ORDERS, ids=" < ".join)
+def test_samples_from_the_same_noise_are_nearer_with_finer_grids_and_more_parts(order):
     found = [sqnr(name) for name in order]
-    print(dict(zip(order, found)))
     assert (np.diff(found) > 0).all(), dict(zip(order, found))
+
+
+def test_the_estimate_is_the_better_the_finer_the_grid():
+    order = ("w4a8 channels", "w4a8 groups of 64", "w4a8 groups of 32", "w8a8")
+    found = [eps_error(name) for name in order]
+    assert (np.diff(found) < 0).all(), dict(zip(order, found))

@@ -198,6 +198,26 @@ def test_mse_shrinks_from_the_exact_extremes():
     np.testing.assert_allclose(factors * 100, np.round(factors * 100), atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_searched_range_is_not_worse_than_min_max(seed):
+    """1e5 Gaussian values at 8 bits, of which the observer keeps a sixth: the tails decide."""
+    x = np.random.default_rng(seed).standard_normal((390, 256)).astype(np.float32)
+    observer, bits = observers.mse(TENSOR, 0, 255), 8
+    # The kept set by hand: sorting 1e5 values in a compiled program takes longer than all of this.
+    size = observer.init(1).values.shape[1]
+    kept = np.random.default_rng(seed + 9).permutation(x.ravel())[None, :size]
+    seen = observers.RangeState(x.min()[None], x.max()[None], np.int32([390]), np.int32(0))
+    lo, hi = observer.finish(observers.SampleState(seen, kept, np.zeros(kept.shape, np.uint32)))
+
+    def error(lo, hi):
+        scale = np.float64(hi - lo) / (2**bits - 1)
+        zero = np.round(-lo / scale)
+        q = np.clip(np.round(x / scale) + zero, 0, 2**bits - 1)
+        return np.square((q - zero) * scale - x).mean()
+
+    assert error(lo[0], hi[0]) <= error(x.min(), x.max())
+
+
 def test_percentiles_that_a_sample_cannot_know_are_the_extremes():
     """Two spoilt values of two million: cut off by a quantile that the sample knows, kept by one beyond it."""
     values = np.random.default_rng(0).standard_normal(2_000).astype(np.float32)

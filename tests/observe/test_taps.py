@@ -54,6 +54,20 @@ def test_an_operand_smaller_than_the_sample_is_reported_whole():
     np.testing.assert_array_equal(measured(Tap("value"), x)["value"], x)
 
 
+def test_a_histogram_counts_everything_but_zeros_between_the_ends_of_all_samples():
+    x = operand().copy()
+    x[0, 0] = 0.0
+    counts = np.asarray(measured(Tap("histogram", 64), x)["counts"])
+    for sample, row in zip(x, counts, strict=True):
+        wanted = np.histogram(sample[sample != 0], 64, (x.min(), x.max()))[0]
+        # A value on an edge may fall to either side in float32.
+        assert np.abs(row - wanted).sum() <= 2
+        assert row.sum() == np.count_nonzero(sample)
+    positive = np.asarray(measured(Tap("histogram", 8), np.abs(x) + 7.0)["counts"])
+    assert positive[:, :4].sum() == 0  # zero belongs to the range
+    assert positive.sum() == x.size
+
+
 def test_an_unknown_statistic_is_refused():
-    with pytest.raises(ValueError, match="'histogram' is unknown; use one of"):
-        measure(Tap("histogram"), operand())
+    with pytest.raises(ValueError, match="'median' is unknown; use one of"):
+        measure(Tap("median"), operand())

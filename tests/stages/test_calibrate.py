@@ -1,20 +1,30 @@
 """Ranges: those of weights from their values, those of activations against NumPy over the whole set."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from qdiff_jax.export.qtensor import QTensor
+from qdiff_jax.models.program import Node
 from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.ranges import weight_qparams
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed, select
 from qdiff_jax.sites import flatten_sites
-from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations, ranges_by_step
-from qdiff_jax.stages.stage import fold_weights, initial_state, kernel_at, run_stage
-from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
+from qdiff_jax.stages import calibrate
+from qdiff_jax.stages.calibrate import (
+    ActivationConfig,
+    calibrate_activations,
+    ranges_by_step,
+    unseen_label_nodes,
+)
+from qdiff_jax.stages.stage import Model, fold_weights, initial_state, kernel_at, run_stage
+from qdiff_jax.stages.weights import calibrate_weights, freeze_weights, round_to_nearest
 
 from . import chain
 
@@ -85,6 +95,46 @@ class TestWeights:
             assert site.rhs.bits == 4
             assert chain.leaves_equal(site.rhs.qparams, before[name].rhs)
 
+    def test_frozen_blocks_are_decided_and_others_are_not(self):
+        """Whatever range they had: min-max and the nearest codes for the blocks named, the others stay."""
+        before = chain.state()
+        state, report = run_stage(freeze_weights(chain.model(), ("temb", "proj")), before)
+        flat, wanted = flatten_sites(state.quant), flatten_sites(before.quant)
+        frozen = {name for name, site in flat.items() if isinstance(site.rhs, QTensor)}
+        assert frozen == {name for name in flat if name.startswith(("temb/", "proj/"))}
+        assert report["weights"] == len(frozen) > 0
+        plain = flatten_sites(chain.state(method="minmax").quant)
+        for name, site in flat.items():
+            if name in frozen:
+                assert chain.leaves_equal(site.rhs.qparams, plain[name].rhs)
+            else:
+                assert chain.leaves_equal(site, wanted[name])
+
+
+class Labelled(nn.Module):
+    """A network with classes, as far as calibration looks."""
+
+    config = SimpleNamespace(num_classes=3)
+
+
+class TestLabels:
+    PROGRAM = (
+        Node("time", None, ("t",)),
+        Node("classes", None, ("y",)),
+        Node("condition", None, ("time", "classes")),
+        Node("proj", None, ("condition",)),
+        Node("first", None, ("x",)),
+    )
+    MODEL = Model(Labelled(), PROGRAM, {})
+
+    @pytest.mark.parametrize("y", [None, np.int32([2, 0, 1, 1]), np.int32([0, 1, 2, 3])])
+    def test_with_every_class_the_condition_is_known(self, y):
+        assert unseen_label_nodes(self.MODEL, y) == ()
+
+    @pytest.mark.parametrize("y", [np.int32([2, 0, 0, 3]), np.zeros((4, 5, 6), np.float32)])
+    def test_without_it_is_known_of_the_step_alone(self, y):
+        assert unseen_label_nodes(self.MODEL, y) == ("classes", "condition", "proj")
+
 
 class TestActivations:
     def test_minmax_covers_the_whole_set_once(self, rounded, values):
@@ -153,6 +203,17 @@ class TestStepTables:
                 rows = x[CALIBRATION.index == step]
                 scale, _ = expected_qparams(rows.min(), rows.max(), 255)
                 np.testing.assert_allclose(made.table.scale[step], margin * scale, rtol=1e-5)
+
+    def test_exact_sites_get_the_margin_where_labels_are_missing(self, rounded, monkeypatch):
+        """Temporal features of classes that calibration has not met lie outside of its ranges."""
+        monkeypatch.setattr(calibrate, "unseen_label_nodes", lambda model, y: ("proj",))
+        config = dict(per_step=chain.TEMPORAL, exact=chain.TEMPORAL, margin=1.25)
+        widened = run_stage(stage(**config), rounded)[0].quant
+        monkeypatch.undo()
+        exact = run_stage(stage(**config), rounded)[0].quant
+        for name, factor in (("proj/dense:input", 1.25), ("temb/dense_1:input", 1.0)):
+            scales = [quantizer(quant, name).table.scale for quant in (widened, exact)]
+            np.testing.assert_allclose(scales[0], factor * np.asarray(scales[1]), rtol=1e-5)
 
     def test_other_sites_keep_one_range_without_margin(self, rounded, values):
         state, _ = run_stage(stage(per_step=chain.TEMPORAL, margin=1.25), rounded)

@@ -1,6 +1,7 @@
 """Closed-form rounding as a stage: what it must improve on, what it must not touch, what it survives."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.models.program import subtrees, units_with_projections
 from qdiff_jax.observe.capture import run_unit
 from qdiff_jax.policy import ACTIVATION
+from qdiff_jax.quant.moments import chunk_moments
 from qdiff_jax.quant.qparams import QParams, dynamic_qparams, from_range
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed, select
@@ -19,7 +21,7 @@ from qdiff_jax.runtime.cache import compile_account
 from qdiff_jax.sites import Replacement, flatten_sites, nest_sites
 from qdiff_jax.stages import unit_rounding
 from qdiff_jax.stages.closed_form import closed_form
-from qdiff_jax.stages.layer_rounding import TARGETS, ClosedFormConfig
+from qdiff_jax.stages.layer_rounding import TARGETS, ClosedFormConfig, _factors, round_layer
 from qdiff_jax.stages.stage import decide_codes, fold_weights, run_stage, set_site
 from qdiff_jax.stages.unit_structure import plan_unit, unit_layers
 
@@ -255,6 +257,21 @@ class TestKilled:
         assert seen[-1] == (5, 5, "c")
         assert len(list(tmp_path.glob("unit_*.safetensors"))) == 5
 
+    def test_seconds_are_kept_with_every_unit(self, start, whole, tmp_path):
+        def kill(done, total, unit, loss):
+            if done == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(stage(on_progress=kill), start, tmp_path)
+        before = json.loads((tmp_path / "seconds.json").read_text())
+        assert before["cpu_seconds"] > 0
+        state, report = run_stage(stage(), start, tmp_path)
+        assert report["resumed"]
+        assert not whole[1]["resumed"]
+        assert report["cpu_seconds"] > before["cpu_seconds"]
+        assert chain.leaves_equal(state.quant, whole[0].quant)
+
     def test_damaged_result_is_named(self, start, tmp_path):
         work = stage()
         chain.run_until(work, work.init(start, tmp_path), 1, 1)
@@ -310,6 +327,19 @@ class TestFrozenAndRefused:
         closed_form(chain.model(), chain.UNITS, CALIBRATION, config).init(
             start.replace(quant=decided), None
         )
+
+    def test_descent_without_its_output_factor(self):
+        kernel, grid = jnp.zeros((3, 2)), from_range(QuantSpec(), -1.0, 1.0, 0, 15)
+        moments = chunk_moments(jnp.eye(3), jnp.zeros((3, 2)), jnp.ones(3))
+        with pytest.raises(ValueError, match="needs the output factor of a kernel"):
+            round_layer(kernel, jnp.zeros(2), grid, moments, ClosedFormConfig(kronecker_sweeps=1))
+
+    def test_a_target_that_cannot_be_solved_for_is_no_success(self):
+        """At no ridge, while the factor for the rounding is sound."""
+        options = dict(act_order=True, asymmetric=True, centred=True, double=False)
+        given = (jnp.eye(3), jnp.zeros(3), jnp.ones(()), 0.01)
+        assert float(_factors(*given, 0.05, **options)[-1]) == pytest.approx(0.01)
+        assert np.isnan(_factors(*given, np.nan, **options)[-1])
 
     def test_a_grid_that_cannot_be_rounded_to_is_named_before_anything_runs(self, start):
         grid = dynamic_qparams(QuantSpec(granularity="token"), 0, 15)

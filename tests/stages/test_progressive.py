@@ -7,16 +7,24 @@ import numpy as np
 import pytest
 
 from qdiff_jax.export.qtensor import QTensor, codes
-from qdiff_jax.observe.trajectory import Trajectory
+from qdiff_jax.models.registry import predictor
+from qdiff_jax.observe.quantization_noise import paired
+from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
 from qdiff_jax.quant.rounding import SoftRounding, hard_codes
 from qdiff_jax.sites import flatten_sites, nest_sites
 from qdiff_jax.stages.deferred import deferred
-from qdiff_jax.stages.progressive import at_steps, reopened, round_configs, unrounded
+from qdiff_jax.stages.progressive import (
+    at_steps,
+    reopened,
+    resample,
+    round_configs,
+    unrounded,
+)
 from qdiff_jax.stages.reconstruct import reconstruct
-from qdiff_jax.stages.stage import run_stage
+from qdiff_jax.stages.stage import initial_state, run_stage
 from qdiff_jax.stages.unit_steps import ReconstructConfig, step_inputs
 
-from . import chain
+from . import chain, toy
 
 CONFIG = ReconstructConfig(steps=6, batch_size=8, lr=5e-2, schedule="cosine", walk_batch=16)
 
@@ -109,3 +117,22 @@ class TestSoftBetweenRounds:
         # Units that an earlier run has finished are read back with their alphas.
         resumed, _ = run_stage(self.first()[0], begun, tmp_path / "first")
         assert chain.leaves_equal((resumed.quant, resumed.aux), (state.quant, state.aux))
+
+
+def test_the_quantized_sampler_meets_the_noise_of_the_recording():
+    """A stochastic sampler that starts from twice the noise: a network that is not quantized repeats itself."""
+    teacher, plan = toy.model(), toy.sampler(4, eta=1.0)
+    plan, key = plan.replace(start_scale=np.float32(2.0)), jax.random.key(3)
+    predict = predictor(teacher.module)
+    variables = {"params": teacher.params, "quant": {}}
+    made = record_trajectories(predict, variables, plan, key, range(3), shape=(toy.POINT,))
+    begun = initial_state(toy.plan(16, 4, None), jax.random.key(0))
+    gaps = {}
+    for name, known in (("known", key), ("unknown", None)):
+        source = paired(made, None, plan, toy.schedule(4), known)
+        stage = resample(teacher, predict, source, np.arange(4), batch_size=3)
+        state, report = run_stage(stage, begun)
+        gaps[name] = report["gap"]
+        np.testing.assert_allclose(state.aux["states"][-1], made.x[-1], rtol=1e-6)
+    assert gaps["known"] < 1e-10
+    assert gaps["unknown"] > 1e-2
