@@ -153,7 +153,7 @@ def _nearest(run: Run, overrides: Mapping[str, Any]) -> Run:
     ((_, variant),) = run.parsed.variants.items()
     size = next((s for s in _SIZES if s in run.given.partition(":")[2].split(",")), "")
     config = load_config(f"{BASELINE}:{size}")
-    known = flatten(config.to_dict())
+    known = set(flatten(config.to_dict())) - {"rounding"}  # which leaves nearest codes nearest
     config.update_from_flattened_dict({k: v for k, v in overrides.items() if k in known})
     parsed, bits = run.parsed, bits_of(variant)
     sampler = {**dataclasses.asdict(parsed.sampler), "tensor_bits": 0}

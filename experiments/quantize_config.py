@@ -192,10 +192,9 @@ class QuantizeConfig:
     """model, classifier: shipped names or .safetensors paths (classifier "" for none); or model is the place of
     a published network, parts which that is and where its first stage and text encoder are
     (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. data: real
-    images for methods that can train on them (`quantize_images`). variants:
-    {name: VariantConfig}, in the order of the report. rounding: "adaround" for each method's own way, or
-    "closed_form" by the settings of that name, which the method closed_form has too; methods that decide codes
-    otherwise refuse it (`settings_of`)."""
+    images for methods that can train on them (`quantize_images`). variants: {name: VariantConfig}, in the order
+    of the report. rounding: "adaround" for each method's own way, or "closed_form" by the settings of that
+    name, which the method closed_form has too; methods that decide otherwise refuse it (`settings_of`)."""
 
     model: str
     classifier: str
