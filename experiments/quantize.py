@@ -36,7 +36,9 @@ from experiments.quantize_config import (
     check_sizes,
     method_settings,
     read_config,
+    settings_of,
 )
+from experiments.quantize_images import training_images
 from experiments.quantize_report import (
     commits,
     draw,
@@ -74,6 +76,7 @@ from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import log_progress, progress
 from qdiff_jax.runtime.seconds import stopwatch
 from qdiff_jax.sites import Site, list_sites
+from qdiff_jax.stages.noising import Images
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
 from qdiff_jax.stages.step_bits import target_entries
 
@@ -89,6 +92,7 @@ class Job(NamedTuple):
     plans: dict[str, SitePlan]
     settings: MethodSettings
     sampler: SamplerPlan
+    images: Images | None = None
 
     @property
     def diffusion(self) -> registry.DiffusionModel:
@@ -173,13 +177,15 @@ def prepare(config: Any) -> Job:
         for name, v in config.variants.items()
     }
     for name, v in config.variants.items():
-        check_variant(v.method, diffusion.model, sites, plans[name], settings)
+        own = settings_of(config, settings, name)
+        check_variant(v.method, diffusion.model, sites, plans[name], own)
         if config.ptqd.step_bits and "ptqd" in methods_of(v.method, base):
             try:
                 target_entries(plans[name])
             except ValueError as error:
                 raise ValueError(f"config.variants.{name}: {error}") from error
-    job = Job(config, asked, guidance, sites, plans, settings, sampler)
+    images = training_images(config.data, methods, asked)
+    job = Job(config, asked, guidance, sites, plans, settings, sampler, images)
     source = settings.efficientdm.source
     if source.kind == "online" and "efficientdm" in methods and asked.prompts:
         raise ValueError(
@@ -247,6 +253,7 @@ def sets_of(job: Job, workdir: pathlib.Path, calibration: Trajectory) -> Calibra
         paired=pairs_of(job, calibration),
         sampling=sampling_of(job),
         step_weights=step_weights(job, workdir),
+        images=job.images,
     )
 
 
@@ -335,9 +342,10 @@ def quantize_one(
 ) -> dict:
     """Run the variant's method to its bundle. calibration: full-precision trajectories."""
     config, v = job.config, job.config.variants[name]
+    settings = settings_of(config, job.settings, name)
     with follow(name) as tell:
         return run_method(
-            build(v.method, job.diffusion.model, sets, job.settings, tell),
+            build(v.method, job.diffusion.model, sets, settings, tell),
             job.diffusion,
             job.plans[name],
             jax.random.fold_in(jax.random.key(config.seed), 3),

@@ -22,6 +22,10 @@ attention; errors of all other layers are measured on at most `branch.rows` rows
 rows of R whose input is always 0 at their nearest codes, where the code sets them to 0. The NVFP4 form (E2M1 in
 groups of 16 with e4m3 scales, no shift) is not offered. The paper's text decomposes once
 (`branch.iterations=1`); code and default go on until the error stops falling.
+
+`rounding="closed_form"` is ours: the branches, the smoothing and the grids stay, and the codes of what the
+branches leave (and of the layers that have none) are decided anew, block by block in the quantized network, as
+`methods.closed_form` decides them.
 """
 
 from __future__ import annotations
@@ -30,12 +34,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from qdiff_jax.methods.closed_form import decided_again, round_units
 from qdiff_jax.models.families import example_inputs
-from qdiff_jax.models.program import temporal_nodes
+from qdiff_jax.models.program import temporal_nodes, units_with_projections
 from qdiff_jax.policy import SitePlan
 from qdiff_jax.sites import Site, list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
+from qdiff_jax.stages.deferred import deferred
 from qdiff_jax.stages.group_grids import MISFITS, group_grids, group_plan
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.low_rank_branches import (
     PROJECTIONS,
     BranchConfig,
@@ -44,10 +53,12 @@ from qdiff_jax.stages.low_rank_branches import (
     matches,
     rank_of,
 )
+from qdiff_jax.stages.progressive import unrounded
 from qdiff_jax.stages.stage import Method, Model
 from qdiff_jax.stages.weights import calibrate_weights, round_to_nearest
 
 VARIANTS = ("fixed", "faithful")
+ROUNDINGS = ("layer", "closed_form")
 UNSIGNED = ("*/mlp_fc2",)
 
 
@@ -108,14 +119,28 @@ def svdquant(
     *,
     config: SvdQuantConfig = SvdQuantConfig(),
     activations: ActivationConfig = ActivationConfig(),
+    rounding: str = "layer",
+    closed_form: ClosedFormConfig = ClosedFormConfig(),
+    step_weights: np.ndarray | None = None,
     on_progress=None,
 ) -> Method:
     """Grids of groups, then a branch and codes for every layer, nearest codes for what is weight-only.
 
     weight_calibration: whose inputs the layers are judged on. activation_calibration, timesteps: for products
-    of two activations, where the policy quantizes those; all else is measured at run time. Raises ValueError
-    for an unknown variant, and while it runs for a group or rank that does not fit (see `misfit`).
+    of two activations, where the policy quantizes those; all else is measured at run time. rounding: "layer"
+    (the official code: nearest codes, or GPTQ with `branch.gptq`, from the layer's full-precision inputs), or
+    "closed_form", by that config on the whole of weight_calibration, with the steps weighted by
+    `step_weights` [S]; only so can `methods.par` repeat it. Raises ValueError for an unknown rounding and for
+    GPTQ together with the closed form, and while it runs for a group or rank that does not fit (see `misfit`).
     """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"svdquant rounding {rounding!r} is unknown; use one of {ROUNDINGS}.")
+    solved = rounding == "closed_form"
+    if solved and config.branch.gptq:
+        raise ValueError(
+            "svdquant: branch.gptq rounds layer by layer, and rounding='closed_form' decides the same codes; "
+            "leave one of them out."
+        )
     sites = list_sites(model.module, *example_inputs(model.module.config))
     faithful = config.variant == "faithful"
     stages = (
@@ -142,4 +167,13 @@ def svdquant(
     pair = f"alpha={branch.alpha:g}, beta={branch.beta:g}"
     notes += ", " + (pair if branch.alpha >= 0 else f"smoothing={branch.smoothing}")
     notes += ", gptq" if branch.gptq else ""
-    return Method("svdquant", stages, notes=notes)
+    if not solved:
+        return Method("svdquant", stages, notes=notes)
+    units = units_with_projections(model.program)
+    own = dict(step_weights=step_weights, on_progress=on_progress)
+    name = "svdquant_weights"
+    solve = round_units(model, units, weight_calibration, closed_form, name=name, **own)
+    # The grids that the branches have left, without the codes.
+    stages = (*stages[:-1], deferred(name, lambda state: (solve, unrounded(state))))
+    again = decided_again(model, units, rounding, (), closed_form, **own)
+    return Method("svdquant", stages, f"{notes}, rounding={rounding}", again)

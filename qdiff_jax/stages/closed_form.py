@@ -45,6 +45,7 @@ from qdiff_jax.observe.capture import (
 from qdiff_jax.runtime.mesh import data_mesh
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 from qdiff_jax.stages.output_factors import check_memory, output_factors
+from qdiff_jax.stages.site_products import multiplied
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.unit_moments import Sampling, full_pass
 from qdiff_jax.stages.unit_results import apply_result, load_result, save_result
@@ -58,7 +59,7 @@ from qdiff_jax.stages.unit_rounding import (
     weight_ranges,
 )
 from qdiff_jax.stages.unit_structure import UnitPlan, plan_unit
-from qdiff_jax.stages.unit_trees import only_activations
+from qdiff_jax.stages.unit_trees import only_activations, only_operators
 
 
 class Carry(NamedTuple):
@@ -188,8 +189,9 @@ def closed_form(
         report = {"unit": unit.name, "trained": bool(chosen)}
         if fresh:
             data = UnitData(
-                list(subtrees(model.params, unit)),
+                list(subtrees(multiplied(model.params, _own(carry.state.quant, unit)), unit)),
                 params,
+                list(only_operators(subtrees(carry.state.quant, unit))),
                 quant,
                 inputs,
                 met,
@@ -242,11 +244,14 @@ def closed_form(
         return () if unit.name in frozen_units else undecided(model.params, state.quant, unit)
 
     def _activations(quant: Mapping, unit: Unit) -> list[dict]:
-        if not config.activations or symmetric:
-            return [{} for _ in unit.nodes]
-        return list(only_activations(subtrees(quant, unit)))
+        kept = only_operators if not config.activations or symmetric else only_activations
+        return list(kept(subtrees(quant, unit)))
 
     return Stage(name, init, run, finish, done)
+
+
+def _own(quant: Mapping, unit: Unit) -> dict:
+    return {name: quant[name] for name in unit.nodes if name in quant}
 
 
 def _checked_weights(weights, size: int, name: str) -> np.ndarray:

@@ -24,7 +24,8 @@ from qdiff_jax.quant.hessian_size import Limit, hessian_parts
 from qdiff_jax.quant.moments import Moments, chunk_moments, merge, positions, rows_of, take_rows
 from qdiff_jax.quant.timed import select
 from qdiff_jax.runtime.mesh import AXIS, replicate, shard_batch
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, operand
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.stages.site_products import product_input
 from qdiff_jax.stages.unit_residuals import (
     BLOCK,
     LAYER_TARGETS,
@@ -35,6 +36,7 @@ from qdiff_jax.stages.unit_residuals import (
     layer_output,
     layer_residual,
     reads_targets,
+    site_of,
 )
 from qdiff_jax.stages.unit_structure import Layer, UnitPlan, tapped_inputs
 
@@ -179,7 +181,7 @@ def _full_function(signature: Signature, layers: tuple[Layer, ...], target: str,
         targets: list[dict[str, jax.Array]] = []
         for layer, x, pick in zip(layers, tapped_inputs(layers, written), picks, strict=True):
             if not aims_at_block(layer, target):
-                y = layer_output(layer, x, params)
+                y = layer_output(layer, x, params, None)
                 targets.append({"rows": take_rows(y, pick), "mean": jnp.mean(y, axis=1)})
                 continue
             empty = [{} for _ in signature.modules]
@@ -206,14 +208,12 @@ def _level_function(
         outputs, written = apply_unit(
             signature, params, taps, batch["inputs"], mutable=["observed"]
         )
-        met = {
-            layer: _quantized(layer, x, quant)
-            for layer, x in zip(wanted, tapped_inputs(wanted, written), strict=True)
-        }
+        met = dict(zip(wanted, tapped_inputs(wanted, written), strict=True))
         moments = []
         for i, pick in zip(plan.levels[level], batch["picks"], strict=True):
             layer = plan.layers[i]
-            x = rows_of(layer.operator, met[layer], layer.kernel, pick)
+            x = product_input(site_of(layer, quant), met[layer])
+            x = rows_of(layer.operator, x, layer.kernel, pick)
             weights = jnp.repeat(batch["weights"], x.shape[1])
             if aims_at_block(layer, target):
                 power = powers.get(str(i))
@@ -221,7 +221,7 @@ def _level_function(
                 r, heard = block_residual(*args)
                 weights = weights if heard is None else weights * heard.reshape(-1)
             elif target in LAYER_TARGETS:
-                r = layer_residual(plan, i, params, batch, met, x, pick, target)
+                r = layer_residual(plan, i, params, quant, batch, met, x, pick, target)
             else:
                 r = jnp.zeros((*x.shape[:2], layer.kernel[-1]), x.dtype)
             rows, lacks = (v.reshape(-1, v.shape[-1]) for v in (x, r))
@@ -248,8 +248,3 @@ def _tap_trees(layers: Sequence[Layer], nodes: int, quant: Any) -> list[dict]:
         site = flat[layer.node].get(layer.op, SiteQuant())
         flat[layer.node][layer.op] = site.replace(tap=Tap("value"))
     return [nest_sites(tree) for tree in flat]
-
-
-def _quantized(layer: Layer, x, quant):
-    site = flatten_sites(dict(quant[layer.node])).get(layer.op)
-    return x if site is None else operand(site.lhs, x)

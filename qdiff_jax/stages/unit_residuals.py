@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from qdiff_jax.models.program import apply_unit, node_at
-from qdiff_jax.operators import plain
 from qdiff_jax.quant.moments import take_rows
-from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.sites import Replacement, SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.stages.site_products import site_output
 from qdiff_jax.stages.unit_structure import Layer, UnitPlan, offset_trees
 
 BLOCK = "block_fp_output"
@@ -92,11 +92,12 @@ def closed_output(signature, layer, params, quant, inputs, outputs):
     return jax.jvp(moved, (zeros,), (jnp.ones_like(zeros),))
 
 
-def layer_residual(plan, index, params, batch, met, x, pick, target):
+def layer_residual(plan, index, params, quant, batch, met, x, pick, target):
     """R [B, p, N]: what layer `index`, in full precision on the inputs it meets, lacks of its full-precision
     output; for a block target, with what the layers and inputs that are summed with it lack.
 
-    batch, pick: as in `block_residual`. met: {layer: the input it meets}. x [B, p, K]: its rows.
+    batch, pick: as in `block_residual`. met: {layer: the input it meets}, as it is. x [B, p, K]: the rows that
+    its codes are multiplied with.
     """
 
     def own(i):
@@ -104,14 +105,18 @@ def layer_residual(plan, index, params, batch, met, x, pick, target):
 
     layer = plan.layers[index]
     kernel, bias = _weights(layer, params)
-    y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1]), precision=lax.Precision.HIGHEST)
-    y = y if bias is None else y + bias[None, None, :]
+    site = site_of(layer, quant)
+    if site is None or site.substitute is None:
+        y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1]), precision=lax.Precision.HIGHEST)
+        y = y if bias is None else y + bias[None, None, :]
+    else:  # Its rows alone do not say what it puts out.
+        y = take_rows(layer_output(layer, met[layer], params, site), pick)
     r = own(index)["rows"] - y
     if target != BLOCK:
         return r
     for j in layer.summands:
         other = plan.layers[j]
-        y = layer_output(other, met[other], params)
+        y = layer_output(other, met[other], params, site_of(other, quant))
         if other.rows == layer.rows:
             r = r + own(j)["rows"] - take_rows(y, pick)
         else:
@@ -123,10 +128,15 @@ def layer_residual(plan, index, params, batch, met, x, pick, target):
     return r
 
 
-def layer_output(layer: Layer, x, params):
-    """[B, P, N]: the layer's output on x, positions flattened."""
-    y = plain(layer.operator, x, *_weights(layer, params))
+def layer_output(layer: Layer, x, params, site: SiteQuant | None):
+    """[B, P, N]: the layer's output when it reads x, positions flattened."""
+    y = site_output(site, layer.operator, x, *_weights(layer, params))
     return y.reshape(y.shape[0], -1, y.shape[-1])
+
+
+def site_of(layer: Layer, quant) -> SiteQuant | None:
+    """What the activation quantizers hold for the layer."""
+    return flatten_sites(dict(quant[layer.node])).get(layer.op)
 
 
 def _positions(y, layer: Layer):
@@ -143,5 +153,16 @@ def _merged(quant: Mapping, offsets: Mapping) -> dict:
     """A module's activation quantizers with the offsets put in beside them."""
     flat, other = flatten_sites(dict(quant)), flatten_sites(offsets)
     for name, site in other.items():
-        flat[name] = site.replace(lhs=flat[name].lhs if name in flat else None)
+        held = flat.get(name, SiteQuant())
+        if held.substitute is not None:
+            both = (held.substitute, site.substitute.arrays)
+            site = site.replace(substitute=Replacement(both, _operator_with_offset))
+        flat[name] = site.replace(lhs=held.lhs)
     return nest_sites(flat)
+
+
+def _operator_with_offset(arrays, operator, lhs, kernel, bias, site):
+    """As `unit_structure.with_offset`, of what another `Replacement` puts out."""
+    held, (heard, offset) = arrays
+    y = held.apply(held.arrays, operator, lhs, kernel, bias, site)
+    return jnp.where(heard, y, jnp.zeros_like(y)) + offset.astype(y.dtype)

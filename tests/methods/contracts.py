@@ -42,19 +42,20 @@ def codes_are_in_range(state: QuantState) -> None:
 
 def by_step(name: str, site: str, operand: str, alone=()) -> bool:
     """Whether the method of a case has a table for this activation. alone: EfficientDM's exceptions."""
-    if name == "efficientdm":
+    entry = CASES[name].entry
+    if entry == "efficientdm":
         return site not in alone
-    if name in ("tfmq faithful", "tdq"):
+    if name == "tfmq faithful" or entry == "tdq":
         return True
     if name == "tfmq":
         return site.split("/")[0] in temporal_nodes(model().program)
-    return CASES[name].entry == "tcaq" and operand == "softmax"
+    return entry == "tcaq" and operand == "softmax"
 
 
 def activations_have_quantizers(name: str, state: QuantState) -> None:
     """Every planned activation has a quantizer of its bits, and a step table where the method makes one."""
     flat = flatten_sites(state.quant)
-    alone = left_alone(model(), state.plan)
+    alone = left_alone(model(network_of(state.plan)), state.plan)
     for entry in state.plan.quantized("input", "q", "k", "softmax", "v"):
         site = flat[entry.site]
         made = getattr(site, side_of(entry.operand))
@@ -70,7 +71,7 @@ def activations_have_quantizers(name: str, state: QuantState) -> None:
         assert rows.scale.shape == ((len(TIMESTEPS),) if table else parts)
         # TDQ gives an activation of both signs codes symmetric about zero, one fewer than there are.
         fewer = np.asarray(rows.qmax) < entry.codes[1]
-        assert name == "tdq" or not fewer.any()
+        assert CASES[name].entry == "tdq" or not fewer.any()
         assert (np.asarray(rows.qmax) == entry.codes[1] - fewer).all()
         assert (np.asarray(rows.qmin) == entry.codes[0]).all()
         assert (np.asarray(rows.scale) > 0).all()
@@ -104,11 +105,13 @@ def untouched_leaves_are_untouched(name: str, state: QuantState) -> None:
     tuned = set(state.aux.get("params", {}))
     # Solving refits them, and an input that was shifted takes one that makes up for it.
     shifted = {f"{n}/bias" for n, s in flatten_sites(state.quant).items() if _is_shifted(s)}
-    assert bool(biases) if CASES[name].entry == "closed_form" else biases == shifted
+    solved = "closed_form" in (CASES[name].entry, CASES[name].options.get("rounding"))
+    assert bool(biases) if solved else biases == shifted
     # Channel factors: kernels, the divisors of their inputs, affines of the norms of attention. Balancing:
-    # kernels, and what takes the divisions. Tuning after closed-form rounding: affines of every norm. Binary
-    # training: everything but planned kernels.
-    assert not tuned or name in ("tcaq whole", "closed_form", "ptq4dit", "binarydm")
+    # kernels, and what takes the divisions. Tuning after closed-form rounding: affines of every norm. Training
+    # of the whole network: everything but planned kernels.
+    tuning = ("tcaq whole", "closed_form", "ptq4dit", "binarydm", "tdq qat")
+    assert not tuned or name in tuning
     added = {path for path in tuned if path.endswith("/divisor")}
     assert set(after) == set(before) | added
     kernels = {f"{entry.site}/kernel" for entry in state.plan.quantized("weight")}

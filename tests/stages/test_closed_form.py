@@ -18,7 +18,7 @@ from qdiff_jax.quant.qparams import QParams, dynamic_qparams, from_range
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed, select
 from qdiff_jax.runtime.cache import compile_account
-from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.sites import Replacement, flatten_sites, nest_sites
 from qdiff_jax.stages import unit_rounding
 from qdiff_jax.stages.closed_form import closed_form
 from qdiff_jax.stages.layer_rounding import TARGETS, ClosedFormConfig, _factors, round_layer
@@ -370,8 +370,10 @@ class TestFrozenAndRefused:
             run_stage(stage(calibration=CALIBRATION.replace(x=x)), start)
 
     def test_substitutes_are_not_understood(self, start):
-        quant = set_site(start.quant, "a/conv", substitute=object())
-        with pytest.raises(ValueError, match="a/conv has a substitute"):
+        quant = set_site(start.quant, "a/conv", substitute=Replacement((), dataclasses.replace))
+        with pytest.raises(
+            ValueError, match="a/conv in closed_form has a substitute operator, replace, whose"
+        ):
             stage().init(start.replace(quant=quant), None)
 
 
