@@ -274,7 +274,7 @@ def test_a_recipe_for_another_network_is_refused_before_any_work():
         ),
         ("csb+svdquant", {"svdquant": {"group": 5}}, "groups of 5 do not divide"),
         (
-            "csb+rtn",
+            "csb+brecq",
             {"ptq4dit": {"reconstruction": False}, "rounding": "closed_form"},
             "leave out rounding='closed_form'",
         ),
