@@ -109,10 +109,12 @@ def finetune(
     """The stage `name`: the student's guided prediction is drawn to the source's targets, phase by phase.
 
     Memory: the model's parameters are the teacher and are shared, not copied; beside them the student's own
-    arrays, and moments for what is trained alone. `finish` reports the mean loss of the first and of the last
-    round over the source's steps. step_weights: [S], how much the squared errors of each step of the source
-    count (scaled to mean 1), None for equally. Raises ValueError for a label or a loss that does not exist, or
-    weights of another schedule, FloatingPointError if a loss is not finite.
+    arrays, and moments for what is trained alone. What a step holds of that and beside it:
+    `experiments.bench_memory`, and tests/stages/test_finetune_memory.py with the limits that are kept. `finish`
+    reports the mean loss of the first and of the last round over the source's steps. step_weights: [S], how
+    much the squared errors of each step of the source count (scaled to mean 1), None for equally. Raises
+    ValueError for a label or a loss that does not exist, or weights of another schedule, FloatingPointError if
+    a loss is not finite.
     """
     if step_weights is not None:
         check_step_weights(name, step_weights, source)
