@@ -4,11 +4,20 @@
     python -m experiments.bench_rounding --config=configs/bench_rounding.py:model=dit_fashion,bits=w4a8 --out=W
 
 Papers: AdaRound (Nagel et al. 2020) with BRECQ's blocks (Li et al. 2021), GPTQ (Frantar et al. 2023),
-asymmetric targets as in GPTAQ (Li et al. 2025). Everything but the rounding is the main job's: 20 DDIM steps,
-16 trajectories of calibration, 16 held out, 64 rollouts, policy `common`. `model=` names one shipped model
-(default: both), `bits=` one width of `w4a32`, `w3a32`, `w4a8`, `w4a4`, `w2a8` (default: all), `recipe=` one
-row of the table or a pattern such as `adaround 1000*`; `seeds=1` takes fewer than three. Hours in all on two
-cores; killed at any moment, the same command goes on, and other words with the same --out add to the table.
+asymmetric targets as in GPTAQ (Li et al. 2025). Models, sampler and sizes are the main job's: 20 DDIM steps, 16
+trajectories of calibration, 16 held out, 64 rollouts, policy `common`; the time embedding takes as many steps
+as every other unit, and the main job's 2,000 where a recipe says so.
+
+With quantized activations the recipes differ in more than the rounding. Closed form and GPTQ calibrate
+activation ranges first, on the network in full precision, and round in a stream that carries the activation
+quantizers ("blind": that does not). AdaRound's stream has none, and its ranges, like those of nearest, are
+calibrated afterwards on the quantized network, as in the papers. "+ scales" is BRECQ's second phase, which
+trains activation scales for as many steps; like "blind" it is left out where activations are not quantized.
+
+`model=` names one shipped model (default: both), `bits=` one width of `w4a32`, `w3a32`, `w4a8`, `w4a4`, `w2a8`
+(default: all), `recipe=` one row of the table or a pattern such as `adaround 1000*`; `seeds=1` takes fewer than
+three. Days in all on two cores; killed at any moment, the same command goes on, and other words with the same
+--out add to the table.
 Expected, from a prototype on another small U-Net: closed form at or below AdaRound of 1,000 steps in a tenth of
 its CPU seconds.
 `bench_rounding.py:smoke` runs four recipes on a miniature.
@@ -25,26 +34,47 @@ MODELS = ("unet_fashion", "dit_fashion")
 BITS = ("w4a32", "w3a32", "w4a8", "w4a4", "w2a8")
 
 
-def _adaround(steps, lr, schedule="cosine"):
+def _recipe(method, settings, activations=False):
+    """activations: whether it differs from another recipe only where they are quantized."""
+    return {"method": method, "set": settings, "activations": activations}
+
+
+def _adaround(steps, lr, schedule="cosine", *, temporal_steps=None, activation_steps=0):
     settings = {"reconstruct.steps": steps, "reconstruct.lr": lr, "reconstruct.schedule": schedule}
-    return {"method": "brecq", "set": settings}
+    if temporal_steps is not None:
+        settings["reconstruct.temporal_steps"] = temporal_steps
+    if activation_steps:
+        settings["reconstruct.activation_steps"] = activation_steps
+    return _recipe("brecq", settings, activation_steps > 0)
 
 
 def _closed_form(target, **settings):
     settings = {f"closed_form.{name}": value for name, value in settings.items()}
-    return {"method": "closed_form", "set": {"closed_form.target": target, **settings}}
+    blind = not settings.get("closed_form.activations", True)
+    return _recipe("closed_form", {"closed_form.target": target, **settings}, blind)
 
 
 RECIPES = {
-    "nearest": {"method": "rtn", "set": {}},
+    "nearest": _recipe("rtn", {}),
     **{f"adaround {n} at 1e-3": _adaround(n, 1e-3, "constant") for n in (50, 200, 1000)},
     **{f"adaround {n} at 1e-2": _adaround(n, 1e-2) for n in (50, 200, 1000)},
     **{f"adaround {n} at 3e-2": _adaround(n, 3e-2) for n in (50, 200, 1000)},
+    **{f"adaround {n} at 1e-1": _adaround(n, 1e-1) for n in (200, 1000)},
     "adaround 5000 at 1e-2": _adaround(5000, 1e-2),
+    "adaround 5000 at 3e-2": _adaround(5000, 3e-2),
+    **{
+        f"adaround {n} at 3e-2 (2000 for time)": _adaround(n, 3e-2, temporal_steps=2000)
+        for n in (200, 1000)
+    },
+    **{
+        f"adaround {n} at 3e-2 + scales": _adaround(n, 3e-2, activation_steps=n)
+        for n in (200, 1000)
+    },
     "gptq": _closed_form("layer_quantized_input", refit_bias=False),
     "gptq + bias": _closed_form("layer_quantized_input"),
     "asym1 + bias": _closed_form("layer_fp_output"),
     "asym2 + bias": _closed_form("block_fp_output"),
+    "asym2 + bias (blind)": _closed_form("block_fp_output", activations=False),
     "asym2 + bias by c^2": _closed_form("block_fp_output", step_weights="eps_coefficient"),
     "asym2 + bias by sensitivity": _closed_form("block_fp_output", step_weights="sensitivity"),
     # Parts of the Hessian: taps of a convolution, groups of a dense layer's inputs (quant.hessian_size).
@@ -67,7 +97,7 @@ def get_config(arg=None):
     )
     config = ml_collections.ConfigDict()
     config.quantize = quickstart.get_config("smoke" if arg.smoke else None)
-    # Every unit takes the steps of its recipe, that of the time embedding too.
+    # Every unit takes the steps of its recipe, that of the time embedding too unless a recipe says so.
     config.quantize.reconstruct.temporal_steps = 0
     config.models = MODELS if arg.model == "both" else (arg.model,)
     config.bits = BITS if arg.bits == "all" else (arg.bits,)

@@ -6,7 +6,8 @@
 
 Operating points: `dpm20` (20-step DPM-Solver++(2M), guided, 10,000 samples), `ddim50` and `ddim100`
 (guided, 2,000), `free50` and `free100` (the same without guidance), `main20` (the main job's sampler, for its
-bundles: 20 steps on the quadratic grid without guidance). `--config.bundle=DIR` judges a
+bundles: 20 steps on the quadratic grid without guidance), `board20` (512 samples of it, for the many bundles of
+`experiments.compare`). `--config.bundle=DIR` judges a
 quantized bundle instead of `model`, with its own model and step tables but the sampler given here, which
 must be the one it was calibrated for. Features: the shipped classifier's; others by `--config.network=...`
 and `--config.network_weights=...`, a path or `hub:OWNER/REPO/FILE`. Reference: the test set, floor: images
@@ -23,6 +24,7 @@ POINTS = {
     "ddim50": ("ddim", "uniform", 50, True, 2_000),
     "ddim100": ("ddim", "uniform", 100, True, 2_000),
     "main20": ("ddim", "quad", 20, False, 2_000),
+    "board20": ("ddim", "quad", 20, False, 512),
     "free50": ("ddim", "uniform", 50, False, 2_000),
     "free100": ("ddim", "uniform", 100, False, 2_000),
 }
@@ -42,7 +44,7 @@ def get_config(arg=None):
     config.pictures = 0
     config.seed = 0
     config.samples = samples
-    config.shard = 500
+    config.shard = 256 if arg.point == "board20" else 500
     config.batch = 10 if guided else 20  # what two CPU cores do fastest; hundreds on a GPU or TPU
     scale = arg.guidance if guided else -1.0
     config.sampler = dict(

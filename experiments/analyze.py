@@ -36,7 +36,12 @@ from qdiff_jax.analysis.subject import (
 )
 from qdiff_jax.data.images import load_images, to_unit_range
 from qdiff_jax.eval.moments import Moments, moments_of
-from qdiff_jax.methods.run import check_comparable, load_for_sampling, make_sampler
+from qdiff_jax.methods.run import (
+    check_comparable,
+    load_for_sampling,
+    make_sampler,
+    unguided_sampler,
+)
 from qdiff_jax.models import registry
 from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
@@ -77,6 +82,7 @@ def prepare(
     seeds = range(calibration, calibration + (pairs or samples))
     real = _real(data, diffusion, classify, len(seeds)) if data else None
     ready: dict[str, dict] = {}
+    hooks, own_samplers = {}, {}
     if bundle is not None:
         loaded = load_for_sampling(bundle)
         made_from = loaded.manifest["source"]
@@ -86,7 +92,11 @@ def prepare(
                 "give that one as --model."
             )
         check_comparable(loaded.manifest, str(bundle))
-        ready = {loaded.manifest["extra"]["method"]: loaded.variables}
+        method = loaded.manifest["extra"]["method"]
+        ready, hooks, own_samplers = (
+            {method: held} for held in (loaded.variables, loaded.hooks, loaded.plan)
+        )
+        sampled = unguided_sampler(loaded, str(bundle))
 
     deterministic = {"name": "ddim", "spacing": spacing, "steps": steps, "options": {"eta": 0.0}}
 
@@ -112,7 +122,7 @@ def prepare(
             made[width] = round_to_nearest(subject, width)
         return made
 
-    subject = recorded(loaded.plan if ready else ddim(0.0), "trajectories")
+    subject = recorded(sampled if ready else ddim(0.0), "trajectories")
 
     @functools.cache
     def variants() -> dict[str, dict]:
@@ -139,7 +149,20 @@ def prepare(
         "data": data or None,
         "pairs": len(seeds),
     }
-    return Given(subject, variants, samplers, widths, classify, real, seeds, settings)
+    if ready and loaded.correction is not None:
+        settings["corrected"] = True
+    return Given(
+        subject,
+        variants,
+        samplers,
+        widths,
+        classify,
+        real,
+        seeds,
+        settings,
+        hooks,
+        own_samplers,
+    )
 
 
 def _real(source: str, diffusion: registry.DiffusionModel, classify, pairs: int) -> Moments:

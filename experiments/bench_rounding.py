@@ -3,48 +3,50 @@
     python -m experiments.bench_rounding --config=configs/bench_rounding.py --out=W
 
 Every cell (model, bits, recipe, seed) is a run of `experiments.quantize` under OUT/runs; a finished one is not
-made again, and full precision is made once for all that share model and seed. Writes rounding.md,
-rounding.csv and a picture for each model and width, over all cells under OUT that are finished. CPU seconds are
-those of the stages that decide weights (all threads, compiling apart), so run it on a machine that does
-nothing else.
+made again, one that diverged neither (delete its folder to try again), and full precision is made once for all
+that share model and seed. Writes rounding.md, rounding.csv and a picture for each model and width, over all
+cells under OUT that are finished.
+
+CPU seconds are those of the stages that decide weights, all threads, compiling apart, and of the rollouts that
+weigh steps; run it on a machine that does nothing else. A cell that compiled for more than a twentieth of them
+has its stages run once more at once, its programs now being compiled, and is timed by that.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import pathlib
-import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import command_line
+from experiments.bench_rounding_table import MADE, NOT_KEPT, WHICH, write_results
 from experiments.compare import Run, run_once
+from experiments.quantize import prepare, quantize_one, sets_of, trajectories
 from experiments.quantize_config import read_config
-from qdiff_jax.analysis.column import column, dress, line_style, plain_log, save
+from experiments.quantize_report import made_at
 from qdiff_jax.analysis.subject import parse_bits
-from qdiff_jax.eval.curves import COLOURS
-from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.report import read_report
-from qdiff_jax.eval.tables import ABSENT, significant
-from qdiff_jax.observe.archive import load_record
+from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
+from qdiff_jax.runtime.programs import release_programs
 from qdiff_jax.runtime.progress import log_progress
 
-KEYS = ("model", "bits", "recipe", "seed", "eps_rel_mse", "rollout_mse", "cpu_s", "compile_s")
-CELL = "cell.json"  # beside the report of a run: which cell it is
+CELL = "cell.json"  # beside the report of a run: which cell it is, and what made it
+TIMED = "timed"  # beside it, too: the stages once more
+# Of a cell's CPU seconds; what compiles less is near enough.
+MOST_COMPILED = 1 / 20
 
 
 class Cell(NamedTuple):
-    """One run. name: of its folder; row: the first four of KEYS."""
+    """One run. name: of its folder; row: WHICH of the cells it is."""
 
     name: str
     row: dict[str, Any]
@@ -52,12 +54,15 @@ class Cell(NamedTuple):
 
 
 def cells(config: ConfigDict) -> list[Cell]:
-    """Every cell of a config, cheap recipes first within a width. Raises ValueError for a wrong key."""
+    """Every cell of a config, in the order of its models, bits, recipes and seeds; none of a recipe that
+    concerns activations at a width that leaves them alone. Raises ValueError for a wrong key, or no cell."""
     made = []
     for model in config.models:
         for bits in config.bits:
             w_bits, a_bits = (width or 32 for width in parse_bits(bits))
             for name, recipe in config.recipes:
+                if a_bits == 32 and recipe["activations"]:
+                    continue
                 for seed in config.seeds:
                     own = config.quantize.copy_and_resolve_references()
                     own.model, own.seed = model, seed
@@ -67,163 +72,174 @@ def cells(config: ConfigDict) -> list[Cell]:
                     read_config(own)
                     words = (pathlib.Path(model).stem, bits, name, str(seed))
                     folder = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words)
-                    row = dict(zip(KEYS, (model, bits, name, int(seed))))
+                    row = dict(zip(WHICH, (model, bits, name, int(seed))))
                     made.append(Cell(folder, row, own))
+    if not made:
+        raise ValueError(
+            f"the recipes {[name for name, _ in config.recipes]} concern quantized activations, and "
+            f"{list(config.bits)} have none: take bits such as w4a8."
+        )
     return made
 
 
-def run_cells(given: Sequence[Cell], out: pathlib.Path) -> None:
-    """Run what is not finished yet."""
+def run_cells(given: Sequence[Cell], out: pathlib.Path, command: str) -> None:
+    """Run what is not finished yet; a cell that diverges is recorded as such. command: recorded in each."""
     for position, cell in enumerate(given):
         run = Run(cell.name, "configs/bench_rounding.py", cell.config, read_config(cell.config))
         logging.info("cell %d of %d: %s", position + 1, len(given), cell.name)
-        workdir = run_once(run, out, "python -m experiments.bench_rounding")
-        # Also of a run that a kill left finished but unnamed.
-        write_atomic(workdir / CELL, json.dumps(cell.row))
+        place = out / "runs" / cell.name / CELL
+        held = load_record(place) if place.exists() else {}
+        if "diverged" in held:
+            continue
+        record = place.parent / "variants" / "rounded" / "quantize.json"
+        fresh = not record.exists()
+        if held and "commit" not in held:
+            # The report may be written anew, and says the commit of now then.
+            held |= reported(place.parent)
+            save_record(place, held)
+        origin = {"command": command, **made_at()}
+        try:
+            run_once(run, out, command)
+        except FloatingPointError as error:
+            logging.warning("%s diverged: %s", cell.name, error)
+            save_record(place, {**cell.row, **origin, "diverged": str(error)})
+            release_programs()
+            continue
+        if fresh:
+            save_record(place, {**cell.row, **origin})
+        elif not held:  # a kill left it quantized but unnamed
+            said = load_record(record)
+            save_record(place, {**cell.row, **{key: said[key] for key in MADE[1:] if key in said}})
+        time_again(cell, place.parent, fresh)
+
+
+def reported(workdir: pathlib.Path) -> dict[str, str]:
+    """Commit, machine and version by the report of a cell that was made before cells said it."""
+    provenance = read_report(workdir / "report.json")["provenance"]
+    return {key: provenance[key] for key in MADE[1:]}
+
+
+def time_again(cell: Cell, workdir: pathlib.Path, fresh: bool) -> None:
+    """Run the stages of a finished cell once more, into a folder of their own, if they compiled for long.
+
+    fresh: whether this process compiled its programs. A kill in here begins it anew.
+    """
+    again = workdir / TIMED
+    first = load_record(workdir / "variants" / "rounded" / "quantize.json")
+    if (again / "quantize.json").exists() or not compiled_long(deciding(first)):
+        return
+    if not (fresh or jax.config.jax_compilation_cache_dir):
+        logging.warning("%s is not timed again: give it a compile cache.", cell.name)
+        return
+    shutil.rmtree(again, ignore_errors=True)
+    logging.info("%s once more, for its seconds without compiling", cell.name)
+    job = prepare(cell.config)
+    calibration, _ = trajectories(job, workdir)
+    quantize_one(job, "rounded", sets_of(job, workdir, calibration), again, calibration)
+    release_programs()
+
+
+def deciding(record: Mapping) -> list[dict]:
+    """Reports of the stages that decide weights (or the scales beside them) of a quantize.json."""
+    return [
+        stage
+        for name, stage in record["stages"].items()
+        if not name.split("_", 1)[1].startswith("calibrate_activations")
+    ]
+
+
+def compiled_long(stages: Sequence[Mapping]) -> bool:
+    """Whether compiling took more than MOST_COMPILED of their CPU seconds, by the wall where the processor's
+    own clock was not read."""
+
+    def compiling(stage):
+        own = stage.get("compile_cpu_seconds")
+        return stage["compile_seconds"] if own is None else own
+
+    spent = sum(stage["cpu_seconds"] for stage in stages)
+    return sum(map(compiling, stages)) > MOST_COMPILED * spent
 
 
 def read_cells(out: pathlib.Path) -> list[dict]:
-    """One row of KEYS for each finished run under out, by name of its folder."""
-    rows = []
-    for path in sorted((out / "runs").glob(f"*/{CELL}")):
-        variant = read_report(path.parent / "report.json")["variants"][1]
-        record = load_record(path.parent / "variants" / "rounded" / "quantize.json")
-        deciding = [
-            report
-            for name, report in record["stages"].items()
-            if not name.split("_", 1)[1].startswith("calibrate_activations")
-        ]
-        rows.append(
-            {
-                **json.loads(path.read_text("utf-8")),
-                "eps_rel_mse": variant["eps_rel_mse"],
-                "rollout_mse": variant["rollout_mse"],
-                "cpu_s": sum(report["cpu_seconds"] for report in deciding),
-                "compile_s": sum(report["compile_seconds"] for report in deciding),
-            }
-        )
-    return rows
+    """One row for each finished run under out, by name of its folder: WHICH, FIGURES (None for what diverged),
+    fell_back and units (None for recipes that cannot fall back), notes and MADE."""
+    return [_row(path) for path in sorted((out / "runs").glob(f"*/{CELL}"))]
 
 
-def summaries(rows: Iterable[Mapping]) -> list[dict]:
-    """Mean and spread (largest - smallest over seeds) of each (model, bits, recipe), least eps error first.
-
-    A recipe that diverged with any seed has None for its error and comes last.
-    """
-    groups: dict[tuple, list[Mapping]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in KEYS[:3]), []).append(row)
-    found = []
-    for (model, bits, recipe), held in groups.items():
-        entry = {"model": model, "bits": bits, "recipe": recipe, "seeds": len(held)}
-        for key in KEYS[4:]:
-            values = [row[key] for row in held]
-            sound = None not in values
-            entry[key] = float(np.mean(values)) if sound else None
-            entry[f"{key}_spread"] = float(np.ptp(values)) if sound else None
-        found.append(entry)
-    return sorted(found, key=lambda e: (e["model"], e["bits"], e["eps_rel_mse"] or np.inf))
-
-
-def pareto(entries: Sequence[Mapping], error: str = "eps_rel_mse") -> set[str]:
-    """Recipes that no other beats in both this error and CPU seconds."""
-    sound = [e for e in entries if e[error] is not None]
-    return {
-        e["recipe"]
-        for e in sound
-        if not any(o[error] <= e[error] and o["cpu_s"] < e["cpu_s"] for o in sound if o is not e)
+def _row(path: pathlib.Path) -> dict:
+    held, workdir = load_record(path), path.parent
+    row = {key: held[key] for key in WHICH}
+    made = {key: held.get(key, NOT_KEPT) for key in MADE}
+    figures = dict.fromkeys(("eps_rel_mse", "rollout_mse", "cpu_s", "compile_s"))
+    if "diverged" in held:
+        return {**row, **figures, "notes": [f"diverged: {held['diverged']}"], **made, **_fallen([])}
+    report = read_report(workdir / "report.json")
+    if "commit" not in held:
+        made |= reported(workdir)
+    first = load_record(workdir / "variants" / "rounded" / "quantize.json")
+    timed = first
+    if (workdir / TIMED / "quantize.json").exists():
+        timed = load_record(workdir / TIMED / "quantize.json")
+    notes = _notes(deciding(timed), timed is first)
+    if timed is not first and timed["commit"] != made["commit"]:
+        notes.append(f"timed at commit {timed['commit']}")
+    figures = {
+        "eps_rel_mse": report["variants"][1]["eps_rel_mse"],
+        "rollout_mse": report["variants"][1]["rollout_mse"],
+        "cpu_s": sum(stage["cpu_seconds"] for stage in deciding(timed)),
+        "compile_s": sum(stage["compile_seconds"] for stage in deciding(first)),
     }
+    rollouts = workdir / "trajectories" / "sensitivity.json"
+    if rollouts.exists():
+        weighed = load_record(rollouts)
+        if "cpu_seconds" in weighed:
+            figures["cpu_s"] += weighed["cpu_seconds"]
+            figures["compile_s"] += weighed["compile_seconds"]
+        else:
+            notes.append("the rollouts that weigh its steps are not counted: made before they were")
+    return {**row, **figures, "notes": notes, **made, **_fallen(deciding(first))}
 
 
-def curves(entries: Iterable[Mapping]) -> dict[str, list[Mapping]]:
-    """{label: entries by CPU seconds}: AdaRound's lengths at one rate are one curve, all others points."""
-    found: dict[str, list[Mapping]] = {}
-    for entry in sorted(entries, key=lambda e: e["cpu_s"]):
-        label = re.sub(r"^adaround \d+ at (.*)", r"adaround at \1, more steps", entry["recipe"])
-        found.setdefault(label, []).append(entry)
-    return dict(sorted(found.items()))
-
-
-def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path) -> pathlib.Path:
-    """Both errors over CPU seconds. labels: of all pictures, so that a recipe looks the same in each."""
-    errors = {"eps_rel_mse": "eps error (relative MSE)", "rollout_mse": "rollout MSE"}
-    figure, panels = column((2.1, 2.1))
-    for axes, (error, title) in zip(panels, errors.items(), strict=True):
-        sound = [e for e in entries if e[error]]
-        front = pareto(sound, error)
-        for label, held in curves(sound).items():
-            position = labels.index(label)
-            style = {**line_style(position), "markersize": 4.0, "linewidth": 0.8}
-            if len(held) == 1:
-                style["linestyle"] = "none"
-            if position >= len(COLOURS):  # colours begin again
-                style["markerfacecolor"] = "white"
-            axes.plot(
-                [max(e["cpu_s"], 0.1) for e in held], [e[error] for e in held], label=label, **style
-            )
-        best = sorted((e["cpu_s"], e[error]) for e in sound if e["recipe"] in front)
-        axes.step(
-            [max(x, 0.1) for x, _ in best],
-            [y for _, y in best],
-            where="post",
-            color="#BBBBBB",
-            linewidth=2.5,
-            zorder=0.5,
+def _notes(stages: Sequence[Mapping], once: bool) -> list[str]:
+    """What keeps the CPU seconds of these stages from being what they should be. once: not timed again."""
+    notes = []
+    if once and compiled_long(stages):
+        notes.append(
+            "compiled for more than a twentieth of its CPU seconds and was not timed again"
         )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        dress(axes, "CPU seconds (compiling apart)" if axes is panels[-1] else "", title)
-        plain_log(axes)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        fontsize=6,
-        frameon=False,
-        columnspacing=1.0,
-    )
-    return save(figure, stem)[0]
+        if any("compile_cpu_seconds" not in stage for stage in stages):
+            notes[0] += (
+                ", and the wall seconds of compiling, which are more, were taken off: too low"
+            )
+    if any(stage.get("compile_cpu_seconds", 0.0) is None for stage in stages):
+        notes.append("CPU seconds with compiling: JAX did not say when it began")
+    if any(stage.get("resumed") for stage in stages):
+        notes.append("resumed after a kill: what was done twice counts twice")
+    if any(stage.get("uncounted") for stage in stages):
+        notes.append("begun by a process that kept no seconds: too low")
+    return notes
 
 
-def write_results(out: pathlib.Path, command: str) -> pathlib.Path:
-    """rounding.md, rounding.csv and pictures under out, from all cells there."""
-    rows = read_cells(out)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, KEYS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(out / "rounding.csv", table.getvalue())
+def _fallen(stages: Sequence[Mapping]) -> dict:
+    """{"fell_back", "units"}: how many units were rounded to nearest after all, and how many there are."""
+    able = [stage for stage in stages if "fell_back" in stage]
+    if not able:
+        return {"fell_back": None, "units": None}
+    units = sum(unit["trained"] for stage in able for unit in stage["units"])
+    return {"fell_back": sum(len(stage["fell_back"]) for stage in able), "units": units}
 
-    def cell(entry, key):
-        if entry[key] is None:
-            return "diverged"
-        spread = entry[f"{key}_spread"]
-        return significant(entry[key]) + (f" ± {significant(spread / 2)}" if spread else "")
 
-    parts = [
-        "# Rounding weights: error against CPU seconds",
-        "Mean over seeds ± half the range; * marks the recipes that no other beats in both eps error and CPU "
-        "seconds. Seconds are of the stages that decide weights.",
-    ]
-    entries = summaries(rows)
-    labels = list(curves(entries))
-    for model, bits in dict.fromkeys((e["model"], e["bits"]) for e in entries):
-        mine = [e for e in entries if (e["model"], e["bits"]) == (model, bits)]
-        front = pareto(mine)
-        lines = [
-            "| recipe | eps error | rollout MSE | CPU s | compile s | seeds |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for e in mine:
-            name = e["recipe"] + (" *" if e["recipe"] in front else "")
-            shown = (cell(e, key) for key in KEYS[4:])
-            lines.append(f"| {name} | " + " | ".join(shown) + f" | {e['seeds'] or ABSENT} |")
-        stem = re.sub(r"\W+", "_", f"rounding_{pathlib.Path(model).stem}_{bits}")
-        picture = _draw(mine, labels, out / "pictures" / stem)
-        parts += [f"## {model}, {bits}", "\n".join(lines), f"![]({picture.relative_to(out)})"]
-    made = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}"
-    parts.append(f"Made by `{command}` on {made}.")
-    return write_atomic(out / "rounding.md", "\n\n".join(parts) + "\n")
+def shown_command(args: Sequence[str]) -> str:
+    """The command line as anyone can give it: the folder of the cells is W, that of programs is left out."""
+    kept, skip = [], False
+    for arg in args:
+        name, equals, _ = arg.lstrip("-").partition("=")
+        if not skip and not (arg.startswith("-") and name in ("out", "compile_cache")):
+            kept.append(arg)
+            continue
+        # "--out W" is two words, of which the second goes too.
+        skip = not skip and not equals
+    return shlex.join(["python", "-m", "experiments.bench_rounding", *kept, "--out=W"])
 
 
 def main(argv) -> None:
@@ -232,10 +248,8 @@ def main(argv) -> None:
     log_progress()
     enable_compile_cache(flags.FLAGS.compile_cache)
     out = pathlib.Path(flags.FLAGS.out)
-    run_cells(cells(flags.FLAGS.config), out)
-    path = write_results(
-        out, "python -m experiments.bench_rounding --config=configs/bench_rounding.py"
-    )
+    run_cells(cells(flags.FLAGS.config), out, shown_command(sys.argv[1:]))
+    path = write_results(out, read_cells(out))
     print(path.read_text("utf-8"))
 
 

@@ -7,7 +7,8 @@ Random rows and weights: time does not depend on values. Timed, compiling apart,
 (on an accelerator in seconds): the sums over rows in chunks of --chunk, the two factors, rounding to 4 bits; a
 layer whose whole Hessian does not fit --hessian_mib is cut as `quant.hessian_size` says. A layer that occurs n
 times counts n times; one whose estimate exceeds --most_seconds is left out and extrapolated by its
-multiply-adds. Writes sizes_<name>.md, sizes_<name>.json.
+multiply-adds from the largest measured one whose Hessian is cut alike (whole, into taps, or further); without
+any such it is not counted. Writes sizes_<name>.md, sizes_<name>.json.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
 import pathlib
-import platform
 import resource
 import time
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import command_line
+from experiments.quantize_report import made_at
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.tables import significant
 from qdiff_jax.models.families import parameter_shapes
@@ -61,7 +61,7 @@ def parse_kernels(text: str) -> dict[tuple[int, ...], int]:
 
 
 def time_layer(shape: tuple[int, ...], rows: int, chunk: int, config: ClosedFormConfig) -> dict:
-    """Seconds of one layer: {"sums", "rounding", "parts", "estimate"}; every program is warmed first."""
+    """Seconds of one layer: {"sums", "rounding", "parts"}; every program is warmed first."""
     inputs, outputs = math.prod(shape[:-1]), shape[-1]
     parts = hessian_parts(shape, config.hessian_mib)
     rng = np.random.default_rng(0)
@@ -96,26 +96,40 @@ def measure(
     config: ClosedFormConfig,
     most_seconds: float,
 ) -> list[dict]:
-    """One row a distinct kernel, small ones first; the rate of those before decides what is left out."""
-    found, rate = [], 2e10
-    costs = {
-        shape: rounding_cost(shape, rows, hessian_parts(shape, config.hessian_mib)).multiply_adds
-        for shape in kernels
-    }
+    """One row a distinct kernel, those of few multiply-adds first.
+
+    One that would take longer than most_seconds is extrapolated from the last measured one of its `cut`;
+    without any, its seconds are None.
+    """
+    found: list[dict] = []
+    parts = {shape: hessian_parts(shape, config.hessian_mib) for shape in kernels}
+    costs = {shape: rounding_cost(shape, rows, parts[shape]).multiply_adds for shape in kernels}
+    rates: dict[str, float] = {}
+    rate = 2e10
     with progress("kernels", len(kernels)) as tell:
         for position, shape in enumerate(sorted(kernels, key=costs.get)):
             row = {"kernel": shape, "count": kernels[shape], "multiply_adds": costs[shape]}
-            if costs[shape] / rate > most_seconds:
-                logging.info("%s would take about %.0f s: extrapolated", shape, costs[shape] / rate)
-                row |= {"seconds": costs[shape] / rate, "measured": False}
-                row["parts"] = hessian_parts(shape, config.hessian_mib)
+            row["parts"] = parts[shape]
+            kind = cut(shape, parts[shape])
+            # The rate of another kind is no figure, but says whether to begin at all.
+            guess = costs[shape] / rates.get(kind, rate)
+            if guess > most_seconds:
+                logging.info("%s would take about %.0f s: not measured", shape, guess)
+                row |= {"seconds": guess if kind in rates else None, "measured": False}
             else:
                 timed = time_layer(shape, rows, chunk, config)
                 row |= {**timed, "seconds": timed["sums"] + timed["rounding"], "measured": True}
-                rate = costs[shape] / row["seconds"]
+                rates[kind] = rate = costs[shape] / row["seconds"]
             found.append(row)
             tell(position + 1)
     return found
+
+
+def cut(shape: tuple[int, ...], parts: int) -> str:
+    """How a Hessian of this many parts is cut, which decides at what rate it is worked on."""
+    if parts == 1:
+        return "whole"
+    return "taps" if parts == math.prod(shape[:-2]) else "further"
 
 
 def write_results(name: str, found: list[dict], rows: int, command: str, out: pathlib.Path) -> str:
@@ -128,22 +142,28 @@ def write_results(name: str, found: list[dict], rows: int, command: str, out: pa
     for row in found:
         shape = "x".join(map(str, row["kernel"]))
         mark = "" if row["measured"] else " (extrapolated)"
-        whole = significant(row["seconds"] * row["count"])
-        each = significant(row["seconds"]) + mark
+        if row["seconds"] is None:
+            each, whole = "too long, and none of its kind measured", "not counted"
+        else:
+            each = significant(row["seconds"]) + mark
+            whole = significant(row["seconds"] * row["count"])
         lines.append(f"| {shape} | {row['count']} | {row['parts']} | {each} | {whole} |")
-    total = sum(row["seconds"] * row["count"] for row in found)
+    counted = [row for row in found if row["seconds"] is not None]
+    total = sum(row["seconds"] * row["count"] for row in counted)
+    missing = sum(row["count"] for row in found) - sum(row["count"] for row in counted)
+    without = f" without {missing} layers that are not counted" if missing else ""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    made = f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}"
+    made = made_at()
     text = "\n".join(
         [
             f"# Rounding {name} in closed form",
             "",
-            f"{rows:,} rows a layer, float32, 4 bits: {significant(total)} {unit} in all ({total / 60:.1f} "
-            f"minutes), {peak:.1f} GiB at the peak; passes of the network not included.",
+            f"{rows:,} rows a layer, float32, 4 bits: {significant(total)} {unit} in all{without} "
+            f"({total / 60:.1f} minutes), {peak:.1f} GiB at the peak; passes of the network not included.",
             "",
             *lines,
             "",
-            f"Made by `{command}` on {made}.",
+            f"Made by `{command}` at commit {made['commit']}, jax {made['jax_version']}, on {made['machine']}.",
             "",
         ]
     )

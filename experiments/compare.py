@@ -4,21 +4,38 @@
         --method=configs/methods/ptqd.py:base=brecq,laptop --bits=w8a8,w4a8 \
         --config=configs/damage.py --out=/tmp/leaderboard
 
-Every `--method` (a config file, its words behind a colon) is run at each of `--bits`; every `--config` as it
-is. Each run is a workdir of experiments.quantize under OUT/runs; killed at any moment, the same command goes
-on where it was, and more methods or bits join those there are. Full-precision trajectories and samples are
-made once for all runs that measure alike (OUT/shared). Runs on one model must measure alike (sampler,
-seed, calibration and evaluation sizes): what differs is named before anything runs, and
-`--set=calibration.samples=32` sets a key in every config. Writes leaderboard.md, leaderboard.csv and pictures.
+Every `--method` (a config file, its words behind a colon) is run at each of `--bits` that its config lists,
+alone; at those of `--closed_form`, a method that rounds weights block by block also runs solved.
+Round-to-nearest stands beside them, once for each model, site policy and width: errors compare under one policy
+only. Every `--config` is run as it is. Each run is a workdir of experiments.quantize under OUT/runs, named by
+its config; killed at any moment, the same command goes on where it was, and more methods or bits join those
+there are. A run that diverges is a row that says so (OUT/runs/NAME/diverged.json; delete it to try again).
+Full-precision trajectories and samples are made once for all runs that measure alike (OUT/shared). Runs on one
+model must measure alike (sampler, seed, evaluation sizes): what differs is named before anything runs, and
+`--set=evaluation.samples=32` sets a key in every config (`--set=policy=common`: all methods under one policy).
+Writes leaderboard.md, leaderboard.csv and pictures.
 
-With `--judge=configs/evaluate.py:main20 --judge_set=data.source=idx:DIR`, variants of `--judge_bits` (and full
-precision) are also judged by many samples, for their Frechet distance from real images.
+With `--judge=configs/evaluate.py:board20 --judge_set=data.source=idx:DIR`, variants of `--judge_bits` (and full
+precision, once a model) are also judged by 512 samples, for their Frechet distance from real images.
+
+The board of the six U-Net methods and the baselines on both shipped models (bash):
+
+    M=configs/methods; python -m experiments.compare --bits=w8a8,w4a8,w4a4 --closed_form=w4a8,w4a4 \
+        --method=$M/baseline.py:laptop,method={brecq,tfmq,closed_form},model={unet,dit} \
+        --method=$M/{ptq4dm,qdiffusion,tdq,tcaq,ptqd}.py:laptop,model={unet,dit} \
+        --method=$M/ptq4dm.py:laptop,plain,model={unet,dit} \
+        --method=$M/ptqd.py:laptop,base=brecq,model={unet,dit} \
+        --judge=configs/evaluate.py:board20 --judge_set=data.source=idx:DIR --out=W
+
+That is 96 runs, 18 of each model at W4A8 and W4A4 and 12 at W8A8, and 38 evaluations: about 2.5 CPU hours, an
+estimate from the seconds of single runs. Of one U-Net run a BRECQ reconstruction takes 57 s, a closed form 27,
+64 rollouts and 16 held-out trajectories 20, and an evaluation by 512 samples 130; an evaluation of the DiT's
+network takes half as long.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 import os
 import pathlib
@@ -27,91 +44,32 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import app, flags, logging
 
 from experiments import command_line
 from experiments.compare_images import Judging, check_judging, judge_variants
-from experiments.compare_report import Finished, collect, write_leaderboard
-from experiments.prompts import prompts_digest, read_prompts
-from experiments.quantize import quantize
-from experiments.quantize_config import QuantizeConfig, read_config
-from qdiff_jax.config import fingerprint, flatten, load_config
+from experiments.compare_report import write_leaderboard
+from experiments.compare_rows import Finished, collect
+from experiments.compare_runs import Run, check_alike, make_run, marked, method_runs, protocol
+from experiments.quantize import prepare, quantize
+from experiments.quantize_report import commit
+from qdiff_jax.config import fingerprint
+from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.runtime.cache import enable_compile_cache
 from qdiff_jax.runtime.programs import release_programs
 from qdiff_jax.runtime.progress import log_progress
 
+# Recorded with as many trajectories as are calibrated on; the others are the same for any number.
+OF_CALIBRATION = ("trajectories/calibration.json", "trajectories/calibration.npz")
 SHARED_FILES = (
-    "trajectories/calibration.npz",
+    *OF_CALIBRATION,
+    "trajectories/held_out.json",
     "trajectories/held_out.npz",
     "variants/fp32/samples.npz",
 )
-
-
-class Run(NamedTuple):
-    """One config to be run. name: of its folder. given: as the command named it. config: unread, as
-    `quantize` takes it; parsed: the same, read and checked."""
-
-    name: str
-    given: str
-    config: Any
-    parsed: QuantizeConfig
-
-
-def make_run(path_with_words: str, overrides: Mapping[str, Any]) -> Run:
-    """The run of a config file with its words. Raises ValueError as `load_config` and `read_config` do."""
-    path, _, words = path_with_words.partition(":")
-    config = load_config(path_with_words, overrides)
-    name = re.sub(r"[^\w.=-]+", "-", "-".join(filter(None, (pathlib.Path(path).stem, words))))
-    return Run(name, path_with_words, config, read_config(config))
-
-
-def with_bits(method: str, bits: str) -> str:
-    """configs/methods/x.py:laptop at w4a8 -> configs/methods/x.py:w4a8,laptop."""
-    path, _, words = method.partition(":")
-    return f"{path}:" + ",".join(filter(None, (bits, words)))
-
-
-def protocol(config: QuantizeConfig) -> dict[str, Any]:
-    """What two runs on one model must share for their figures to compare."""
-    return {
-        "seed": config.seed,
-        "classifier": config.classifier,
-        **{f"parts.{k}": v for k, v in dataclasses.asdict(config.parts).items()},
-        "prompts": prompts_digest(read_prompts(config.prompts)),
-        **{f"sampler.{k}": v for k, v in flatten(config.sampler.as_json()).items()},
-        # Held-out trajectories follow those of calibration.
-        "calibration.samples": config.calibration.samples,
-        "evaluation.held_out": config.evaluation.held_out,
-        "evaluation.samples": config.evaluation.samples,
-        "evaluation.batch": config.evaluation.batch,
-    }
-
-
-def check_alike(runs: Sequence[Run]) -> None:
-    """Raise ValueError if two runs have one folder, or runs on one model measure differently."""
-    first: dict[str, Run] = {}
-    names: dict[str, Run] = {}
-    for run in runs:
-        if run.name in names:
-            raise ValueError(
-                f"{run.given} and {names[run.name].given} would share the folder {run.name}; give "
-                "each config once, or other words."
-            )
-        names[run.name] = run
-        other = first.setdefault(run.parsed.model, run)
-        mine, theirs = protocol(run.parsed), protocol(other.parsed)
-        odd = [
-            f"{k} is {theirs.get(k)!r} and {mine.get(k)!r}"
-            for k in sorted(mine | theirs)
-            if mine.get(k) != theirs.get(k)
-        ]
-        if odd:
-            raise ValueError(
-                f"{other.given} and {run.given} measure {run.parsed.model} differently: "
-                f"{'; '.join(odd)}. Set the key in all configs with --set=key=value."
-            )
+DIVERGED = "diverged.json"
 
 
 def share(out: pathlib.Path, run: Run, workdir: pathlib.Path) -> None:
@@ -119,9 +77,11 @@ def share(out: pathlib.Path, run: Run, workdir: pathlib.Path) -> None:
 
     Files are whole or absent, so that a link to one can be made at any moment.
     """
-    key = fingerprint({"model": run.parsed.model, **protocol(run.parsed)})[:16]
+    measured = {"model": run.parsed.model, **protocol(run.parsed)}
+    calibrated = {**measured, "calibration.samples": run.parsed.calibration.samples}
     name = re.sub(r"\W+", "-", pathlib.Path(run.parsed.model).stem)
     for file in SHARED_FILES:
+        key = fingerprint(calibrated if file in OF_CALIBRATION else measured)[:16]
         common, own = out / "shared" / f"{name}-{key}" / file, workdir / file
         for source, target in ((common, own), (own, common)):
             if source.exists() and not target.exists():
@@ -144,14 +104,31 @@ def is_finished(run: Run, workdir: pathlib.Path) -> bool:
 
 
 def run_once(run: Run, out: pathlib.Path, command: str) -> pathlib.Path:
-    """The workdir of a run, finished: nothing is done again, and full precision is made once for all."""
+    """The workdir of a run, finished: nothing is done again, and full precision is made once for all. A run
+    has no pictures of its own."""
     workdir = out / "runs" / run.name
     share(out, run, workdir)
     if not is_finished(run, workdir):
-        quantize(run.config, workdir, f"{command} --workdir={workdir}")
+        quantize(run.config, workdir, f"{command}, run {run.name}", pictures=False)
         release_programs()  # dozens of runs compile more than a process may map
         share(out, run, workdir)
     return workdir
+
+
+def attempt(run: Run, out: pathlib.Path, command: str) -> Finished:
+    """The run, finished or diverged, now or when it was tried before; one that diverged stops no other."""
+    workdir = out / "runs" / run.name
+    failed = workdir / DIVERGED
+    if not failed.exists():
+        try:
+            run_once(run, out, command)
+        except FloatingPointError as error:
+            logging.warning("%s diverged: %s", run.name, error)
+            save_record(failed, {"why": str(error), "commit": commit()})
+            release_programs()
+            share(out, run, workdir)
+    found = load_record(failed) if failed.exists() else {}
+    return Finished(run.name, run.parsed, workdir, run.words, found)
 
 
 def compare(
@@ -161,35 +138,38 @@ def compare(
     out: pathlib.Path,
     *,
     overrides: Mapping[str, Any] | None = None,
+    closed_form: Sequence[str] = (),
     judging: Judging | None = None,
     command: str = "",
 ) -> dict[str, pathlib.Path]:
     """Run what is missing and write the leaderboard; returns its files by kind.
 
-    methods: run at each of bits (such as "w4a8"); configs: run as they are. overrides: keys set in all.
-    judging: which variants are compared with real images, by many samples; None for none.
+    methods: run at each of bits (such as "w4a8") that they list; configs: run as they are. overrides: keys set
+    in all. closed_form: bits at which methods that round weights also run solved. judging: which variants are
+    compared with real images, by many samples; None for none.
     Raises ValueError, before anything runs, for a config that is wrong or runs that cannot be compared.
     """
-    out = pathlib.Path(out)
-    given = [with_bits(method, b) for method in methods for b in bits] + list(configs)
-    if not given or (methods and not bits):
+    out, overrides = pathlib.Path(out), overrides or {}
+    if not (methods or configs) or (methods and not bits):
         raise ValueError("nothing to compare: give methods with bits, or configs.")
-    runs = [make_run(path, overrides or {}) for path in given]
+    runs = method_runs(methods, bits, overrides, closed_form)
+    runs = [marked(run) for run in (*runs, *(make_run(path, overrides) for path in configs))]
     check_alike(runs)
+    for run in runs:
+        if not is_finished(run, out / "runs" / run.name):
+            prepare(run.config)
     if judging is not None:
         # Real images are described once for all variants, unless the caller names another folder.
         known = {"cache": str(out / "real"), **judging.overrides}
         judging = judging._replace(overrides=known)
         check_judging(runs, judging)
+    command = command or "experiments.compare.compare(...)"
     finished = []
     for position, run in enumerate(runs):
         logging.info("run %d of %d: %s", position + 1, len(runs), run.name)
-        again = shlex.join(["python", "-m", "experiments.quantize", f"--config={run.given}"])
-        again += "".join(f" --config.{k}={v}" for k, v in (overrides or {}).items())
-        workdir = run_once(run, out, again)
-        finished.append(Finished(run.name, run.parsed, workdir))
+        finished.append(attempt(run, out, command))
     if judging is not None:
-        finished = judge_variants(finished, judging)
+        finished = judge_variants(finished, judging, out / "judged")
     return write_leaderboard(out, collect(finished), command)
 
 
@@ -218,6 +198,7 @@ def main(argv) -> None:
         flags.FLAGS.config,
         pathlib.Path(flags.FLAGS.out),
         overrides=parse_overrides(flags.FLAGS.set),
+        closed_form=flags.FLAGS.closed_form,
         judging=Judging(
             flags.FLAGS.judge,
             tuple(flags.FLAGS.judge_bits),
@@ -232,7 +213,8 @@ def main(argv) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_multi_string("method", [], "Config file of a method, run at each of --bits.")
-    flags.DEFINE_list("bits", ["w8a8", "w4a8"], "Bits of the methods.")
+    flags.DEFINE_list("bits", ["w8a8", "w4a8"], "Bits of the methods; each takes those it lists.")
+    flags.DEFINE_list("closed_form", [], "Of these: at which methods also run solved, not stepped.")
     flags.DEFINE_multi_string("config", [], "Config file, path:arg, run as it is.")
     flags.DEFINE_multi_string("set", [], "key=value, set in every config.")
     flags.DEFINE_string("judge", "", "Config file of experiments.evaluate, path:arg.")

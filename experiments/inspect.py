@@ -31,10 +31,12 @@ from qdiff_jax.eval.site_table import (
     site_rows,
     totals,
 )
+from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.models import registry
 from qdiff_jax.models.published import PUBLISHED
 from qdiff_jax.policy import POLICIES, SitePlan, make_plan, policy
 from qdiff_jax.sites import Site
+from qdiff_jax.stages.group_grids import group_plan
 
 NOTE = (
     "Bits are those of weight/input, q/k, or softmax/v; 32 is full precision. Sizes in MB (1e6 bytes): kernels "
@@ -85,12 +87,21 @@ def plans_of(
     plans, refused = {}, []
     for name in POLICIES if every else names:
         try:
-            plans[name] = make_plan(sites, policy(name, sites, *bits))
+            plans[name] = _as_run(name, sites, make_plan(sites, policy(name, sites, *bits)))
         except ValueError as error:
             if not every:
                 raise
             refused.append(str(error))
     return plans, refused
+
+
+def _as_run(name: str, sites: Sequence[Site], plan: SitePlan) -> SitePlan:
+    """The plan with the grids of its method, where that has its own: SVDQuant's groups, adapted where they do
+    not divide."""
+    if name != "official:svdquant":
+        return plan
+    config = SvdQuantConfig()
+    return group_plan(plan, sites, config.group, misfit="adapt", unsigned=config.unsigned)[0]
 
 
 def short(name: str) -> str:

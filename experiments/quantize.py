@@ -17,6 +17,7 @@ import pathlib
 import resource
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,20 +36,30 @@ from experiments.quantize_config import (
     check_sizes,
     method_settings,
     read_config,
+    settings_of,
 )
-from experiments.quantize_report import draw, is_measured, measure, provenance, reference
+from experiments.quantize_images import training_images
+from experiments.quantize_report import (
+    commits,
+    draw,
+    is_measured,
+    made_at,
+    measure,
+    provenance,
+    reference,
+)
 from qdiff_jax.config import claim_workdir
 from qdiff_jax.diffusion.guidance import Guidance
 from qdiff_jax.diffusion.quantized_tensors import tensor_ranges
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval import report
 from qdiff_jax.eval.asked import Asked, asked_of
-from qdiff_jax.eval.samples import noise_key
+from qdiff_jax.eval.samples import FIRST_HELD_OUT, noise_key
+from qdiff_jax.methods.checks import check_variant
 from qdiff_jax.methods.registry import (
     CalibrationSets,
     MethodSettings,
     build,
-    check_network,
     methods_of,
 )
 from qdiff_jax.methods.run import make_sampler, run_method
@@ -63,7 +74,9 @@ from qdiff_jax.policy import SitePlan, make_plan, policy
 from qdiff_jax.runtime.cache import compile_account, enable_compile_cache
 from qdiff_jax.runtime.phases import follow, phases
 from qdiff_jax.runtime.progress import log_progress, progress
+from qdiff_jax.runtime.seconds import stopwatch
 from qdiff_jax.sites import Site, list_sites
+from qdiff_jax.stages.noising import Images
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
 from qdiff_jax.stages.step_bits import target_entries
 
@@ -79,6 +92,7 @@ class Job(NamedTuple):
     plans: dict[str, SitePlan]
     settings: MethodSettings
     sampler: SamplerPlan
+    images: Images | None = None
 
     @property
     def diffusion(self) -> registry.DiffusionModel:
@@ -99,14 +113,11 @@ def quantize(
     config, diffusion, asked = job.config, job.diffusion, job.asked
     claim_workdir(workdir, config, FREE_TO_CHANGE)
     claim_prompts(workdir, asked.prompts)
+    made_at()  # the commit of now, whatever is committed while this runs
     with phases(phase_weights(config, workdir)) as enter, compile_account() as account:
         enter("trajectories")
         calibration, held_out = trajectories(job, workdir)
-        sets = calibration_sets(config, calibration)._replace(
-            paired=pairs_of(job, calibration),
-            sampling=sampling_of(job),
-            step_weights=step_weights(job, workdir),
-        )
+        sets = sets_of(job, workdir, calibration)
         enter("fp32")
         records = [reference(config, asked, workdir)]
         for name, v in config.variants.items():
@@ -121,7 +132,10 @@ def quantize(
         account.seconds,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-    paths = report.write_report(workdir, records, provenance(config, diffusion, command), drawn)
+    # Of each variant by its own records: what is read back was made at an earlier commit.
+    origin = {name: commits(workdir / "variants" / name) for name in config.variants}
+    made = {**provenance(config, diffusion, command), "commits_of_variants": origin}
+    paths = report.write_report(workdir, records, made, drawn)
     Console().print(report.terminal_table(records))
     return paths
 
@@ -147,8 +161,6 @@ def prepare(config: Any) -> Job:
     diffusion = asked.diffusion
     base = config.ptqd.base
     methods = {part for v in config.variants.values() for part in methods_of(v.method, base)}
-    for method in methods:
-        check_network(method, diffusion.model)
     if config.classifier:
         registry.classifier(config.classifier)
     sampler = make_sampler(diffusion.source["schedule"], config.sampler.as_json())
@@ -165,12 +177,15 @@ def prepare(config: Any) -> Job:
         for name, v in config.variants.items()
     }
     for name, v in config.variants.items():
+        own = settings_of(config, settings, name)
+        check_variant(v.method, diffusion.model, sites, plans[name], own)
         if config.ptqd.step_bits and "ptqd" in methods_of(v.method, base):
             try:
                 target_entries(plans[name])
             except ValueError as error:
                 raise ValueError(f"config.variants.{name}: {error}") from error
-    job = Job(config, asked, guidance, sites, plans, settings, sampler)
+    images = training_images(config.data, methods, asked)
+    job = Job(config, asked, guidance, sites, plans, settings, sampler, images)
     source = settings.efficientdm.source
     if source.kind == "online" and "efficientdm" in methods and asked.prompts:
         raise ValueError(
@@ -193,17 +208,24 @@ def phase_weights(config: QuantizeConfig, workdir: pathlib.Path) -> dict[str, fl
 
 
 def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajectory]:
-    """Full-precision trajectories: to calibrate on, and others to measure on."""
+    """Full-precision trajectories: to calibrate on, and others to measure on.
+
+    The latter have indices of their own, so that they are the same ones however many are calibrated on. Beside
+    the file lie the seconds that recording took, without compiling.
+    """
     config, diffusion = job.config, job.diffusion
-    total = config.calibration.samples + config.evaluation.held_out
     recorded = []
-    for name, indices in (
-        ("calibration", range(config.calibration.samples)),
-        ("held_out", range(config.calibration.samples, total)),
+    for name, first, count in (
+        ("calibration", 0, config.calibration.samples),
+        ("held_out", FIRST_HELD_OUT, config.evaluation.held_out),
     ):
-        path = workdir / "trajectories" / f"{name}.npz"
+        path, indices = workdir / "trajectories" / f"{name}.npz", range(first, first + count)
         if not path.exists():
-            with progress(f"recording {name} trajectories", len(indices)) as tell:
+            began, cpu_began = time.monotonic(), time.process_time()
+            with (
+                compile_account() as account,
+                progress(f"recording {name} trajectories", len(indices)) as tell,
+            ):
                 trajectory = record_trajectories(
                     registry.predictor(diffusion.model.module),
                     {"params": diffusion.model.params, "quant": {}},
@@ -216,9 +238,23 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
                     batch_size=config.evaluation.batch,
                     on_batch=tell,
                 )
+            spent = {"seconds": time.monotonic() - began}
+            spent["cpu_seconds"] = time.process_time() - cpu_began
+            spent = {key: max(value - account.seconds, 0.0) for key, value in spent.items()}
+            save_record(path.with_suffix(".json"), spent)  # first: no trajectories without it
             save_arrays(path, trajectory)
         recorded.append(load_arrays(path, Trajectory, optional=("y",)))
     return tuple(recorded)
+
+
+def sets_of(job: Job, workdir: pathlib.Path, calibration: Trajectory) -> CalibrationSets:
+    """All that methods are calibrated on, from the recorded trajectories."""
+    return calibration_sets(job.config, calibration)._replace(
+        paired=pairs_of(job, calibration),
+        sampling=sampling_of(job),
+        step_weights=step_weights(job, workdir),
+        images=job.images,
+    )
 
 
 def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> CalibrationSets:
@@ -240,7 +276,8 @@ def calibration_sets(config: QuantizeConfig, calibration: Trajectory) -> Calibra
 
 
 def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
-    """[S], by the config's rule; None for equal weights. Rollouts are made once for a workdir."""
+    """[S], by the config's rule; None for equal weights. Rollouts are made once for a workdir, and the file
+    with their outcome says what they took."""
     config, diffusion = job.config, job.diffusion
     if config.closed_form.step_weights == "uniform":
         return None
@@ -249,18 +286,20 @@ def step_weights(job: Job, workdir: pathlib.Path) -> np.ndarray | None:
     path = workdir / "trajectories" / "sensitivity.json"
     if not path.exists():
         indices = list(range(config.calibration.samples))
-        importance = rollout_sensitivity(
-            registry.predictor(diffusion.model.module),
-            {"params": diffusion.model.params, "quant": {}},
-            job.sampler,
-            noise_key(config.seed),
-            indices,
-            shape=diffusion.image_shape,
-            y=job.asked.conditions(indices),
-            guidance=job.guidance,
-            batch_size=min(config.evaluation.batch, len(indices)),
-        )
-        save_record(path, {"importance": importance.tolist()})
+        with stopwatch() as read:
+            importance = rollout_sensitivity(
+                registry.predictor(diffusion.model.module),
+                {"params": diffusion.model.params, "quant": {}},
+                job.sampler,
+                noise_key(config.seed),
+                indices,
+                shape=diffusion.image_shape,
+                y=job.asked.conditions(indices),
+                guidance=job.guidance,
+                batch_size=min(config.evaluation.batch, len(indices)),
+            )
+            spent = read()
+        save_record(path, {"importance": importance.tolist(), **spent._asdict(), **made_at()})
     return np.asarray(load_record(path)["importance"])
 
 
@@ -303,9 +342,10 @@ def quantize_one(
 ) -> dict:
     """Run the variant's method to its bundle. calibration: full-precision trajectories."""
     config, v = job.config, job.config.variants[name]
+    settings = settings_of(config, job.settings, name)
     with follow(name) as tell:
         return run_method(
-            build(v.method, job.diffusion.model, sets, job.settings, tell),
+            build(v.method, job.diffusion.model, sets, settings, tell),
             job.diffusion,
             job.plans[name],
             jax.random.fold_in(jax.random.key(config.seed), 3),
@@ -321,6 +361,7 @@ def quantize_one(
                 "a_bits": v.a_bits,
             },
             on_stage=lambda stage: logging.info("%s: %s", name, stage),
+            made=made_at(),
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from experiments.quantize_images import TrainingImages
 from qdiff_jax.config import to_dataclass
 from qdiff_jax.diffusion.guidance import branches
 from qdiff_jax.eval.samples import guidance_of
@@ -19,7 +20,14 @@ from qdiff_jax.methods.efficientdm import EfficientDMConfig
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.recipes import JOIN, PARTS
-from qdiff_jax.methods.registry import BINARY, METHODS, MethodSettings, methods_of
+from qdiff_jax.methods.registry import (
+    BINARY,
+    METHODS,
+    MethodSettings,
+    check_rounds,
+    deciding,
+    methods_of,
+)
 from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
@@ -162,13 +170,18 @@ class RoundingConfig:
     samples of each step count, "uniform", "eps_coefficient" or "sensitivity" (`stages.row_weights`)."""
 
     target: str = "block_fp_output"
+    act_order: bool = True
     damping: float = 0.01
+    block: int = 128
     ridge: float = 0.05
     refit_bias: bool = True
     sweeps: int = 0
     kronecker_sweeps: int = 0
+    kronecker_batch: int = 0
     rows: int = 24_576
     hessian_mib: int = 2048
+    hessian_seconds: float = 0.0
+    check_samples: int = 64
     activations: bool = True
     tune_steps: int = 0
     step_weights: str = "uniform"
@@ -178,10 +191,10 @@ class RoundingConfig:
 class QuantizeConfig:
     """model, classifier: shipped names or .safetensors paths (classifier "" for none); or model is the place of
     a published network, parts which that is and where its first stage and text encoder are
-    (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. variants:
-    {name: VariantConfig}, in the order of the report. rounding: how methods that reconstruct
-    weights round them, "adaround" or "closed_form", the latter by the settings of that name, which the method
-    closed_form has too."""
+    (`models.load_pipeline`), and prompts, for one that reads them, a text file with one a line. data: real
+    images for methods that can train on them (`quantize_images`). variants: {name: VariantConfig}, in the order
+    of the report. rounding: "adaround" for each method's own way, or "closed_form" by the settings of that
+    name, which the method closed_form has too; methods that decide otherwise refuse it (`settings_of`)."""
 
     model: str
     classifier: str
@@ -211,6 +224,7 @@ class QuantizeConfig:
     binarydm: BinaryTrainConfig = BinaryTrainConfig()
     parts: Parts = Parts()
     prompts: str = ""
+    data: TrainingImages = TrainingImages()
 
 
 # How often a long unit is saved, and how much memory it may take, does not touch the codes.
@@ -334,6 +348,21 @@ def method_settings(config: QuantizeConfig) -> MethodSettings:
         efficientdm=config.efficientdm,
         binarydm=config.binarydm,
     )
+
+
+def settings_of(config: QuantizeConfig, settings: MethodSettings, name: str) -> MethodSettings:
+    """The settings of the variant `name`. Rounding to nearest is what others are compared with, and stays so
+    beside variants that are rounded as the config asks.
+
+    Raises ValueError for `config.rounding` asked of a method that decides its codes in a way of its own, or
+    where there is nothing but rounding to nearest.
+    """
+    base = config.ptqd.base
+    decide = {v: deciding(asked.method, base) for v, asked in config.variants.items()}
+    if decide[name] == "rtn" and set(decide.values()) != {"rtn"}:
+        return dataclasses.replace(settings, rounding=MethodSettings.rounding)
+    check_rounds(config.variants[name].method, settings)
+    return settings
 
 
 def check_sizes(config: QuantizeConfig, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import platform
@@ -74,6 +75,11 @@ def reference(config: QuantizeConfig, asked: Asked, workdir: pathlib.Path) -> di
         variables = {"params": diffusion.model.params, "quant": {}}
         x = rollout(config, asked, variables, plan, diffusion.model.module, "fp32")
         save_arrays(path, Samples(x))
+    return full_precision(diffusion)
+
+
+def full_precision(diffusion: registry.DiffusionModel) -> dict:
+    """The record of a model beside its quantized variants."""
     return {
         "name": "fp32",
         "w_bits": 32,
@@ -130,6 +136,7 @@ def measure(
         **_temporal(loaded, asked, held_out.t),
         "timesteps": held_out.t.tolist(),
         **{key: record[key] for key in ("calibrate_s", "reconstruct_s", "compile_s")},
+        "commit": commit(),
     }
     result = report.check_variants([result])[0]
     save_record(folder / "metrics.json", result)
@@ -210,14 +217,34 @@ def provenance(config: QuantizeConfig, diffusion, command: str) -> dict:
     """What made the report: command, commit, machine, versions, fingerprints."""
     return {
         "command": command or "experiments.quantize.quantize(...)",
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
-        "jax_version": jax.__version__,
+        **made_at(),
         "config_fingerprint": fingerprint(config),
         "source_checkpoint_hash": diffusion.source["sha256"],
     }
 
 
+def commits(folder: pathlib.Path) -> str:
+    """Where the figures of a variant's folder come from, as its own records say, whenever they are read."""
+    places = {"quantized": "quantize.json", "measured": "metrics.json"}
+    found = {
+        what: load_record(folder / name).get("commit", "a commit not recorded")
+        for what, name in places.items()
+    }
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{what} at {commit}" for what, commit in found.items())
+
+
+def made_at() -> dict[str, str]:
+    """The commit, the machine and the version of JAX, for whatever records figures."""
+    return {
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "jax_version": jax.__version__,
+    }
+
+
+@functools.cache  # what runs is what was there when it began
 def commit() -> str:
     """The code's, with -dirty behind it where files have changed; "not a git checkout" where there is none."""
     root = pathlib.Path(__file__).resolve().parent

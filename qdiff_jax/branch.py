@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from qdiff_jax.export.integer import integer_op
 from qdiff_jax.operators import DENSE, Operator, plain
@@ -60,9 +61,34 @@ def low_rank(
     return y + plain(DENSE, narrow, arrays.up.astype(lhs.dtype), None)
 
 
+def remainder(arrays: LowRank, kernel: jax.Array) -> jax.Array:
+    """R = s (W - L1 L2) of a kernel W, float32 of its shape: what the quantized product stands for."""
+    rest = kernel.astype(jnp.float32)
+    if arrays.down is not None:
+        down = arrays.down.astype(jnp.float32).reshape(-1, arrays.down.shape[-1])
+        product = jnp.matmul(down, arrays.up.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        rest = rest - product.reshape(kernel.shape)
+    if arrays.smoothing is None:
+        return rest
+    return rest / arrays.smoothing.reshape((1,) * (rest.ndim - 2) + (-1, 1))
+
+
+def unshifted(arrays: LowRank, bias: jax.Array | None, rest: jax.Array) -> jax.Array | None:
+    """The bias [N] that makes up for the shift of what `rest` [.., C, N] is multiplied with; without a shift
+    the bias as it is, which may be None."""
+    if arrays.shift is None:
+        return bias
+    each = rest.sum(axis=tuple(range(rest.ndim - 2)))
+    if arrays.smoothing is not None:
+        each = each * arrays.smoothing[:, None]
+    made_up = -arrays.shift * each.sum(axis=0)
+    return made_up if bias is None else bias + made_up
+
+
 def smoothed(arrays: LowRank, x: jax.Array) -> jax.Array:
-    """(x + shift) / s in float32: what the activation quantizer reads."""
-    x = x.astype(jnp.float32)
+    """(x + shift) / s, what the activation quantizer reads; float32, or float64 where x and the arrays are."""
+    if x.dtype != jnp.float64:
+        x = x.astype(jnp.float32)
     if arrays.shift is not None:
         x = x + arrays.shift
     if arrays.smoothing is not None:

@@ -21,6 +21,14 @@ from typing import Any
 import ml_collections
 
 
+class UnknownWordError(ValueError):
+    """word: what stands behind a config's colon and is none of its words."""
+
+    def __init__(self, message: str, word: str):
+        super().__init__(message)
+        self.word = word
+
+
 def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
     """Reads the part behind the colon of `--config=configs/x.py:w4a8,smoke,seed=3`.
 
@@ -34,7 +42,8 @@ def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
       A namespace with one attribute per key.
 
     Raises:
-      ValueError: an unknown word (with the nearest known one), or a value of the wrong type.
+      ValueError: an unknown word (an `UnknownWordError`, with the nearest known one), or a value of the
+        wrong type.
 
     Example:
       parse_arg("w8a8,smoke", bits=("w4a8", "w8a8"), smoke=False, seed=0)
@@ -54,7 +63,9 @@ def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
             raise ValueError(f"config argument {key!r} needs a value: write {key}=...")
         else:
             known = [*defaults, *choices]
-            raise ValueError(f"config argument {item!r} is not known{_suggest(key, known)}.")
+            raise UnknownWordError(
+                f"config argument {item!r} is not known{_suggest(key, known)}.", item
+            )
     return types.SimpleNamespace(**values)
 
 

@@ -10,7 +10,7 @@ import pytest
 from qdiff_jax.branch import LowRank, low_rank, smoothed
 from qdiff_jax.eval.cost import network_cost
 from qdiff_jax.export.bundle import load_bundle, save_bundle, stored_bytes
-from qdiff_jax.export.integer import integer_accumulators, lowered_has_int_dot
+from qdiff_jax.export.integer import integer_accumulators, lowered_int_dots
 from qdiff_jax.export.qtensor import codes as codes_of
 from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.operators import DENSE, Operator, same_conv
@@ -164,8 +164,9 @@ def test_every_platform_is_given_integer_products(case, platform):
         return lambda *args: run(case[0], args[0], args[1].replace(execute=execute), *args[2:])
 
     args = (x, site, arrays, bias)
-    assert lowered_has_int_dot(function(True), *args, platforms=[platform])
-    assert not lowered_has_int_dot(function(False), *args, platforms=[platform])
+    # The branch stays in floating point.
+    assert lowered_int_dots(function(True), *args, platforms=[platform]) == 1
+    assert lowered_int_dots(function(False), *args, platforms=[platform]) == 0
 
 
 def test_a_bundle_gives_the_operator_back(tmp_path):

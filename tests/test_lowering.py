@@ -10,11 +10,12 @@ import pytest
 from qdiff_jax.diffusion.sample import sample_scan
 from qdiff_jax.diffusion.samplers import ddim
 from qdiff_jax.diffusion.schedule import make_schedule
-from qdiff_jax.export.integer import lowered_has_int_dot
+from qdiff_jax.export.integer import lowered_int_dots
 from qdiff_jax.models.program import subtrees, units_with_projections
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.observers import minmax
 from qdiff_jax.observe.taps import Tap
+from qdiff_jax.quant.hessian_size import Limit
 from qdiff_jax.quant.moments import chunk_moments
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.spec import QuantSpec
@@ -114,7 +115,7 @@ def closed_form_moments():
     plan = plan_unit(unit.signature, params, inputs, keys)
     (level,) = (i for i, members in enumerate(plan.levels) if plan.layers[members[-1]].closes == 0)
     run = _level_function(
-        unit.signature, plan, level, "block_fp_output", 2048, data_mesh(jax.devices()[:1])
+        unit.signature, plan, level, "block_fp_output", Limit(), data_mesh(jax.devices()[:1])
     )
     step = jnp.zeros(6)
     picks = [np.zeros((6, 4), np.int32) for _ in plan.levels[level]]
@@ -127,7 +128,7 @@ def closed_form_moments():
         "full_inputs": {},
         "weights": jnp.ones(6),
     }
-    return run, (params, tuple({} for _ in unit.nodes), batch)
+    return run, (params, tuple({} for _ in unit.nodes), {}, batch)
 
 
 def closed_form_rounding():
@@ -151,7 +152,7 @@ def lowered(function, args, platform) -> str:
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_sampling_with_step_tables(platform):
     sample, args = sampling(quantized(SMALL, tables=True))
-    assert not lowered_has_int_dot(sample, *args, platforms=[platform])
+    assert lowered_int_dots(sample, *args, platforms=[platform]) == 0
     text = lowered(sample, args, platform)
     # One loop over the steps, whose body convolves in floating point.
     assert text.count("stablehlo.while") == 1
@@ -162,7 +163,9 @@ def test_sampling_with_step_tables(platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_sampling_with_packed_integers_multiplies_integers(platform):
     sample, args = sampling(quantized(SMALL, w_bits=4, execute=True))
-    assert lowered_has_int_dot(sample, *args, platforms=[platform])
+    # One product at every site, of the one step that the loop repeats.
+    executing = len(network(SMALL).sites)
+    assert lowered_int_dots(sample, *args, platforms=[platform]) == executing
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -72,12 +72,3 @@ def _latent(config, smoke, network, row):
     else:
         config.parts.network = network
         config.activations.batch_size = 32  # PLMS calls the network once more than it has steps
-
-
-def check_rounds(method, rounding):
-    """Raise ValueError for a way of rounding asked of a method that decides no weights by it."""
-    if rounding != "adaround" and method not in ("brecq", "tfmq"):
-        raise ValueError(
-            f"rounding={rounding} has no meaning for {method}, which reconstructs no weights: leave it out, "
-            "or take brecq or tfmq."
-        )

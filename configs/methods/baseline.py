@@ -12,10 +12,9 @@ for BRECQ's activations: hours on a CPU) unless `laptop` (150 steps of 16 a unit
 README's first table; those of `brecq` and `tfmq` there are of 32 samples a step, and `laptop` takes 16.
 """
 
-from configs.methods._start import ROUNDING, check_rounds, parse, start
+from configs.methods._start import ROUNDING, parse, start
 
 
 def get_config(arg=None):
     arg = parse(arg, method=("rtn", "brecq", "tfmq", "closed_form"), **ROUNDING)
-    check_rounds(arg.method, arg.rounding)
     return start(arg, **{arg.method: arg.method})

@@ -10,20 +10,27 @@ delta_w and float zero points); `base=full_precision` starts the updates from th
 `ranges=minmax` (the paper) or `ranges=mse` of weights. For ablations: `untuned` (ranges and nothing more),
 `no_lora` (scales alone learn), `no_talsq` (one learned activation scale for all steps), `rates=mean` (one rate
 for all layers, the mean of the scale-aware ones), `source=cached` (the recorded calibration trajectories) and
-with it `target=noise` (ordinary diffusion training on what they end in, in place of distillation).
-Round-to-nearest stands beside it.
-The paper's sizes: 16,000 steps, batch 2, trajectories of 100 steps with eta 1, whose tables are taken over to
-the sampler's 20 steps: hours on a CPU. `laptop` trains on the sampler's own timesteps, 600 steps of batch 8 at
-rates that are 125 times (updates) and 10 times (tables) the paper's; `smoke` runs in seconds
-(`efficientdm.py:smoke`). Guided training: `--config.sampler.guidance_scale=3` and, as
-published, `--config.efficientdm.source.guidance_scale=1.5`.
+with it `target=noise` (ordinary diffusion training on what they end in, in place of distillation) and
+`order=trajectory` (all of a batch at one step, the noisiest first) or `order=mixed` (every sample at a step of
+its own; the default of `target=noise`): set the same order on both sides to compare targets alone.
+Round-to-nearest stands beside it. The paper's sizes: 16,000 steps, batch 2, trajectories of 100 steps with eta
+1, whose tables are taken over to the sampler's 20 steps: hours on a CPU. `laptop` trains on the sampler's own
+timesteps, 600 steps of batch 8 at rates that are 125 times (updates) and 10 times (tables) the paper's; `smoke`
+runs in seconds (`efficientdm.py:smoke`). Every field of `EfficientDMConfig` is a key:
+`--config.efficientdm.training.remat=True` recomputes blocks in place of keeping them. Guided training:
+`--config.sampler.guidance_scale=3` and, as published, `--config.efficientdm.source.guidance_scale=1.5`.
 
-Expected of `efficientdm.py:w4a4,laptop` on two CPU cores: about 10 minutes (on one of them a step took half a
-second and compiling 75), and an eps error half that of round-to-nearest or less: from 8 trajectories and 120
-steps at these rates it fell from 0.106 to 0.058.
+Expected of `efficientdm.py:w4a4,laptop`: an eps error well below that of round-to-nearest. On the DiT, 300
+steps of the same rates under SVDQuant's table leave 0.040 (README, "Recipes"; the command and the commit are
+there).
 """
 
+import dataclasses
+
 from configs.methods._start import parse, start
+from qdiff_jax.methods.efficientdm import EfficientDMConfig
+from qdiff_jax.observe.sources import ORDERS, SourceConfig
+from qdiff_jax.stages.qalora import QALoRAConfig
 
 BITS = ("w4a4", "w8a8", "w4a8", "w2a8", "w2a4", "w6a6", "w8a4", "w4a32")
 
@@ -42,6 +49,7 @@ def get_config(arg=None):
         rates=("scale_aware", "mean"),
         source=("online", "cached"),
         target=("teacher", "noise"),
+        order=("", *ORDERS),
     )
     config = start(arg, rtn="rtn", efficientdm="efficientdm")
     if arg.policy == "official":
@@ -64,6 +72,7 @@ def get_config(arg=None):
         eta=1.0,
         guidance_scale=-1.0,
         target=arg.target,
+        order=arg.order or ("mixed" if arg.target == "noise" else "trajectory"),
     )
     student = dict(rank=32, base=arg.base, talsq=not arg.no_talsq, rates=arg.rates)
     if arg.laptop:
@@ -84,5 +93,6 @@ def get_config(arg=None):
         own.update(weight_method=arg.ranges)
     if arg.untuned:
         own.update(steps=0)
-    config.efficientdm = {**own, "source": source, "student": student}
+    made = EfficientDMConfig(**own, source=SourceConfig(**source), student=QALoRAConfig(**student))
+    config.efficientdm = dataclasses.asdict(made)
     return config

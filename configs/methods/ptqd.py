@@ -19,7 +19,7 @@ that of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bi
 holds: the statistics come from full-precision states, which the quantized trajectory leaves.
 """
 
-from configs.methods._start import ROUNDING, check_rounds, parse, start
+from configs.methods._start import ROUNDING, parse, start
 
 TERMS = ("all", "slope", "bias", "variance", "none")
 
@@ -38,7 +38,6 @@ def get_config(arg=None):
     base = arg.base
     if base == "default":
         base = "brecq" if paper else "rtn"
-    check_rounds(base, arg.rounding)
     # With bits by step the activation bits behind the name say nothing.
     name = "_".join(["ptqd", *([base] if base != "rtn" else []), *(["mixed"] if arg.mixed else [])])
     config = start(arg, **{name: "ptqd"})

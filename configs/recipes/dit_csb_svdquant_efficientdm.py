@@ -12,16 +12,18 @@ measured at run time). Words behind the colon: bits `w4a4` (default), `w4a8`, `w
 `no_efficientdm` leave a part out of the recipe; `only` runs the recipe without its parts beside it; `gptq` and
 `smoothing=full`, `fast`, `none` as in configs/methods/svdquant.py; `weights=eps_coefficient` or `sensitivity`
 lets the errors of a step count in training by what they do to the sample (`stages/row_weights.py`), not all
-alike; `parts=closed_form+efficientdm` runs another recipe alone (`qdiff_jax/methods/recipes.py`), which
-`rounding=closed_form` makes round without steps where it has a reconstruction. The papers' sizes (16,000 steps:
-hours on a CPU) unless `laptop`, which trains 300 steps of 8 and searches ten smoothings; `smoke` runs in
-seconds (`dit_csb_svdquant_efficientdm.py:smoke`).
+alike; `parts=closed_form+efficientdm` runs another recipe alone (`qdiff_jax/methods/recipes.py`; each part has
+the settings of its own config under the same words of size). `rounding=closed_form` decides in closed form the
+codes that the training begins with, and has no EfficientDM alone beside it, which begins with none. The papers'
+sizes (16,000 steps: hours on a CPU) unless `laptop`, which trains 300 steps of 8 and searches ten smoothings;
+`smoke` runs in seconds (`dit_csb_svdquant_efficientdm.py:smoke`).
 
 Expected of `w4a4,laptop`: the table of recipes in the README.
 """
 
 from configs.methods import efficientdm, svdquant
 from configs.methods._start import ROUNDING, parse, start
+from configs.recipes._parts import take_settings
 from qdiff_jax.methods.recipes import JOIN, PARTS
 
 POLICIES = {"svdquant": "official:svdquant", "common": "common"}
@@ -48,8 +50,11 @@ def get_config(arg=None):
     used = [p for p in ("csb", "svdquant", "efficientdm") if not getattr(arg, f"no_{p}")]
     recipe = arg.parts or _whole(used)
     alone = {} if arg.only or arg.parts else {part: _whole([part]) for part in recipe.split(JOIN)}
+    if arg.rounding != "adaround":  # it trains its codes
+        alone.pop("efficientdm", None)
     config = start(arg, **alone, **({"recipe": recipe} if recipe not in alone.values() else {}))
     size = ",".join(word for word in ("laptop", "smoke") if getattr(arg, word))
+    take_settings(config, recipe, size, "dit")
     trained = efficientdm.get_config(f"{arg.bits},model=dit,{size}")
     smoothing = arg.smoothing or ("fast" if arg.laptop or arg.smoke else "full")
     branch = svdquant.get_config(f"{arg.bits},model=dit,smoothing={smoothing},{size}")

@@ -11,15 +11,16 @@ TFMQ-DM, and PAR on TFMQ-DM, which it needs to repeat. Words behind the colon: b
 `w8a8`, `w6a6`; `no_tcr`, `no_tfmq` (round-to-nearest in its place, and no PAR), `no_par`, `no_ptqd` leave a
 part out of the recipe; `only` runs the recipe without its parts beside it; `rounds=2` of PAR;
 `rounding=closed_form` solves the units in place of AdaRound's steps, in every round; `parts=tcr+brecq+ptqd`
-runs another recipe alone (`qdiff_jax/methods/recipes.py`). 20,000 steps a unit and 5,000 in each round: hours
-on a CPU. `laptop` takes 100 of 16 and 25 in each round; `smoke` runs in seconds
-(`unet_tcr_tfmq_par_ptqd.py:smoke`).
+runs another recipe alone (`qdiff_jax/methods/recipes.py`; each part has the settings of its own config under
+the same words of size). 20,000 steps a unit and 5,000 in each round: hours on a CPU. `laptop` takes 100 of 16
+and 25 in each round; `smoke` runs in seconds (`unet_tcr_tfmq_par_ptqd.py:smoke`).
 
 Expected: nothing has been measured yet but that the smoke runs.
 """
 
 from configs.methods import tcaq
 from configs.methods._start import ROUNDING, parse, start
+from configs.recipes._parts import take_settings
 from qdiff_jax.methods.recipes import JOIN
 
 ALONE = {"tcr": "tcr+rtn", "tfmq": "tfmq", "par": "tfmq+par", "ptqd": "rtn+ptqd"}
@@ -51,6 +52,7 @@ def get_config(arg=None):
     alone = {p: ALONE[p] for p in used if p in ALONE and not arg.only and not arg.parts}
     config = start(arg, **alone, **({"recipe": recipe} if recipe not in alone.values() else {}))
     size = ",".join(word for word in ("laptop", "smoke") if getattr(arg, word))
+    take_settings(config, recipe, size, "unet")
     config.tcaq = tcaq.get_config(f"rounds={arg.rounds},{size}").tcaq
     if arg.laptop and not arg.smoke:
         config.reconstruct.steps = 100

@@ -8,13 +8,16 @@ measured from the same noise (error accumulation: Q-Diffusion, Li et al. 2023; P
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qdiff_jax.analysis.forced import forced_eps
 from qdiff_jax.analysis.subject import Subject
+from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.diffusion.sample import sample
+from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval.samples import noise_key
 from qdiff_jax.models.registry import predictor
 
@@ -35,18 +38,27 @@ class Deviation(NamedTuple):
     single: dict[str, np.ndarray]
 
 
-def rollout_states(subject: Subject, variables: Any) -> np.ndarray:
+def rollout_states(
+    subject: Subject,
+    variables: Any,
+    hooks: Hooks = IDENTITY,
+    sampler: SamplerPlan | None = None,
+) -> np.ndarray:
     """[S + 1, N, ...]: the states of a variant's own sampling from the subject's noise and labels; entry
-    j + 1 goes into step j, entry 0 is x_0."""
+    j + 1 goes into step j, entry 0 is x_0.
+
+    hooks: the correction of its sampling. sampler: its own, where the sampler's tensors are quantized too; the
+    subject's without."""
     trajectory = subject.trajectory
     result = sample(
         predictor(subject.model.module),
         variables,
-        subject.sampler,
+        subject.sampler if sampler is None else sampler,
         noise_key(subject.seed),
         trajectory.sample,
         shape=subject.shape,
         y=trajectory.y,
+        hooks=hooks,
         record=True,
         batch_size=subject.batch,
     )
@@ -54,10 +66,16 @@ def rollout_states(subject: Subject, variables: Any) -> np.ndarray:
 
 
 def trajectory_deviation(
-    subject: Subject, variants: Mapping[str, dict], on_step: Callable | None = None
+    subject: Subject,
+    variants: Mapping[str, dict],
+    on_step: Callable | None = None,
+    *,
+    hooks: Mapping[str, Hooks] = MappingProxyType({}),
+    samplers: Mapping[str, SamplerPlan] = MappingProxyType({}),
 ) -> Deviation:
     """Accumulated and single-step deviation of every variant ({name: variables}).
 
+    hooks, samplers: of the variants that correct their sampling or quantize the sampler too, by name.
     The single-step deviation is exact for samplers that are affine in the estimate (DDIM, DDPM without
     clipping) and counts the step's own estimate for multistep ones.
     """
@@ -69,9 +87,10 @@ def trajectory_deviation(
     eps = forced_eps(subject, subject.full)
     verdict, accumulated, single = {}, {}, {}
     for name, variables in variants.items():
-        states = rollout_states(subject, variables)
+        own = hooks.get(name, IDENTITY)
+        states = rollout_states(subject, variables, own, samplers.get(name))
         error = np.mean((states - reference) ** 2, axis=axes)[:-1]
-        gap = (forced_eps(subject, variables, on_step) - eps).astype(np.float64)
+        gap = (forced_eps(subject, variables, on_step, own) - eps).astype(np.float64)
         one = coefficient**2 * np.mean(gap**2, axis=axes)
         accumulated[name], single[name] = error / energy, one / energy
         verdict[f"{name}/final"] = float(accumulated[name][0])

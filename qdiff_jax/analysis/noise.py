@@ -8,12 +8,14 @@ both assumptions hold, step by step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from qdiff_jax.analysis.forced import forced_eps
 from qdiff_jax.analysis.subject import Subject
+from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 
 _SHOWN = 4000  # points of the scatter
 
@@ -74,15 +76,20 @@ def regress(eps: np.ndarray, error: np.ndarray) -> Regression:
 
 
 def noise_correlation(
-    subject: Subject, variants: Mapping[str, dict], on_step: Callable | None = None
+    subject: Subject,
+    variants: Mapping[str, dict],
+    on_step: Callable | None = None,
+    *,
+    hooks: Mapping[str, Hooks] = MappingProxyType({}),
 ) -> NoiseCorrelation:
-    """The regression at every step for every variant ({name: variables}), on full-precision states."""
+    """The regression at every step for every variant ({name: variables}), on full-precision states. hooks: of
+    the variants that correct their estimates, of which what the correction leaves is measured."""
     eps = forced_eps(subject, subject.full)
     verdict: dict = {}
     columns: dict[str, dict[str, np.ndarray]] = {field: {} for field in Regression._fields}
     errors = {}
     for name, variables in variants.items():
-        errors[name] = forced_eps(subject, variables, on_step) - eps
+        errors[name] = forced_eps(subject, variables, on_step, hooks.get(name, IDENTITY)) - eps
         rows = [regress(x, e) for x, e in zip(eps, errors[name])]
         for field, values in zip(Regression._fields, np.array(rows).T):
             columns[field][name] = values

@@ -21,6 +21,8 @@ from qdiff_jax.analysis.softmax import softmax_power_law
 from qdiff_jax.analysis.subject import Subject
 from qdiff_jax.analysis.taylor import taylor_argument
 from qdiff_jax.analysis.temporal import grid_for, temporal_information
+from qdiff_jax.diffusion.hooks import Hooks
+from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval.moments import Moments
 
 
@@ -31,7 +33,8 @@ class Given(NamedTuple):
     "sde": ...}, the same on the deterministic and the ancestral sampler. bits: widths such as "w4a8".
     classify: images -> (logits, features), or None where there is no classifier for the images. real: moments
     of real images in its features, or None. pairs: global sample indices of the pairs of beneficial noise,
-    or None for those of the trajectories. settings: what the numbers were made with, JSON for the record.
+    or None for those of the trajectories. hooks, own_samplers: of the variants that correct their sampling or
+    quantize the sampler too, by name. settings: what the numbers were made with, JSON for the record.
     """
 
     subject: Subject
@@ -42,6 +45,8 @@ class Given(NamedTuple):
     real: Moments | None = None
     pairs: Sequence[int] | None = None
     settings: Mapping[str, Any] = {}
+    hooks: Mapping[str, Hooks] = {}
+    own_samplers: Mapping[str, SamplerPlan] = {}
 
 
 class Analysis(NamedTuple):
@@ -70,11 +75,13 @@ def _outliers(given, on_step):
 
 
 def _deviation(given, on_step):
-    return trajectory_deviation(given.subject, given.variants(), on_step)
+    return trajectory_deviation(
+        given.subject, given.variants(), on_step, hooks=given.hooks, samplers=given.own_samplers
+    )
 
 
 def _noise(given, on_step):
-    return noise_correlation(given.subject, given.variants(), on_step)
+    return noise_correlation(given.subject, given.variants(), on_step, hooks=given.hooks)
 
 
 def _sensitivity(given, on_step):

@@ -9,7 +9,8 @@ that methods leave, on full-precision trajectories that none was calibrated on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,12 @@ import numpy as np
 
 from qdiff_jax.analysis.deviation import trajectory_deviation
 from qdiff_jax.analysis.observed import step_reports, step_values
+from qdiff_jax.analysis.remedy_pairs import ANSWERS
 from qdiff_jax.analysis.skips import concatenating
 from qdiff_jax.analysis.subject import NotApplicable, Subject, is_temporal
 from qdiff_jax.analysis.temporal import temporal_information
+from qdiff_jax.diffusion.hooks import Hooks
+from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.observe.taps import Tap, sample_positions
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import fake_quant
@@ -37,7 +41,7 @@ class Remedies(NamedTuple):
     image-dependent activations of the relative squared error of their quantizer. accumulated: variant ->
     [S], relative MSE of the state after each step of its own sampling. temporal: variant -> [S], 1 - cos of
     temporal features. layers: [K] names; skips: variant -> [K], relative squared error of the map with the
-    smaller spread. Both are empty for a model without skips.
+    smaller spread. A measure that was not asked for is empty, and the last two for a model without skips.
     """
 
     verdict: dict
@@ -50,26 +54,52 @@ class Remedies(NamedTuple):
 
 
 def remedies(
-    subject: Subject, variants: Mapping[str, dict], on_step: Callable | None = None
+    subject: Subject,
+    variants: Mapping[str, dict],
+    on_step: Callable | None = None,
+    *,
+    measures: Mapping[str, Sequence[str]] | None = None,
+    hooks: Mapping[str, Hooks] = MappingProxyType({}),
+    samplers: Mapping[str, SamplerPlan] = MappingProxyType({}),
 ) -> Remedies:
-    """The four measures of every variant ({name: variables}), all calibrated for the subject's sampler."""
-    activations = activation_error(subject, variants, on_step)
-    accumulated = trajectory_deviation(subject, variants).accumulated
+    """The four measures of variants ({name: variables}), all calibrated for the subject's sampler.
+
+    measures: {a key of ANSWERS: names of the variants to measure by it}, those of `remedy_pairs.choose_pairs`
+    for instance; None for every variant by each. hooks, samplers: of the variants that correct their sampling
+    or quantize the sampler too, by name. Raises ValueError as `activation_error` does, and NotApplicable if
+    skips alone are asked for of a model without any.
+    """
+    if measures is None:
+        measures = dict.fromkeys(ANSWERS, tuple(variants))
+    of = {m: {name: variants[name] for name in measures.get(m, ())} for m in ANSWERS}
     times = np.asarray(subject.trajectory.t)
-    features = temporal_information(subject, variants, times)
-    try:
-        layers, skips = skip_error(subject, variants, on_step)
-    except NotApplicable:
-        layers, skips = (), {}
+    activations: dict[str, np.ndarray] = {}
+    accumulated: dict[str, np.ndarray] = {}
+    temporal: dict[str, np.ndarray] = {}
+    layers: tuple[str, ...] = ()
+    skips: dict[str, np.ndarray] = {}
     verdict = {}
-    for name in variants:
-        verdict[f"{name}/activations"] = float(np.median(activations[name]))
-        verdict[f"{name}/rollout"] = float(accumulated[name][0])
-        verdict[f"{name}/temporal"] = float(features.error[name].mean())
-        verdict[f"{name}/mismatch"] = features.verdict[f"{name}/mismatch"]
-        if layers:
-            verdict[f"{name}/skips"] = float(np.median(skips[name]))
-    return Remedies(verdict, times, activations, accumulated, features.error, layers, skips)
+    if of["activations"]:
+        activations = activation_error(subject, of["activations"], on_step)
+        verdict |= {f"{n}/activations": float(np.median(v)) for n, v in activations.items()}
+    if of["rollout"]:
+        strayed = trajectory_deviation(subject, of["rollout"], hooks=hooks, samplers=samplers)
+        accumulated = strayed.accumulated
+        verdict |= {f"{name}/rollout": float(v[0]) for name, v in accumulated.items()}
+    if of["temporal"]:
+        features = temporal_information(subject, of["temporal"], times)
+        temporal = features.error
+        for name, values in temporal.items():
+            verdict[f"{name}/temporal"] = float(values.mean())
+            verdict[f"{name}/mismatch"] = features.verdict[f"{name}/mismatch"]
+    if of["skips"]:
+        try:
+            layers, skips = skip_error(subject, of["skips"], on_step)
+        except NotApplicable:
+            if not verdict:  # nothing else was asked for
+                raise
+        verdict |= {f"{name}/skips": float(np.median(v)) for name, v in skips.items() if layers}
+    return Remedies(verdict, times, activations, accumulated, temporal, layers, skips)
 
 
 def _quantizers(variants: Mapping[str, dict], ctx: Any) -> dict[str, dict[str, Any]]:
@@ -127,7 +157,9 @@ def activation_error(
 ) -> dict[str, np.ndarray]:
     """{variant: [S]}: at each step the median over activations that depend on the image of |x_q - x|^2 / |x|^2
     on full-precision values. Of activations with one range per tensor in every variant, outside blocks of which
-    one changed a normalization, and without layers whose input one rotates."""
+    one changed a normalization, and without layers whose input one rotates.
+
+    Raises ValueError where there is none such."""
     times = subject.trajectory.t
     full = subject.model.params
     counts = {f"{site.name}:input": math.prod(site.lhs_shape[1:]) for site in subject.sites}
@@ -158,6 +190,11 @@ def activation_error(
                 q[key] is not None and q[key].spec.granularity == "tensor" for q in held.values()
             )
         ]
+        if not shared:
+            raise ValueError(
+                f"{', '.join(variants)}: no activation has one static range in each of them, so that their "
+                "errors do not compare; leave out the one that has groups or ranges per token."
+            )
         for name, quantizers in held.items():
             found = [
                 _relative(report[key]["sample"], quantizers[key], divisors[name].get(key))

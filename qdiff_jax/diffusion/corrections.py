@@ -18,6 +18,7 @@ from flax import struct
 from qdiff_jax.diffusion.hooks import IDENTITY, Hooks, keep_input
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.quant.timed import TimeIndexed, check_schedule, select
+from qdiff_jax.runtime.finite import NotFiniteError
 
 
 @struct.dataclass
@@ -52,7 +53,7 @@ def affine_table(scale: Any, shift: Any, variance: Any, timesteps: Any) -> TimeI
     for name, values in columns.items():
         if not np.isfinite(values).all():
             bad = steps[np.argmin(np.isfinite(values.reshape(len(steps), -1)).all(axis=1))]
-            raise ValueError(
+            raise NotFiniteError(
                 f"the {name} of the correction at timestep {bad:g} is not finite: the quantized "
                 "network diverged there; use more bits, or no correction."
             )

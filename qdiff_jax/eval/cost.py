@@ -16,6 +16,7 @@ import numpy as np
 from qdiff_jax.branch import LowRank
 from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.policy import SitePlan
+from qdiff_jax.quant.binary import BinaryWeight
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.rounding import SoftRounding
 from qdiff_jax.quant.timed import TimeIndexed
@@ -60,7 +61,8 @@ def site_macs(site: Site) -> int:
 def operand_bits(held: Any) -> np.ndarray:
     """The width of an operand: () float64, or [R] for a step table whose widths follow the step.
 
-    held: what a `SiteQuant` holds for it; None is full precision. Raises TypeError for something else.
+    held: what a `SiteQuant` holds for it; None is full precision. A weight whose binarization is being learned
+    counts a bit for each basis that is there. Raises TypeError for something else.
     """
     if held is None:
         return np.float64(FULL_BITS)
@@ -68,6 +70,9 @@ def operand_bits(held: Any) -> np.ndarray:
         return np.float64(held.bits)
     if isinstance(held, TimeIndexed):
         return _rows_of(held)
+    if isinstance(held, BinaryWeight):
+        bases = 1.0 + (0.0 if held.second is None else float(held.gate))
+        return np.float64(bases if bool(held.on) else FULL_BITS)
     if isinstance(held, SoftRounding):
         held = held.qparams
     if isinstance(held, QParams):

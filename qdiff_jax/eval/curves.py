@@ -14,7 +14,7 @@ LINES = ("-", "--", "-.", ":")
 INK = "#222222"
 
 
-def _spread(places: np.ndarray, least: float) -> np.ndarray:
+def spread(places: np.ndarray, least: float) -> np.ndarray:
     """Moves label places in [0, 1] apart until neighbours are `least` away, keeping their order."""
     order = np.argsort(places, kind="stable")
     least = min(least, 1.0 / max(len(places) - 1, 1))
@@ -33,7 +33,7 @@ def _label_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     """Writes each line's name beside its right end, moved apart and tied to it by a leader."""
     low, high = np.log10(axes.get_ylim())
     heights = np.array([(np.log10(y) - low) / (high - low) for _, y, _ in ends.values()])
-    places = _spread(heights, 0.058)
+    places = spread(heights, 0.058)
     for (name, (x, y, colour)), place in zip(ends.items(), places):
         axes.annotate(
             name,

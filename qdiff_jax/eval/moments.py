@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qdiff_jax.runtime.finite import NotFiniteError
+
 
 class Moments(NamedTuple):
     """First and second moments of `n` vectors. Host arrays; `merge` joins two of them."""
@@ -125,7 +127,7 @@ def _of_batch(features: np.ndarray, dim: int) -> Moments:
     features = features.astype(np.float64)
     if not np.isfinite(features).all():
         bad = int((~np.isfinite(features).all(axis=1)).sum())
-        raise ValueError(
+        raise NotFiniteError(
             f"{bad} of {len(features)} feature vectors in a batch are not finite; look at the "
             f"images (a model that diverged) before measuring a distance."
         )

@@ -20,6 +20,8 @@ from qdiff_jax.models.registry import sampling_predictor
 
 # Far from the indices of calibration trajectories, which count from 0.
 FIRST_INDEX = 1_000_000
+# Of the trajectories that errors are measured on: the same ones however many are calibrated on.
+FIRST_HELD_OUT = FIRST_INDEX // 2
 
 
 @dataclasses.dataclass(frozen=True)

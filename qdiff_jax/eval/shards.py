@@ -20,6 +20,7 @@ from qdiff_jax.diffusion.hooks import IDENTITY, Hooks
 from qdiff_jax.diffusion.samplers import SamplerPlan
 from qdiff_jax.eval.samples import draw_samples, labels
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
+from qdiff_jax.runtime.finite import NotFiniteError
 
 # Apart from the indices of calibration trajectories and of paired evaluation samples.
 FIRST_INDEX = 2_000_000
@@ -135,7 +136,7 @@ def sample_shards(
             # Rounded to bytes, NaN would pass for black.
             lost = int((~np.isfinite(x).all(axis=(1, 2, 3))).sum())
             if lost:
-                raise ValueError(
+                raise NotFiniteError(
                     f"{lost} of {len(x)} samples of {path} are not finite: the model diverged, so that "
                     "there is nothing to evaluate; give its activations more bits, or check its "
                     "sampler and guidance. The shard was not written."

@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import jax
 
 from qdiff_jax.eval.cost import FULL_BITS, planned_cost, site_macs
+from qdiff_jax.export.qtensor import cell_bytes
 from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes
 from qdiff_jax.models.program import node_at
 from qdiff_jax.policy import Entry, SitePlan
 from qdiff_jax.quant.ranges import scale_shape
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.sites import Site, list_sites
-
-_SCALE_BYTES = 8  # a scale and a zero point, as bundles store them
 
 
 class Treatment(NamedTuple):
@@ -109,7 +108,7 @@ def totals(config: Any, sites: Sequence[Site], plan: SitePlan) -> Totals:
     quantized, saved, scales = 0, 0.0, 0
     for entry in plan.quantized():
         shape = by_name[entry.site].rhs_shape
-        scales += _SCALE_BYTES * _cells(entry, shape)
+        scales += cell_bytes(entry.spec) * _cells(entry, shape)
         if entry.operand == "weight":
             quantized += math.prod(shape)
             saved += math.prod(shape) * (FULL_BITS - entry.bits) / 8

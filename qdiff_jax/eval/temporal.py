@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qdiff_jax.runtime.finite import NotFiniteError
+
 # Cosines this close are the same embedding seen through rounding, e.g. when a schedule repeats a t.
 _TIE = 1e-12
 
@@ -39,7 +41,7 @@ def _directions(site: str, values: np.ndarray, which: str) -> tuple[np.ndarray, 
         )
     if not np.isfinite(values).all():
         rows = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
-        raise ValueError(
+        raise NotFiniteError(
             f"temporal features: the {which} embedding of {site!r} is not finite at rows {rows}; "
             f"check the quantizers of the time embedding."
         )

@@ -21,7 +21,7 @@ from qdiff_jax.branch import LowRank, low_rank
 from qdiff_jax.diffusion.corrections import AffineCorrection
 from qdiff_jax.export.qtensor import QTensor, check_storage
 from qdiff_jax.quant.qparams import QParams
-from qdiff_jax.quant.spec import QuantSpec
+from qdiff_jax.quant.spec import QuantSpec, implied_zero_point
 from qdiff_jax.quant.timed import TimeIndexed
 from qdiff_jax.sites import Replacement, SiteQuant
 
@@ -204,14 +204,49 @@ def _qtensor_codec() -> Codec:
     return codec._replace(decode=lambda fields, get: check_storage(codec.decode(fields, get)))
 
 
-register(
-    dataclass_codec(
-        "QParams",
-        QParams,
-        dict.fromkeys(("scale", "zero_point", "qmin", "qmax")),
-        {"spec": _SPEC, "rows": _PLAIN},
+def _qparams_codec() -> Codec:
+    """Zero points that follow from the spec are left out; a scale of the format "f16" is held as float16."""
+    children = dict.fromkeys(("scale", "zero_point", "qmin", "qmax"))
+    codec = dataclass_codec("QParams", QParams, children, {"spec": _SPEC, "rows": _PLAIN})
+
+    def encode(value, put):
+        implied = implied_zero_point(value.spec)
+        if implied is not None and _holds(value.zero_point, value.scale, implied):
+            value = value.replace(zero_point=None)
+        if value.spec.scale_format == "f16":
+            scale = np.asarray(value.scale)
+            with np.errstate(over="ignore"):
+                narrow = scale.astype(np.float16)
+            # One that has left its format is held as it is: what is read back must be what ran.
+            if np.array_equal(narrow.astype(np.float32), scale, equal_nan=True):
+                value = value.replace(scale=narrow)
+        return codec.encode(value, put)
+
+    def decode(fields, get):
+        made = codec.decode({"zero_point": None, **fields}, lambda n: None if n is None else get(n))
+        made = made.replace(scale=made.scale.astype(jnp.float32))
+        if made.zero_point is None:
+            implied = implied_zero_point(made.spec)
+            if implied is None:
+                raise ValueError(f"zero points of {made.spec} are missing")
+            made = made.replace(zero_point=jnp.full_like(made.scale, implied))
+        return made
+
+    return codec._replace(encode=encode, decode=decode)
+
+
+def _holds(leaf, like, value) -> bool:
+    """Whether a leaf is to the last bit `jnp.full_like(like, value)`."""
+    leaf = np.asarray(leaf)
+    whole = np.full(np.shape(like), value, np.float32)
+    return (
+        leaf.dtype == whole.dtype
+        and leaf.shape == whole.shape
+        and leaf.tobytes() == whole.tobytes()
     )
-)
+
+
+register(_qparams_codec())
 register(_qtensor_codec())
 register(
     dataclass_codec(

@@ -16,6 +16,7 @@ convolutions do not exist on GPU. The input is padded with the code of its zero 
 to exactly zero.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -167,10 +168,13 @@ def check_executable(tree: Any, where: str = "") -> None:
             )
 
 
-def lowered_has_int_dot(
+def lowered_int_dots(
     fn: Callable, *args: Any, platforms: Sequence[str] | None = None, compiled: bool = False
-) -> bool:
-    """Whether `fn(*args)` multiplies int8 matrices into int32, or only pretends to.
+) -> int:
+    """How many products of int8 matrices into int32 the program of `fn(*args)` has.
+
+    A site in integers has one (two where its operands are split): the groups of a contraction are turns of a
+    loop around it. Fewer than there are such sites means that some only pretend to.
 
     Args:
       fn: a function, jitted or not; args: arrays or ShapeDtypeStructs.
@@ -186,14 +190,35 @@ def lowered_has_int_dot(
             raise ValueError("compiled=True needs the device itself: leave platforms=None")
         text = fn.lower(*args).compile().as_text()
         # Library products (GPU) are custom calls whose target names the product.
-        product = r"= \(?s32\[[^=]* (dot\(|custom-call\(.*(gemm|matmul))"
-        return re.search(product, text) is not None
+        product = r"= \(?s32\[[^=]* (?:dot\(|custom-call\(.*(?:gemm|matmul))"
+        return len(re.findall(product, text))
     if platforms is None:
         text = fn.lower(*args).as_text()
     else:
         text = jax.export.export(fn, platforms=tuple(platforms))(*args).mlir_module()
+    return _called_products(text)
+
+
+def lowered_has_int_dot(fn: Callable, *args: Any, **where: Any) -> bool:
+    """Whether the program of `fn(*args)` has any such product; arguments as for `lowered_int_dots`."""
+    return lowered_int_dots(fn, *args, **where) > 0
+
+
+def _called_products(text: str) -> int:
+    """Integer products of a lowered module, those of a function as often as it is called."""
     product = r"dot_general.*: \(tensor<[^>]*xi8>, tensor<[^>]*xi8>\) -> tensor<[^>]*xi32>"
-    return re.search(product, text) is not None
+    bodies = {}
+    for part in re.split(r"\bfunc\.func\b", text)[1:]:
+        name = re.match(r"[^@]*@([^\s(]+)", part).group(1)
+        calls = re.findall(r"\bcall @([^\s(]+)\(", part)
+        bodies[name] = (len(re.findall(product, part)), calls)
+
+    @functools.cache
+    def count(name):
+        own, calls = bodies[name]
+        return own + sum(count(called) for called in calls)
+
+    return count("main")
 
 
 def _accumulate(operator, left, right):

@@ -10,6 +10,7 @@ from flax import struct
 from qdiff_jax.export.pack import check_range, field_width, pack, packed_size, unpack
 from qdiff_jax.quant.qparams import QParams, broadcast
 from qdiff_jax.quant.quantizer import dequantize as dequantize_codes
+from qdiff_jax.quant.spec import QuantSpec, implied_zero_point
 
 
 @struct.dataclass
@@ -32,8 +33,13 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes, scales and zero points as they are stored (padding included)."""
-        return self.data.nbytes + self.qparams.scale.nbytes + self.qparams.zero_point.nbytes
+        """Bytes of the codes, scales and zero points as bundles store them (padding included)."""
+        return self.data.nbytes + self.qparams.scale.size * cell_bytes(self.qparams.spec)
+
+
+def cell_bytes(spec: QuantSpec) -> int:
+    """Bytes that bundles hold for one scale and its zero point, which takes none where the spec implies it."""
+    return (2 if spec.scale_format == "f16" else 4) + 4 * (implied_zero_point(spec) is None)
 
 
 def code_shift(qparams: QParams, bits: int) -> int:

@@ -5,7 +5,7 @@ arXiv:2404.05662, version 5), read together with the official code, which is the
 One learned scale per output channel and one learned step per activation (LSQ); EBB: blocks of the head and
 the tail begin with a second basis, which L_EBB takes away; LRM: features of every block along their leading
 channel directions; progressive binarization from the deepest blocks on. Of these the code and the paper
-differ, and this is the paper's form:
+differ; this is the paper's form where nothing else is said:
 
 - The code keeps the second basis in the end ("1.1 bit"), and has no L_EBB and no second stage. Here the second
   basis goes, as soon as the prediction without it is within 5 % of the prediction with it, asked from half
@@ -20,10 +20,16 @@ differ, and this is the paper's form:
   has any, begin with their block. `interval` widens it, 0 switches it off. Until an operand is quantized its
   scale rests, weight decay and moments included.
 - What is exported is an average over the steps, begun anew where the second basis goes.
-- The paper trains on images; the job has none, and its target is the full-precision prediction on sampling
-  states. By hand, `stages.noising.Images` gives the paper's data, noised anew at every step.
-- First and last layer: 8 bits in the paper (policy `common`), full precision in the code, the time embedding
-  with them (`official:binarydm`).
+- The paper trains on images, and so does the job where `data.source` names some, noised anew at every step.
+  Without, its target is the full-precision prediction on all states of the recorded trajectories but those
+  of the last few, on which the transition is judged.
+- The paper drops the second basis after half of the steps, so that the other half is stage 2; here what is
+  still missed at nine tenths leaves one tenth for it.
+- The policy decides who is binary. `two_bases` 0.5 takes the paper's rule (blocks at half of the input's side
+  and more), which is about 15 % of its network's parameters, and of the shipped U-Net's, whose blocks differ
+  less in width, 44 %.
+- First and last layer: 8 bits in the paper (policy `common`); full precision in the code, the time embedding
+  with them (`official:binarydm`, which the config takes).
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ from qdiff_jax.stages.weights import calibrate_weights
 def binarydm(
     model: Model,
     data: Any,
+    held_out: Any,
     activation_calibration: Any,
     timesteps: Any,
     *,
@@ -49,7 +56,8 @@ def binarydm(
 ) -> Method:
     """Ranges of the activations in the full-precision network, scales of the weights, training.
 
-    data: what is trained on, `stages.noising.Images` or a calibration set. activation_calibration visits
+    data: what is trained on, `stages.noising.Images` or a calibration set. held_out: the same of other samples,
+    which the transition is judged on. activation_calibration visits
     every step of `timesteps`. weight_method: ranges of weights of more than one bit. The plan decides who is
     binary: weights of 1 bit are; those of more are trained as LSQ beside them.
     """
@@ -60,7 +68,7 @@ def binarydm(
                 model, activation_calibration, timesteps, activations, on_progress=on_progress
             ),
             calibrate_weights(model, method=weight_method),
-            train_binary(model, data, config, on_progress=on_progress),
+            train_binary(model, data, held_out, config, on_progress=on_progress),
         ),
         notes=f"tau={config.tau:g}, lrm={config.lrm:g}, two_bases={config.two_bases:g}, "
         f"interval={config.interval}",

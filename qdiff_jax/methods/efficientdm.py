@@ -11,6 +11,9 @@ The updates are merged into the integers at the end. Departures (`variant="faith
 - Zero points are rounded in training, straight through; the code trains floats, which have no integers.
 - A zero point that leaves the codes is moved back to their nearest end after every step (in both variants):
   beyond them 0 has no code. The code lets it go.
+- Who is quantized follows the policy. The code keeps shortcuts, downsampling and attention products in full
+  precision and the ends and the time embedding at 8 bits (`official:efficientdm`); under `common` the first
+  three, and the time embedding at the target bits, are quantized and trained like all others.
 - Time embedding, first and last layer get neither update nor table, as in the code, but only where they are at
   8 bits: under a policy that gives them the target bits they are trained like all others.
 - Moments are kept by sampling step, which the code has commented out: without it Adam would move steps that
@@ -78,13 +81,18 @@ class EfficientDMConfig:
                 raise ValueError(
                     f"EfficientDMConfig.{name} is {getattr(self, name)!r}; use one of {allowed}."
                 )
-        if self.steps < 0 or self.lora_divisor <= 0:
+        if self.variant == "faithful" and self.student.base == "full_precision":
+            raise ValueError(
+                "EfficientDMConfig.variant 'faithful' shares one delta_w between W0 and its rounding, and "
+                "student.base='full_precision' has a W0 without one: take 'quantized', or variant='fixed'."
+            )
+        if self.steps < 0 or not 0 < self.lora_divisor < float("inf"):
             raise ValueError(
                 f"EfficientDMConfig: steps is {self.steps} and lora_divisor {self.lora_divisor}; the one is at "
                 "least 0, the other positive."
             )
         for name in ("lora_lr", "scale_lr", "activation_lr"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(
                     f"EfficientDMConfig.{name} is {getattr(self, name)}; a rate is at least 0, and 0 "
                     "leaves what it is for as it was."
@@ -138,8 +146,7 @@ def efficientdm(
     if config.student.talsq:
         check_served(source.timesteps, timesteps, config.student.subsample)
     if config.variant == "faithful":
-        shared = config.student.base == "quantized"
-        student = dataclasses.replace(config.student, base_delta_shared=shared, zp_ste=False)
+        student = dataclasses.replace(config.student, base_delta_shared=True, zp_ste=False)
         config = dataclasses.replace(config, student=student)
 
     def build(state):

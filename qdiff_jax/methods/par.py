@@ -39,7 +39,7 @@ def par(
     if base.again is None:
         raise ValueError(
             f"par repeats a reconstruction of weights, and {base.name!r} before it has none to repeat; put "
-            "it behind brecq, qdiffusion, tfmq or closed_form."
+            "it behind brecq, qdiffusion, tfmq or closed_form, or behind svdquant in closed form."
         )
     if source is None:
         raise ValueError("par samples the quantized network: give CalibrationSets.paired.")

@@ -53,6 +53,12 @@ class PTQ4DiTConfig:
             raise ValueError(
                 f"PTQ4DiTConfig.variant {self.variant!r} is unknown; use one of {tuple(VARIANTS)}."
             )
+        if not self.csb and (self.variant != "fixed" or not self.ssc):
+            idle = "ssc=False" if self.variant == "fixed" else f"variant={self.variant!r}"
+            raise ValueError(
+                f"PTQ4DiTConfig: {idle} says what the factors of CSB are made of, and csb=False makes none; "
+                "leave it out."
+            )
 
 
 def check_transformer(model: Model) -> None:
@@ -62,6 +68,15 @@ def check_transformer(model: Model) -> None:
             "ptq4dit folds the factors of qkv, proj and fc1 into the modulation of DiT blocks (adaLN), and "
             "this network has none of them; the transformer blocks of PixArt and of latent diffusion are not "
             "supported: take a DiT, or tcaq, whose channel factors serve any layer."
+        )
+
+
+def check_reconstruction(config: PTQ4DiTConfig, rounding: str) -> None:
+    """Raise ValueError for rounding in closed form where nothing is reconstructed, or for unknown rounding."""
+    check_rounding(rounding)
+    if rounding == "closed_form" and not config.reconstruction:
+        raise ValueError(
+            "ptq4dit without reconstruction rounds to the nearest code: leave out rounding='closed_form'."
         )
 
 
@@ -86,13 +101,9 @@ def ptq4dit(
     and learns the activation steps after them. Raises ValueError for a network without DiT blocks, an
     unknown rounding, or "closed_form" without reconstruction.
     """
-    check_rounding(rounding)
+    check_reconstruction(config, rounding)
     check_transformer(model)
     solved = rounding == "closed_form"
-    if solved and not config.reconstruction:
-        raise ValueError(
-            "ptq4dit without reconstruction rounds to the nearest code: leave out rounding='closed_form'."
-        )
     units = units_with_projections(model.program)
     weights = dataclasses.replace(weights, trains="scales" if solved else "both")
 

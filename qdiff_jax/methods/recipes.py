@@ -55,7 +55,7 @@ PARTS: dict[str, Part] = {
     "tdq": Part("tdq", _WHOLE, by_step=True),
     "tcaq": Part("tcaq", ("transform", *_WHOLE, "rounds")),
     "ptq4dit": Part("ptq4dit", ("transform", *_WHOLE)),
-    "svdquant": Part("svdquant", ("plan", *_WHOLE)),
+    "svdquant": Part("svdquant", ("plan", *_WHOLE), repeats=True),  # in closed form
     "par": Part("tcaq", ("rounds",)),
     "efficientdm": Part("efficientdm", ("ranges", "training"), continues=True),
     "binarydm": Part("binarydm", ("ranges", "training")),

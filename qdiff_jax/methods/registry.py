@@ -6,9 +6,11 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 
+import jax
+
 from qdiff_jax.methods.binarydm import binarydm
 from qdiff_jax.methods.brecq import brecq
-from qdiff_jax.methods.closed_form import closed_form
+from qdiff_jax.methods.closed_form import check_rounding, closed_form
 from qdiff_jax.methods.efficientdm import efficientdm
 from qdiff_jax.methods.par import par
 from qdiff_jax.methods.ptq4dit import check_transformer, ptq4dit
@@ -23,6 +25,7 @@ from qdiff_jax.methods.tcaq import tcaq
 from qdiff_jax.methods.tdq import tdq
 from qdiff_jax.methods.tfmq import tfmq
 from qdiff_jax.stages.stage import Method, Model
+from qdiff_jax.stages.training_sets import split_images, split_trajectories
 from qdiff_jax.stages.tune import TuneConfig
 
 
@@ -136,11 +139,7 @@ def _closed_form(model, sets, settings, **own):
 
 def _ptqd(model, sets, settings, **own):
     _check_paired(sets)
-    if settings.ptqd.base not in set(METHODS) - {"ptqd"}:
-        raise ValueError(
-            f"PTQD goes on top of another method, not of {settings.ptqd.base!r}; there are "
-            f"{sorted(set(METHODS) - {'ptqd'})}."
-        )
+    _check_base(settings.ptqd.base)
     base = METHODS[settings.ptqd.base](model, sets, settings, **own)
     return ptqd(model, base, sets.paired, settings.ptqd, **own)
 
@@ -149,6 +148,14 @@ def _correction(model, sets, settings, **own):
     """PTQD's own stages, for what stands before them in a recipe."""
     _check_paired(sets)
     return ptqd(model, Method("recipe", ()), sets.paired, settings.ptqd, **own)
+
+
+def _check_base(base):
+    if base not in set(METHODS) - {"ptqd"}:
+        raise ValueError(
+            f"PTQD goes on top of another method, not of {base!r}; there are "
+            f"{sorted(set(METHODS) - {'ptqd'})}."
+        )
 
 
 def _check_paired(sets):
@@ -216,6 +223,9 @@ def _svdquant(model, sets, settings, **own):
         *_two_sets(sets),
         config=settings.svdquant,
         activations=settings.activations,
+        rounding="closed_form" if settings.rounding == "closed_form" else "layer",
+        closed_form=settings.closed_form,
+        step_weights=sets.step_weights,
         **own,
     )
 
@@ -235,9 +245,20 @@ def _efficientdm(model, sets, settings, **own):
 
 
 def _binarydm(model, sets, settings, **own):
+    gate = settings.binarydm.gate_samples
+    if sets.images is not None:
+        data = split_images(sets.images, gate)
+    elif sets.paired is not None:
+        data = split_trajectories(jax.random.key(0), sets.paired.trajectory, gate)
+    else:
+        raise ValueError(
+            "binarydm trains on images or on recorded trajectories: give CalibrationSets.images or .paired."
+        )
     return binarydm(
         model,
-        *_two_sets(sets),
+        *data,
+        sets.activations,
+        sets.timesteps,
         weight_method=settings.weight_method,
         activations=settings.activations,
         config=settings.binarydm,
@@ -262,6 +283,22 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 # Methods that can make weights of one bit; all others round on uniform grids.
 BINARY = ("rtn", "binarydm")
+# How methods decide codes that `MethodSettings.rounding` has no say in; all others read it.
+_OWN_ROUNDING = {
+    "rtn": "rounds to nearest",
+    "ptq4dm": "rounds to nearest",
+    "efficientdm": "trains its codes",
+    "binarydm": "trains its codes",
+}
+# And with which of their settings those that read it do not.
+_OWN_ROUNDING_IF: dict[str, tuple[Callable[[MethodSettings], bool], str]] = {
+    "tdq": (lambda s: s.tdq.mode == "qat", "with tdq.mode='qat' trains its codes"),
+    "ptq4dit": (
+        lambda s: not s.ptq4dit.reconstruction,
+        "without ptq4dit.reconstruction rounds to nearest",
+    ),
+    "svdquant": (lambda s: s.svdquant.branch.gptq, "with svdquant.branch.gptq rounds by GPTQ"),
+}
 # Methods that not every network has layers for: what raises ValueError for one that has none.
 _NEEDS: dict[str, Callable[[Model], None]] = {
     "ptq4dit": check_transformer,
@@ -289,6 +326,40 @@ def methods_of(name: str, base: str = "rtn") -> tuple[str, ...]:
     return (base, name) if name == "ptqd" else (name,)
 
 
+def deciding(name: str, base: str = "rtn") -> str:
+    """The method that decides the codes of a method or a recipe. base: PTQD's.
+
+    Raises ValueError as `methods_of` does, and for a base that is none.
+    """
+    names = methods_of(name, base)
+    if name == "ptqd":
+        _check_base(base)
+    # Training that goes on from codes decides them where nothing has before it.
+    parts = [n for n in names if {"codes", "training"} & set(PARTS[n].kinds)]
+    return PARTS[parts[0]].method
+
+
+def check_rounds(name: str, settings: MethodSettings) -> None:
+    """Raise ValueError for a `settings.rounding` other than the default that the method or recipe would not
+    read, since it decides codes in a way of its own, and for a default that leaves PAR nothing to repeat."""
+    method = deciding(name, settings.ptqd.base)
+    if settings.rounding == MethodSettings.rounding:
+        if method == "svdquant" and "par" in methods_of(name):
+            raise ValueError(
+                f"{name}: svdquant rounds layer by layer, of which par has nothing to repeat; set "
+                "rounding='closed_form'."
+            )
+        return
+    check_rounding(settings.rounding)
+    applies, how = _OWN_ROUNDING_IF.get(method, (lambda _: False, ""))
+    if method in _OWN_ROUNDING or applies(settings):
+        able = ", ".join(n for n in METHODS if n not in {*_OWN_ROUNDING, "closed_form", "ptqd"})
+        raise ValueError(
+            f"rounding={settings.rounding!r} has no meaning for {name}: {method} "
+            f"{how or _OWN_ROUNDING[method]}; leave it out, or take one of {able}."
+        )
+
+
 def check_network(name: str, model: Model) -> None:
     """Raise ValueError for a method or part that this network has no layers for, before any work."""
     if name in _NEEDS:
@@ -305,9 +376,10 @@ def build(
     """The method of that name on a model, or the recipe of parts ("csb+svdquant+efficientdm",
     `methods.recipes`).
 
-    Raises ValueError as `methods_of` does.
+    Raises ValueError as `methods_of` and `check_rounds` do.
     """
     names = methods_of(name)
+    check_rounds(name, settings)
     if JOIN not in name:
         return METHODS[name](model, sets, settings, on_progress=on_progress)
     if "par" in names:

@@ -52,11 +52,14 @@ def run_method(
     sampler_config: Mapping,
     extra: Mapping,
     on_stage: Callable[[str], None] | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> dict:
     """Run the method's stages and write `directory/bundle` and `directory/quantize.json`.
 
     Stages keep their unfinished work under `directory/stages`; called again after a kill, they go on
-    from it. Returns the record: seconds by kind of stage, compile seconds and each stage's report.
+    from it. made: what the record shall say of its origin, such as the commit. Returns the record: that,
+    seconds by kind of stage (wall, of all processes that worked on it), compile seconds and each stage's
+    report.
     """
     record = directory / "quantize.json"
     if record.exists() and (directory / "bundle").is_dir():
@@ -72,7 +75,7 @@ def run_method(
         if on_stage is not None:
             on_stage(stage.name)
         state, report = run_stage(stage, state, directory / "stages" / f"{i}_{stage.name}")
-        kind = _QUANTIZE_S.get(stage.name.split("_")[0], "reconstruct_s")
+        kind = seconds_of(stage.name)
         seconds[kind] += report["seconds"]
         seconds["compile_s"] += report["compile_seconds"]
         reports[f"{i}_{stage.name}"] = {k: v for k, v in report.items() if k != "ranges"}
@@ -93,9 +96,14 @@ def run_method(
         },
         correction=state.aux.get("correction"),
     )
-    result = {**seconds, "stages": reports}
+    result = {**(made or {}), **seconds, "stages": reports}
     save_record(record, result)
     return result
+
+
+def seconds_of(stage: str) -> str:
+    """Where the seconds of a stage count, by its name: "calibrate_s" or "reconstruct_s"."""
+    return _QUANTIZE_S.get(stage.split("_")[0], "reconstruct_s")
 
 
 def make_sampler(schedule_config: Mapping, sampler_config: Mapping) -> SamplerPlan:
@@ -168,6 +176,23 @@ def check_comparable(manifest: Mapping, name: str) -> None:
             "are in other units than full precision's, and only its images compare; leave it out, or take a "
             "variant without factors (ptq4dit.csb=False)."
         )
+
+
+def unguided_sampler(loaded: Loaded, name: str) -> SamplerPlan:
+    """The sampler that a bundle was made for, its own tensors in full precision: for trajectories without
+    guidance, to compare the bundle's with.
+
+    Raises ValueError for a correction that was measured on guided estimates, which holds for those alone.
+    """
+    sampler = loaded.manifest["sampler"]
+    if loaded.correction is not None and sampler.get("guidance_scale", -1.0) >= 0:
+        raise ValueError(
+            f"{name} corrects estimates at guidance {sampler['guidance_scale']:g}, and trajectories are "
+            "compared without: leave it out, or calibrate one with sampler.guidance_scale=-1."
+        )
+    if sampler.get("tensors") is None:
+        return loaded.plan
+    return make_sampler(loaded.manifest["schedule"], {**sampler, "tensors": None})
 
 
 def load_for_sampling(directory: pathlib.Path, execute: bool = False) -> Loaded:

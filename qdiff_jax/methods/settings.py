@@ -23,7 +23,8 @@ class CalibrationSets(NamedTuple):
     timesteps: [S], the sampler's schedule by step index. step_weights: [S], how much the samples
     of each step count in closed-form rounding (`stages.row_weights`), None for equally. paired: an
     `observe.quantization_noise.Paired`, for methods that correct the sampling. sampling: an
-    `observe.sources.Sampling`, for methods that sample while they train."""
+    `observe.sources.Sampling`, for methods that sample while they train. images: `stages.noising.Images`, for
+    BinaryDM, which without trains on all states of `paired`."""
 
     weights: Any
     activations: Any
@@ -31,6 +32,7 @@ class CalibrationSets(NamedTuple):
     step_weights: Any = None
     paired: Any = None
     sampling: Any = None
+    images: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,13 @@ class MethodSettings:
     weight_method: "mse" or "minmax". activation_steps: steps of BRECQ's second phase, 0 to skip it;
     activation_batch: samples of each, 0 for as many as the first phase takes. variant: TFMQ-DM's "fixed" (the
     paper) or "faithful" (the official code), faithful_margin: of the latter's tables; tiar, fsc, freeze: its
-    parts; tfmq_split: what it splits at a skip. rounding: how methods
-    that reconstruct weights round them, "adaround" (the papers, by `weights`) or "closed_form" (by
-    `closed_form`). rounds: how often a recipe's PAR will decide the weights again after a method that
-    reconstructs them (`build` sets it). tune_steps: of end-to-end tuning after the method closed_form. split:
-    which layers Q-Diffusion splits at a skip, "shortcut", "both" or "none". batch_ranges: PTQ4DM's search of
-    activation ranges, but for its batch size, which is that of `activations`.
+    parts; tfmq_split: what it splits at a skip. rounding: "adaround" for each method's own way (of those that
+    reconstruct weights AdaRound, by `weights`), or "closed_form", by `closed_form`, which methods refuse that
+    decide codes otherwise (`methods.registry.check_rounds`). rounds: how often a recipe's PAR will decide the
+    weights again after a method that reconstructs them (`build` sets it). tune_steps: of end-to-end tuning
+    after the method closed_form. split: which layers Q-Diffusion splits at a skip, "shortcut", "both" or
+    "none". batch_ranges: PTQ4DM's search of activation ranges, but for its batch size, which is that of
+    `activations`.
     """
 
     weight_method: str = "mse"

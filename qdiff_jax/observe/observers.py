@@ -17,6 +17,7 @@ from flax import struct
 from qdiff_jax.quant.ranges import least_error, shrink_search
 from qdiff_jax.quant.ranges import percentile as percentile_range
 from qdiff_jax.quant.spec import QuantSpec
+from qdiff_jax.runtime.finite import NotFiniteError
 
 _EMPTY = np.uint32(0xFFFFFFFF)  # above every priority
 
@@ -130,7 +131,7 @@ def _checked(lo, hi, count, outside) -> tuple[np.ndarray, np.ndarray]:
         )
     finite = (np.isfinite(lo) & np.isfinite(hi)).reshape(count.size, -1).all(axis=1)
     if not finite.all():
-        raise ValueError(
+        raise NotFiniteError(
             f"rows {np.flatnonzero(~finite).tolist()} saw NaN or infinity; look for the layer that "
             "produced it before calibrating."
         )

@@ -213,9 +213,9 @@ def cached(
 
     order: "trajectory" visits the steps as the sampler does, noisiest first, with other samples at every
     visit; "mixed" draws step and sample anew for each item of a batch. target: "teacher", or "noise": the
-    last states of the trajectories are taken for images, noised anew to a drawn step, and the noise is
-    the target, without guidance: ordinary diffusion training on the same data, to compare distillation with
-    (always in mixed order).
+    last states of the trajectories are taken for images, noised anew to the step visited, and the noise is
+    the target, without guidance: ordinary diffusion training on the same data. To compare distillation with
+    it, take both in one order: what a batch holds is then drawn alike, and the target alone differs.
 
     Raises ValueError for another order or target.
     """
@@ -225,7 +225,7 @@ def cached(
         )
     trajectory, every = paired.trajectory, len(branches(paired.guidance))
     steps, size = len(trajectory.t), trajectory.x.shape[1] // every
-    mixed = order == "mixed" or target == "noise"
+    mixed = order == "mixed"
     x = trajectory.x[:, ::every]
     data = {"t": np.float32(trajectory.t), "index": np.int32(trajectory.index)}
     guidance, draw = paired.guidance, _draw_cached

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from qdiff_jax.quant.affine import dequantize, quantize
-from qdiff_jax.quant.qparams import QParams, broadcast, grouped, scale_and_zero_point
+from qdiff_jax.quant.qparams import QParams, broadcast, grouped
+from qdiff_jax.quant.spec import QuantSpec
 
 _TRIES = 10
 _EXACT = lax.Precision.HIGHEST
@@ -44,16 +45,21 @@ class _Rows(NamedTuple):
     high: jax.Array
 
 
+def check_grid(spec: QuantSpec, where: str) -> None:
+    """Raise ValueError unless the grid of the weight at `where` is affine and static."""
+    if spec.grid != "affine" or spec.dynamic:
+        raise ValueError(
+            f"closed-form rounding needs a static affine grid for {where}, got {spec}; plan the weight on "
+            "an affine grid."
+        )
+
+
 def grid_rows(qparams: QParams, shape: tuple[int, ...], dtype=jnp.float32) -> _Rows:
     """The numbers of qparams for each element of a kernel of `shape`, as [K, N] arrays.
 
     Raises ValueError unless the grid is affine and static.
     """
-    if qparams.spec.grid != "affine" or qparams.spec.dynamic:
-        raise ValueError(
-            f"closed-form rounding needs a static affine grid for the weight, got {qparams.spec}; "
-            "plan the weight on an affine grid."
-        )
+    check_grid(qparams.spec, f"a kernel {shape}")
     view = jax.eval_shape(
         lambda x: grouped(qparams.spec, x), jax.ShapeDtypeStruct(shape, jnp.float32)
     )
@@ -167,42 +173,8 @@ def _round_rows(weights, rows: _Rows, order, upper, block: int):
     block = min(block, size)
     pad = -size % block
     blocked = jax.tree.map(lambda row: _blocks(row[order], pad, block), rows)
-    codes = _sweep(weights[order], upper, block, lambda current, given: given, blocked)[0]
+    codes = _sweep(weights[order], upper, block, blocked)
     return jnp.zeros_like(codes).at[order].set(codes)
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def gptq_regrouped(
-    kernel: jax.Array, hessian: jax.Array, spec, qmin, qmax, *, damping=0.01
-) -> Rounded:
-    """GPTQ whose group ranges are min-max of the weights as they stand when the group is reached.
-
-    kernel: [K, N] of a dense layer. spec: granularity "group" on axis -2. The ranges follow the
-    updates that earlier groups caused, which min-max of the original weights would clip; rows go in
-    their own order. Raises ValueError for another granularity.
-    """
-    if spec.granularity != "group" or spec.axis != -2 or kernel.ndim != 2:
-        raise ValueError(
-            f"gptq_regrouped takes a [K, N] kernel in groups of input channels (axis -2), got "
-            f"{spec.granularity!r} on axis {spec.axis} for {kernel.shape}; use gptq instead."
-        )
-    if kernel.shape[0] % spec.group:
-        raise ValueError(f"groups of {spec.group} do not divide the {kernel.shape[0]} inputs.")
-    upper, used = inverse_factor(hessian, damping)
-    low, high = jnp.asarray(qmin, hessian.dtype), jnp.asarray(qmax, hessian.dtype)
-
-    def measured(current, given):
-        del given
-        lo, hi = current.min(axis=0), current.max(axis=0)
-        scale, zero = scale_and_zero_point(spec, lo, hi, low, high)
-        ends = (jnp.broadcast_to(v, scale.shape) for v in (low, high))
-        return _Rows(*(jnp.broadcast_to(v[None], current.shape) for v in (scale, zero, *ends)))
-
-    weights = kernel.astype(hessian.dtype)
-    codes, rows = _sweep(weights, upper, spec.group, measured, None)
-    scale, zero = (leaf[:, 0].astype(jnp.float32) for leaf in (rows.scale, rows.zero))
-    ends = (jnp.asarray(v, jnp.float32) for v in (qmin, qmax))
-    return Rounded(codes.astype(jnp.int32), QParams(scale, zero, *ends, spec), used)
 
 
 def _blocks(leaf, pad, block):
@@ -211,8 +183,8 @@ def _blocks(leaf, pad, block):
     return leaf.reshape(-1, block, leaf.shape[-1])
 
 
-def _sweep(weights, upper, block, grid, given):
-    """(codes as floats [K, N], grids [blocks, block, N]) of one pass over all rows."""
+def _sweep(weights, upper, block, grids):
+    """Codes as floats [K, N] of one pass over all rows; grids: `_Rows` of [blocks, block, N]."""
     size, columns = weights.shape
     pad = -size % block
     weights = jnp.pad(weights, ((0, pad), (0, 0)))
@@ -221,10 +193,9 @@ def _sweep(weights, upper, block, grid, given):
     )
 
     def one_block(weights, inputs):
-        start, band, given = inputs
+        start, band, rows = inputs
         current = lax.dynamic_slice(weights, (start, 0), (block, columns))
         square = lax.dynamic_slice(band, (0, start), (block, block))
-        rows = grid(current, given)
 
         def one_row(current, inputs):
             i, factors, row = inputs
@@ -235,12 +206,12 @@ def _sweep(weights, upper, block, grid, given):
 
         _, (codes, errors) = lax.scan(one_row, current, (jnp.arange(block), square, rows))
         weights = weights - jnp.matmul(band.T, errors, precision=_EXACT)
-        return weights, (codes, rows)
+        return weights, codes
 
     starts = jnp.arange(0, size + pad, block)
     bands = upper.reshape(-1, block, size + pad)
-    _, (codes, rows) = lax.scan(one_block, weights, (starts, bands, given))
-    return codes.reshape(-1, columns)[:size], rows
+    _, codes = lax.scan(one_block, weights, (starts, bands, grids))
+    return codes.reshape(-1, columns)[:size]
 
 
 @functools.partial(jax.jit, static_argnames="sweeps")

@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from qdiff_jax.quant.lsq import positive
-from qdiff_jax.quant.qparams import QParams, refuse_stored_format
+from qdiff_jax.quant.qparams import QParams, float16_scale, refuse_stored_format
 from qdiff_jax.quant.quantizer import codes, fake_quant
 
 
@@ -68,9 +68,15 @@ def merged_codes(base: jax.Array, update: Update, grid: QParams) -> jax.Array:
 def trained_grid(grid: QParams) -> QParams:
     """A grid whose scale has been trained: kept positive, the zero point fixed.
 
+    A scale that is stored as float16 is rounded to one, straight through.
+
     Raises ValueError for a scale that is stored in a format of 8 bits.
     """
-    refuse_stored_format(grid.spec, "trained")
-    return grid.replace(
-        scale=positive(grid.scale), zero_point=jax.lax.stop_gradient(grid.zero_point)
-    )
+    scale = positive(grid.scale)
+    if grid.spec.scale_format == "f16":
+        # scale - stop_gradient(scale) is exactly 0, so that the value is one of the format.
+        held = jax.lax.stop_gradient(float16_scale(scale))
+        scale = held + (scale - jax.lax.stop_gradient(scale))
+    else:
+        refuse_stored_format(grid.spec, "trained")
+    return grid.replace(scale=scale, zero_point=jax.lax.stop_gradient(grid.zero_point))

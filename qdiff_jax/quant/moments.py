@@ -26,7 +26,6 @@ from flax import struct
 from jax import lax
 
 from qdiff_jax.operators import Operator
-from qdiff_jax.quant.gptq import inverse_factor
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -166,24 +165,12 @@ def cross_moment(moments: Moments, centred: bool = True) -> jax.Array:
     return c if centred else c + moments.mean[:, None] * moments.target_mean[None, :]
 
 
-def aimed(kernel: jax.Array, moments: Moments, *, ridge=0.05, centred: bool = True) -> jax.Array:
-    """W + (H + ridge * mean(diag H) * I)^-1 C, of the kernel's shape, float32.
+@jax.jit
+def toward_target(kernel: jax.Array, upper: jax.Array, c: jax.Array) -> jax.Array:
+    """W + U'U C of the kernel's shape, float32, with U'U = (H + ridge * mean(diag H) * I)^-1 or its parts.
 
     With ridge 0 (and an H of full rank) this is the least-squares solution of X W + 1 b' = target.
     """
-    h = hessian(moments, centred)
-    upper = (
-        jnp.stack([_factor(part, ridge)[0] for part in h]) if h.ndim == 3 else _factor(h, ridge)[0]
-    )
-    return toward_target(kernel, upper, cross_moment(moments, centred))
-
-
-_factor = jax.jit(inverse_factor)
-
-
-@jax.jit
-def toward_target(kernel: jax.Array, upper: jax.Array, c: jax.Array) -> jax.Array:
-    """W + U'U C, with U'U the (damped) inverse of H."""
     inner = jnp.matmul(upper, in_parts(c, upper), precision=_EXACT)
     step = jnp.matmul(jnp.swapaxes(upper, -1, -2), inner, precision=_EXACT)
     return kernel + step.reshape(kernel.shape).astype(kernel.dtype)

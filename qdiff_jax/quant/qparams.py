@@ -79,11 +79,23 @@ def _symmetric_scale(spec, top, largest):
         power = jnp.ldexp(jnp.ones_like(top), jnp.clip(exponent, -126, 126))
         return jnp.where(jnp.isfinite(top), power, top)
     scale = jnp.maximum(top * reciprocal(largest), SCALE_FLOOR)
+    if spec.scale_format == "f16":
+        return jnp.where(jnp.isfinite(scale), float16_scale(scale), scale)
     if spec.scale_format == "e4m3":
         # Beyond 448 the type has no value, and below 2^-9 none but 0.
         held = jnp.clip(scale, 2.0**-9, 448.0).astype(jnp.float8_e4m3fn).astype(jnp.float32)
         return jnp.where(jnp.isfinite(scale), held, scale)
     return scale
+
+
+def float16_scale(scale: jax.Array) -> jax.Array:
+    """The nearest scale of the format "f16", 2^-24 to 65504, in float32; of any shape, finite."""
+    scale = jnp.clip(scale, 2.0**-24, 65504.0)
+    # Below 2^-14 float16 is a grid of 2^-24; written out, as not every device has its subnormal numbers.
+    small = jnp.round(scale * 2.0**24) * 2.0**-24
+    # Not by a cast there and back, which compilers may leave out as excess precision.
+    normal = jax.lax.reduce_precision(scale, exponent_bits=5, mantissa_bits=10)
+    return jnp.where(scale < 2.0**-14, small, normal)
 
 
 def from_range(spec: QuantSpec, lo, hi, qmin, qmax) -> QParams:
@@ -122,7 +134,7 @@ def from_tensor(spec: QuantSpec, x: jax.Array, qmin, qmax) -> QParams:
 
 
 def refuse_stored_format(spec: QuantSpec, done: str) -> None:
-    """Raise ValueError for a scale of a stored format (e4m3, e8m0) that is `done`: it would leave it."""
+    """Raise ValueError for a scale of a stored format (f16, e4m3, e8m0) that is `done`: it would leave it."""
     if spec.scale_format is not None:
         raise ValueError(
             f"a scale of the format {spec.scale_format!r} cannot be {done}: the result has no such format any "

@@ -41,9 +41,10 @@ class QuantSpec:
       zero_code: log grids only: the last code decodes to exactly 0 instead of the smallest power.
       boundary: for "split": index along `axis` at which the second part begins.
       narrow: signed codes are +-(2**(bits-1) - 1), so that the grid is symmetric about 0.
-      scale_format: how a scale is stored: None float32; "e4m3" a float8_e4m3fn (at most 448; NVFP4's
-        block scales); "e8m0" a power of two, 2^(floor(log2 max|x|) - floor(log2 of the grid's largest
-        value)) (MXFP4, OCP Microscaling 1.0). Symmetric signed grids only.
+      scale_format: how a scale is stored: None float32; "f16" a float16 of 2^-24 to 65504 (bundles hold it
+        in two bytes); "e4m3" a float8_e4m3fn (at most 448; NVFP4's block scales); "e8m0" a power of two,
+        2^(floor(log2 max|x|) - floor(log2 of the grid's largest value)) (MXFP4, OCP Microscaling 1.0).
+        Symmetric signed grids only.
 
     Raises:
       ValueError: a field is outside its domain or two fields contradict each other.
@@ -103,9 +104,9 @@ class QuantSpec:
             raise ValueError(
                 "QuantSpec granularity 'cell' holds measured ranges; set dynamic=False."
             )
-        if self.scale_format not in (None, "e4m3", "e8m0"):
+        if self.scale_format not in (None, "f16", "e4m3", "e8m0"):
             raise ValueError(
-                f"QuantSpec.scale_format is {self.scale_format!r}; use None, 'e4m3' or 'e8m0'."
+                f"QuantSpec.scale_format is {self.scale_format!r}; use None, 'f16', 'e4m3' or 'e8m0'."
             )
         if self.scale_format and not (self.symmetric and self.signed):
             raise ValueError(
@@ -156,6 +157,19 @@ class QuantSpec:
                 "QuantSpec granularity 'split' cuts the contraction axis of an activation (axis=-1) "
                 "or of a weight (axis=-2), and its two ranges are static (dynamic=False)."
             )
+
+
+def implied_zero_point(spec: QuantSpec) -> float | None:
+    """What the leaf `QParams.zero_point` holds under any range; None where it depends on the range.
+
+    0 for symmetric integers, log grids and binary weights; for the formats of 4 bits, whose exponent bits are
+    kept in that leaf, their number.
+    """
+    if spec.grid in FLOATS:
+        return float(FLOATS[spec.grid][0])
+    if spec.grid in ("log2", "log_sqrt2", "binary") or (spec.grid == "affine" and spec.symmetric):
+        return 0.0
+    return None
 
 
 def code_range(spec: QuantSpec, bits: int, narrow: bool = False) -> tuple[int, int]:

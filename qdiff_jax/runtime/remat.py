@@ -57,3 +57,27 @@ def _backward(f, held, cotangent):
 
 
 recomputed.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _block(module):
+    def apply(tied, params):
+        values, quant = tied
+        return module.apply({"params": params, "quant": quant}, *values)
+
+    return apply
+
+
+def recomputed_block(module, params: Any, quant: Any, values: tuple) -> Any:
+    """A block of a network applied to what it reads, with nothing of its inside kept for the gradient."""
+    return recomputed(_block(module), (values, quant), params)
+
+
+def recomputed_unit(signature, params, quant, inputs) -> tuple:
+    """`models.program.apply_unit` (same arguments but `mutable`) that keeps what blocks read alone."""
+    held = list(inputs)
+    blocks = zip(signature.modules, signature.reads, params, quant, strict=True)
+    for module, reads, weights, quantizers in blocks:
+        values = tuple(held[i] for i in reads)
+        held.append(recomputed_block(module, weights, quantizers, values))
+    return tuple(held[i] for i in signature.outputs)

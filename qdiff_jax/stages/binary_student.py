@@ -36,7 +36,8 @@ def split_student(
     phases: tuple[Phase, ...] | None,
     example: Mapping[str, Any],
 ) -> tuple[dict, dict]:
-    """(trainable, frozen) of a state whose weights and activations have ranges.
+    """(trainable, frozen) of a state whose weights and activations have ranges. frozen: what `student` reads
+    beside the trainables; its "params" are the model's own arrays, which are the teacher's too.
 
     trainable: "kernels" and "others" by path (a `rotation` is frozen), "steps" (sigma_I, or an LSQ step) and
     "second" (sigma_II) by site, "activations" (steps) by "site:operand". two_bases, interval: see

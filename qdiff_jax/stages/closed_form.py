@@ -3,14 +3,17 @@
 For each unit in order of execution, layer after layer: second moments of what the layer meets in the
 network as quantized so far (with activation quantizers, if the state holds them), a least-squares
 target, GPTQ, an exact bias. Both streams walk the block program together, so that all moments and
-targets together cost a few passes of each unit over the calibration set, and nothing is run twice.
+targets together cost a few passes of each unit over the calibration set: one in full precision, one for each
+level of layers that read nothing of one another, one to go on to the next unit, and two over a few samples
+for the comparison with nearest rounding.
 
 The target of a layer is what its output still lacks. With "block_fp_output" that is, for the last layer
-of each branch of a unit, the full-precision output of the unit minus the unit's present output, seen
-through the layer's own gain; which layers these are is found by `unit_structure`, so that residual,
-attention and gated transformer blocks need no code of their own. A layer that is added to another one
-(a time projection to a convolution) makes up for the other's error. A unit that ends up further from
-full precision than nearest rounding would is rounded to nearest, and its report says so.
+of each branch of a unit, the full-precision value of what the branch is added to minus its present value,
+seen through the layer's own gain: the output of the unit, or the residual stream between two branches, as
+behind the attention in a transformer block. Which layers these are is found by `unit_structure`, so that
+residual, attention and gated transformer blocks need no code of their own. A layer that is added to
+another one (a time projection to a convolution) makes up for the other's error. A unit that ends up
+further from full precision than nearest rounding would is rounded to nearest, and its report says so.
 
 Sources: GPTQ (Frantar et al. 2023); asymmetric targets as in GPTAQ (Li et al. 2025); block output as in
 BRECQ (Li et al. 2021), but solved. K-FAC weights: Martens and Grosse 2015.
@@ -39,15 +42,16 @@ from qdiff_jax.observe.capture import (
     slice_rows,
     start_stream,
 )
-from qdiff_jax.quant.hessian_size import hessian_parts
 from qdiff_jax.runtime.mesh import data_mesh
-from qdiff_jax.stages.layer_rounding import ClosedFormConfig, check_descent
-from qdiff_jax.stages.output_factors import output_factors
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig
+from qdiff_jax.stages.output_factors import check_memory, output_factors
+from qdiff_jax.stages.site_products import multiplied
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.unit_moments import Sampling, full_pass
 from qdiff_jax.stages.unit_results import apply_result, load_result, save_result
 from qdiff_jax.stages.unit_rounding import (
     UnitData,
+    check_layers,
     decided_params,
     resumed_params,
     round_unit,
@@ -55,7 +59,7 @@ from qdiff_jax.stages.unit_rounding import (
     weight_ranges,
 )
 from qdiff_jax.stages.unit_structure import UnitPlan, plan_unit
-from qdiff_jax.stages.unit_trees import only_activations
+from qdiff_jax.stages.unit_trees import only_activations, only_operators
 
 
 class Carry(NamedTuple):
@@ -92,29 +96,36 @@ def closed_form(
 
     `finish` returns the state with `QTensor` codes and refitted biases, and a report with, per unit, the
     relative error of its output and that of nearest rounding ("loss", "nearest_loss"), whether it fell
-    back to the latter, and the losses of its layers.
+    back to the latter ("fell_back"), and of its layers the losses, the damping and whether they were fitted
+    to the sum behind their branch ("fits_block").
 
     Raises ValueError for units that do not cover the program, frozen units that are not there, weights
-    of the wrong length or sign, more devices than there are, coordinate descent on a layer whose Hessian has
-    to be cut; FloatingPointError for moments that are
-    not finite.
+    of the wrong length or sign, more devices than there are, and batches that do not divide the set. Before
+    the first unit, `init` raises ValueError for a weight to be rounded whose grid is not affine and static,
+    whose operator is replaced, or whose Hessian has to be cut while there are sweeps of descent, and for a
+    backward pass that does not fit into memory_mib. FloatingPointError for moments that are not finite.
     """
     check_order(model.program, units, ("x", "t", "y"))
     unknown = sorted(set(frozen_units) - {unit.name for unit in units})
     if unknown:
         raise ValueError(f"{name}: frozen_units {unknown} are not among the units of this pass.")
-    _check_descents(model.params, units, config, name)
     if config.devices > len(jax.devices()):
         raise ValueError(
             f"{name}: devices={config.devices} were asked for, but JAX sees {len(jax.devices())}."
         )
     size = int(np.shape(calibration.t)[0])
     batch_bounds(size, config.walk_batch)
+    backward_batch = config.kronecker_batch or config.walk_batch
+    batch_bounds(size, backward_batch)
     sampling = Sampling(config.rows, config.walk_batch, _checked_weights(row_weights, size, name))
     mesh = data_mesh(jax.devices()[: config.devices])
     symmetric = config.target == "layer_fp_input"
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
+        chosen = {unit.name: _chosen(state, unit) for unit in units}
+        check_layers(model.params, state.quant, units, chosen, config, name)
+        if config.kronecker_sweeps and any(chosen.values()):
+            check_memory(model, calibration, backward_batch, config.memory_mib, name)
         stream = start_stream(
             calibration.x, calibration.t, calibration.index, calibration.branch, calibration.y
         )
@@ -124,10 +135,8 @@ def closed_form(
         return Carry(state, stream, stream, pool, 0, (), store, None)
 
     def run(carry: Carry, n: int) -> Carry:
-        for _ in range(n):
-            if not done(carry):
-                carry = _one_unit(carry, units[carry.position])
-        return carry
+        # One unit and not n: what it took is on disk before the next one begins.
+        return carry if done(carry) else _one_unit(carry, units[carry.position])
 
     def done(carry: Carry) -> bool:
         return carry.position >= len(units)
@@ -143,9 +152,7 @@ def closed_form(
 
     def _one_unit(carry: Carry, unit: Unit) -> Carry:
         began = time.monotonic()
-        chosen = (
-            () if unit.name in frozen_units else undecided(model.params, carry.state.quant, unit)
-        )
+        chosen = _chosen(carry.state, unit)
         result = load_result(carry.store, carry.position, unit.name) if chosen else None
         fresh = bool(chosen) and result is None
         if fresh and config.kronecker_sweeps and carry.factors is None:
@@ -154,10 +161,12 @@ def closed_form(
                     model,
                     calibration,
                     carry.state.key,
-                    batch_size=config.walk_batch,
+                    batch_size=backward_batch,
                     row_weights=sampling.weights,
                 )
             )
+            # Forward and backward through the whole network, the latter counted twice.
+            carry = carry._replace(full=carry.full._replace(passes=carry.full.passes + 3.0))
         inputs = tuple(carry.full.values[name] for name in unit.inputs)
         met = tuple(carry.quantized.values[name] for name in unit.inputs)
         plan = UnitPlan((), ())
@@ -172,6 +181,7 @@ def closed_form(
             sampling,
             mesh,
             lambda i, shape, dtype: allocate(carry.pool, shape, dtype, unit.outputs[i]),
+            config.target,
         )
         quant = _activations(carry.state.quant, unit)
         params = decided_params(model.params, carry.state.quant, unit)
@@ -179,8 +189,9 @@ def closed_form(
         report = {"unit": unit.name, "trained": bool(chosen)}
         if fresh:
             data = UnitData(
-                list(subtrees(model.params, unit)),
+                list(subtrees(multiplied(model.params, _own(carry.state.quant, unit)), unit)),
                 params,
+                list(only_operators(subtrees(carry.state.quant, unit))),
                 quant,
                 inputs,
                 met,
@@ -229,23 +240,18 @@ def closed_form(
             reports=(*carry.reports, report),
         )
 
+    def _chosen(state: QuantState, unit: Unit) -> tuple[str, ...]:
+        return () if unit.name in frozen_units else undecided(model.params, state.quant, unit)
+
     def _activations(quant: Mapping, unit: Unit) -> list[dict]:
-        if not config.activations or symmetric:
-            return [{} for _ in unit.nodes]
-        return list(only_activations(subtrees(quant, unit)))
+        kept = only_operators if not config.activations or symmetric else only_activations
+        return list(kept(subtrees(quant, unit)))
 
     return Stage(name, init, run, finish, done)
 
 
-def _check_descents(
-    params: Mapping, units: Sequence[Unit], config: ClosedFormConfig, name: str
-) -> None:
-    """Of every layer, before the first unit is rounded."""
-    own = {node: params[node] for unit in units for node in unit.nodes if node in params}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(own)[0]:
-        if path[-1].key == "kernel":
-            where = f"{'/'.join(entry.key for entry in path)} {leaf.shape} in {name}"
-            check_descent(config, hessian_parts(leaf.shape, config.hessian_mib) > 1, where)
+def _own(quant: Mapping, unit: Unit) -> dict:
+    return {name: quant[name] for name in unit.nodes if name in quant}
 
 
 def _checked_weights(weights, size: int, name: str) -> np.ndarray:

@@ -1,11 +1,11 @@
 """Fine-tuning of a quantized network by the full-precision one: phases, losses and rates as data.
 
-What is trained and how it enters the network is a `Student`, where batches come from a `Source`, and a
-`Phase` says for how long, which labels at which rates and by which losses. One compiled step serves all
-phases: rates and loss weights are its arguments, and a label without a rate keeps its leaves and its moments
-to the last bit. The optimizer is AdamW as in torch (decay 1e-2, decoupled), its rate falling linearly to 0
-in each phase. Leaves that belong to sampling steps have moments of their own by row, so that rows of steps
-that a batch does not contain do not move.
+What is trained and how it enters the network is a `Student`, where batches come from a `Source`, and a `Phase`
+says for how long, which labels at which rates and by which losses. One compiled step serves all phases: rates
+and loss weights are its arguments, and a label without a rate keeps its leaves and its moments to the last bit;
+one that has none in any phase has no moments. The optimizer is AdamW as in torch (decay 1e-2, decoupled), its
+rate falling linearly to 0 in each phase. Leaves that belong to sampling steps have moments of their own by row,
+so that rows of steps that a batch does not contain do not move.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from qdiff_jax.diffusion.guidance import evaluate
 from qdiff_jax.models.registry import predictor
 from qdiff_jax.observe.sources import Source
 from qdiff_jax.quant.timed import StepContext, rowwise, select
-from qdiff_jax.runtime.remat import recomputed
+from qdiff_jax.runtime.remat import recomputed_block
+from qdiff_jax.stages.resume_settings import described
 from qdiff_jax.stages.row_weights import by_step
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.whole_network import Carry, train_whole
@@ -53,7 +54,7 @@ class Student(NamedTuple):
     `variables` reads, factors multiply the rate of each leaf (labels without factors: 1). variables(
     trainable, fixed, params) -> {"params", "quant"}, and settle(before, after, fixed) -> trainable after an
     update: pure, and one function object for equal students. rows(fixed, ctx) -> [n], the rows that a
-    batch visits. finish(state, trainable, fixed) -> (state, report).
+    batch visits. finish(state, trainable, fixed) -> (state, report). settings: what it was made with, as JSON.
     """
 
     labels: tuple[str, ...]
@@ -63,6 +64,7 @@ class Student(NamedTuple):
     settle: Callable[[dict, dict, Any], dict]
     rows: Callable[[Any, StepContext], jax.Array]
     finish: Callable[[QuantState, dict, Any], tuple[QuantState, dict]]
+    settings: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,13 @@ class FinetuneConfig:
     weight_decay: float = 1e-2
     remat: bool = False
     save_seconds: float = 60.0
+
+    def __post_init__(self):
+        for name in ("weight_decay", "save_seconds"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"FinetuneConfig.{name} is {getattr(self, name)}; it is a number, at least 0."
+                )
 
 
 def check_step_weights(name: str, step_weights: np.ndarray, source: Source) -> None:
@@ -116,14 +125,17 @@ def finetune(
             )
     steps = sum(phase.steps for phase in phases)
     losses = tuple(sorted({loss for phase in phases for loss in phase.losses}))
+    learning = {label for phase in phases for label, rate in phase.labels.items() if rate > 0}
 
     def begin(state: QuantState):
-        trainable, fixed, factors = student.begin(state)
+        started, fixed, factors = student.begin(state)
+        trainable = {label: tree for label, tree in started.items() if label in learning}
         key = jax.random.fold_in(state.key, 1)
         memory = source.init(key) if steps else {}
         beside = {
             "teacher": model.params,
             "student": fixed,
+            "resting": {label: tree for label, tree in started.items() if label not in learning},
             "factors": factors,
             "source": source.data if steps else {},
             "guidance": source.guidance,
@@ -141,7 +153,8 @@ def finetune(
         window = min(len(source.timesteps), max(1, len(carry.losses) // 2))
         parts = {"first_loss": carry.losses[:window], "last_loss": carry.losses[-window:]}
         means = {n: float(np.mean(part)) if part else None for n, part in parts.items()}
-        state, report = student.finish(carry.state, carry.work["trainable"], carry.fixed["student"])
+        trained = {**carry.fixed["resting"], **carry.work["trainable"]}
+        state, report = student.finish(carry.state, trained, carry.fixed["student"])
         return state, {"steps": steps, **means, **report}
 
     return train_whole(
@@ -166,8 +179,23 @@ def finetune(
             initial_moments, by_step=student.by_step, weight_decay=config.weight_decay
         ),
         kept=("trainable", "optimizer", "data"),
+        settings={
+            "phases": [phase._asdict() for phase in phases],
+            "weight_decay": config.weight_decay,
+            "student": student.settings,
+            "source": _source_described(source) if steps else [],
+            "step_weights": described(step_weights),
+        },
         on_progress=on_progress,
     )
+
+
+def _source_described(source: Source) -> list:
+    """Its kind, its schedule and guidance, and how its batches are drawn, without the states themselves."""
+    visit = source.inputs(jax.random.key(0), 0, 1)
+    shapes = jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), np.asarray(leaf).dtype), visit)
+    held = (source.data, source.guidance, source.timesteps, shapes)
+    return [source.draw.__name__, *described(held)]
 
 
 def schedule(
@@ -204,15 +232,6 @@ def initial_moments(trainable: dict, *, by_step: Sequence[str], weight_decay: fl
 
 
 @functools.cache
-def _block(module):
-    def apply(tied, params):
-        values, quant = tied
-        return module.apply({"params": params, "quant": quant}, *values)
-
-    return apply
-
-
-@functools.cache
 def rematerialised(module, program):
     """`models.registry.predictor` of a network that keeps nothing but what its blocks read."""
 
@@ -223,7 +242,7 @@ def rematerialised(module, program):
         for node in program:
             own = tuple(tree.get(node.name, {}) for tree in (params, quant))
             values = tuple(env[name] for name in node.reads)
-            env[node.name] = recomputed(_block(node.module), (values, own[1]), own[0])
+            env[node.name] = recomputed_block(node.module, *own, values)
         return env[program[-1].name][..., : x.shape[-1]]
 
     return predict
@@ -250,7 +269,7 @@ def make_step(
         target = jax.lax.stop_gradient(batch.target)
 
         def objective(trainable):
-            made = variables(trainable, fixed["student"], params)
+            made = variables({**fixed["resting"], **trainable}, fixed["student"], params)
             prediction, _ = evaluate(predict, guidance, made, batch.x, batch.ctx, batch.y)
             pair = (prediction, target)
             if "step_weights" in fixed:
@@ -274,7 +293,9 @@ def make_step(
             moved = _moved(tree, updates, rate, fixed["factors"].get(label))
             trainable[label] = _chosen(active, moved, tree)
             optimizer[label] = _chosen(active, after, before)
-        trainable = settle(work["trainable"], trainable, fixed["student"])
+        before, after = ({**fixed["resting"], **tree} for tree in (work["trainable"], trainable))
+        settled = settle(before, after, fixed["student"])
+        trainable = {label: settled[label] for label in trainable}
         return {**work, "trainable": trainable, "optimizer": optimizer, "data": memory}, loss
 
     return step

@@ -26,12 +26,12 @@ PLAIN = "one scale for each output channel and for each token"
 
 
 def weight_spec(group: int) -> QuantSpec:
-    """Symmetric, per output channel and group of input channels; group 0: per output channel alone."""
+    """Symmetric, per output channel and group of input channels; group 0: per output channel alone. Scales are
+    rounded to float16 before any code is taken, and stored so: 4.25 bits for each weight in groups of 64."""
+    given = dict(symmetric=True, signed=True, narrow=True, scale_format="f16")
     if not group:
-        return QuantSpec(symmetric=True, signed=True, granularity="channel", narrow=True)
-    return QuantSpec(
-        symmetric=True, signed=True, granularity="group", axis=-2, group=group, narrow=True
-    )
+        return QuantSpec(granularity="channel", **given)
+    return QuantSpec(granularity="group", axis=-2, group=group, **given)
 
 
 def activation_spec(group: int, unsigned: bool = False) -> QuantSpec:

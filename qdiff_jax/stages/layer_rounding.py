@@ -18,6 +18,7 @@ from qdiff_jax.quant.gptq import (
     round_with_factor,
     rounding_order,
 )
+from qdiff_jax.quant.hessian_size import Limit, doubled
 from qdiff_jax.quant.moments import (
     Moments,
     cross_moment,
@@ -31,6 +32,25 @@ from qdiff_jax.quant.quantizer import dequantize
 
 TARGETS = ("layer_fp_input", "layer_quantized_input", "layer_fp_output", "block_fp_output")
 
+_NOT_NEGATIVE = (
+    "damping",
+    "ridge",
+    "sweeps",
+    "kronecker_sweeps",
+    "kronecker_batch",
+    "rows",
+    "hessian_seconds",
+    "memory_mib",
+)
+_POSITIVE = (
+    "block",
+    "check_samples",
+    "hessian_mib",
+    "multiply_adds_per_second",
+    "walk_batch",
+    "devices",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ClosedFormConfig:
@@ -40,17 +60,25 @@ class ClosedFormConfig:
         "layer_fp_input": its own output on full-precision inputs (GPTQ with one pass over the data).
         "layer_quantized_input": its own output on the inputs it meets in the quantized network (GPTQ).
         "layer_fp_output": its output in full precision, from the inputs it meets (asymmetric).
-        "block_fp_output": likewise, and the last layer of each branch is fitted to the output of the
-            unit, so that it makes up for the residual stream, the shortcut and all layers before it.
+        "block_fp_output": likewise, and the last layer of each branch is fitted to the sum behind it: the
+            output of the unit, or the residual stream between two branches, so that it makes up for the
+            stream it is added to, the shortcut and all layers before it (`unit_structure`).
     act_order, damping, block: of GPTQ. ridge: towards the original weights, for asymmetric targets.
     refit_bias: centre the moments and solve for the bias exactly. sweeps: of coordinate descent after
     GPTQ. kronecker_sweeps: of the descent that weighs outputs by the network's gradients (one backward
-    pass over the set for all layers); 0 to do without.
+    pass over the set for all layers, kronecker_batch samples at once, 0 for walk_batch); 0 to do without.
     rows: at most so many rows of a layer's input matrix (0: all), taken from all samples.
     activations: the quantized stream carries the activation quantizers that the state holds.
-    hessian_mib: of one layer's work on its Hessian; a layer that needs more gets a block-diagonal one
-        (`hessian_parts`). check_samples: on how many samples a unit is compared with nearest rounding.
-    walk_batch: samples at once, and in a chunk of a sum; devices: over how many the chunks are dealt.
+    hessian_mib: of one layer's work on its Hessian. hessian_seconds: of its work after the sums (0: any),
+        by multiply_adds_per_second, a rate that one core reaches. A layer that needs more of either gets a
+        block-diagonal Hessian (`hessian_parts`).
+    check_samples: on how many samples a unit is compared with nearest rounding, whole batches of them. They
+        are calibration samples like all others: the comparison finds a solution gone wrong, not one that
+        holds on the calibration set only. A share held out would cost every layer that share of its rows.
+    memory_mib: of the values of both streams, and of the backward pass for kronecker_sweeps. walk_batch:
+        samples at once, and in a chunk of a sum; devices: over how many the chunks are dealt.
+
+    Raises ValueError for an unknown target and for numbers below 0, or 0 where that means nothing.
     """
 
     target: str = "block_fp_output"
@@ -61,10 +89,13 @@ class ClosedFormConfig:
     refit_bias: bool = True
     sweeps: int = 0
     kronecker_sweeps: int = 0
+    kronecker_batch: int = 0
     rows: int = 24_576
     activations: bool = True
     check_samples: int = 64
     hessian_mib: int = 2048
+    hessian_seconds: float = 0.0
+    multiply_adds_per_second: float = 2e10
     walk_batch: int = 64
     memory_mib: int = 2048
     devices: int = 1
@@ -72,13 +103,24 @@ class ClosedFormConfig:
     def __post_init__(self):
         if self.target not in TARGETS:
             raise ValueError(f"ClosedFormConfig.target={self.target!r}: use one of {TARGETS}.")
-        for field in ("damping", "ridge", "sweeps", "kronecker_sweeps", "rows"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"ClosedFormConfig.{field} must not be negative.")
+        for field in _NOT_NEGATIVE:
+            if not getattr(self, field) >= 0:
+                raise ValueError(
+                    f"ClosedFormConfig.{field}={getattr(self, field)} must not be negative."
+                )
+        for field in _POSITIVE:
+            if not getattr(self, field) > 0:
+                raise ValueError(
+                    f"ClosedFormConfig.{field}={getattr(self, field)} must be positive."
+                )
 
     @property
     def asymmetric(self) -> bool:
         return self.target in ("layer_fp_output", "block_fp_output")
+
+    @property
+    def hessian_limit(self) -> Limit:
+        return Limit(self.hessian_mib, self.hessian_seconds * self.multiply_adds_per_second)
 
 
 class LayerResult(NamedTuple):
@@ -99,8 +141,9 @@ def check_descent(config: ClosedFormConfig, in_blocks: bool, where: str) -> None
     """Raise ValueError if coordinate descent is asked for where there are only blocks of the Hessian."""
     if in_blocks and (config.sweeps or config.kronecker_sweeps):
         raise ValueError(
-            f"coordinate descent needs the whole Hessian of {where}, and hessian_mib={config.hessian_mib} "
-            "has room for blocks of it only: raise it, or set sweeps and kronecker_sweeps to 0."
+            f"coordinate descent needs the whole Hessian of {where}, and hessian_mib={config.hessian_mib} and "
+            f"hessian_seconds={config.hessian_seconds:g} (0: any) have room for blocks of it only: raise them, "
+            "or set sweeps and kronecker_sweeps to 0."
         )
 
 
@@ -114,11 +157,17 @@ def round_layer(
 ) -> LayerResult:
     """Codes and bias of one layer from the moments of what it meets and of what it must put out.
 
-    output_factor: [N, N], for `kronecker_sweeps`. Solved in float64 where JAX has it enabled.
+    output_factor: [N, N], for `kronecker_sweeps`. Solved in float64 where JAX has it enabled on a CPU.
+    Raises ValueError for a descent that lacks its factor or the whole Hessian, and a grid that is not
+    affine and static.
     """
     check_descent(config, moments.spread.ndim == 3, f"a kernel {kernel.shape}")
-    centred = config.refit_bias
-    double = bool(jax.config.jax_enable_x64) and jax.default_backend() == "cpu"
+    if config.kronecker_sweeps and output_factor is None:
+        raise ValueError(
+            f"kronecker_sweeps={config.kronecker_sweeps} needs the output factor of a kernel "
+            f"{kernel.shape}: pass output_factor (`stages.output_factors`), or set it to 0."
+        )
+    centred, double = config.refit_bias, doubled()
     h, order, ridged, upper, used = _factors(
         moments.spread,
         moments.mean,
@@ -144,7 +193,7 @@ def round_layer(
         block=config.block,
         centred=centred,
         sweeps=config.sweeps,
-        kronecker_sweeps=config.kronecker_sweeps if output_factor is not None else 0,
+        kronecker_sweeps=config.kronecker_sweeps,
     )
 
 
@@ -160,8 +209,11 @@ def _factors(spread, mean, weight, damping, ridge, *, act_order, asymmetric, cen
         h = spread / weight if centred else spread / weight + mean[:, None] * mean[None, :]
         order = rounding_order(h, act_order)
         upper, used = ordered_factor(h, order, damping)
-        ridged = inverse_factor(h, ridge)[0] if asymmetric else None
-        return h, order, ridged, upper, used
+        if not asymmetric:
+            return h, order, None, upper, used
+        ridged, needed = inverse_factor(h, ridge)
+        # NaN if either has failed; a target of NaN would be rounded to arbitrary codes.
+        return h, order, ridged, upper, jnp.where(jnp.isnan(needed), needed, used)
 
     if spread.ndim == 2:
         return one((spread, mean))

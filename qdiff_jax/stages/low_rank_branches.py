@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import pathlib
-import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,7 +54,8 @@ _OPTIONAL = ("down", "up", "smoothing", "sums")
 @dataclasses.dataclass(frozen=True)
 class BranchConfig:
     """rank: of the branch, 0 for none. smoothing: the candidates of the search, "full" (39), "fast" (10) or
-    "none". alpha, beta: negative, or one pair in place of the search. iterations: of the alternation at
+    "none". alpha, beta: negative, or one pair in place of the search (and of smoothing, which is then left
+    alone). iterations: of the alternation at
     most, 1 for the paper's single decomposition; exact, oversample, power: of the decomposition, see
     `quant.low_rank`. samples: of the calibration set; rows: of a layer's input that its error is measured on.
     judge: "module" (smoothing of the layers in `attention` by the output of their block, all others by their
@@ -85,8 +85,22 @@ class BranchConfig:
                 f"BranchConfig.rank is {self.rank}, iterations {self.iterations}, samples {self.samples}, rows "
                 f"{self.rows}; a rank is 0 or more, the others at least 1."
             )
+        if self.oversample < 0 or self.power < 0:
+            raise ValueError(
+                f"BranchConfig.oversample is {self.oversample} and power {self.power}; use 0 or more."
+            )
+        if not np.all(np.isfinite([self.alpha, self.beta, self.shift])) or self.shift <= 0:
+            raise ValueError(
+                f"BranchConfig.alpha is {self.alpha}, beta {self.beta}, shift {self.shift}; they are finite "
+                "numbers, and the shift is positive."
+            )
         if (self.alpha < 0) != (self.beta < 0):
             raise ValueError("BranchConfig: give alpha and beta both, or neither for the search.")
+        if self.alpha >= 0 and self.smoothing != "full":
+            raise ValueError(
+                f"BranchConfig.smoothing={self.smoothing!r} searches the pair that alpha and beta give: leave "
+                "one of the two out."
+            )
 
 
 class Carry(NamedTuple):
@@ -169,10 +183,8 @@ def low_rank_branches(
         return Carry(state, 0, first_values(calibration, rows), {}, store)
 
     def run(carry: Carry, n: int) -> Carry:
-        for _ in range(n):
-            if not done(carry):
-                carry = _one_unit(carry)
-        return carry
+        # One unit and not n: what it took is on disk before the next one begins.
+        return carry if done(carry) else _one_unit(carry)
 
     def done(carry: Carry) -> bool:
         return carry.position >= len(units)
@@ -270,4 +282,5 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _path(store: pathlib.Path | None, position: int, name: str) -> pathlib.Path | None:
-    return None if store is None else store / f"{position:03d}_{re.sub('/', '_', name)}.npz"
+    """Names of sites have "_" in them, too: "/" becomes what none of them has, so that no two share a file."""
+    return None if store is None else store / f"{position:03d}_{name.replace('/', '+')}.npz"

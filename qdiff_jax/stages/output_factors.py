@@ -43,12 +43,39 @@ def output_factors(
     weights = np.ones(size, np.float32) if row_weights is None else np.float32(row_weights)
     total: dict[str, jax.Array] = {}
     for start, stop in batch_bounds(size, min(batch_size, size)):
-        batch = {k: getattr(calibration, k) for k in ("x", "t", "y")}
-        batch = slice_rows({**batch, "weight": weights, "number": np.arange(size)}, start, stop)
+        batch = _batch(calibration, weights, start, stop)
         part = _squares(model.module, _shapes(model, batch), model.params, batch, key)
         total = part if not total else jax.tree.map(jnp.add, total, part)
     norm = float(weights.sum())
     return {site: g / norm for site, g in total.items()}
+
+
+def factor_bytes(model: Model, calibration: Any, batch_size: int) -> int:
+    """Bytes that `output_factors` holds for one batch, from shapes alone: what the forward pass keeps for
+    the backward one, an offset and a gradient for each output of a layer, and every G twice."""
+    batch = _batch(calibration, np.ones(len(calibration.t), np.float32), 0, batch_size)
+    shapes = _shapes(model, batch)
+    offsets = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
+    kept = jax.eval_shape(
+        lambda params, given, offsets: jax.vjp(_prediction(model.module, params, given), offsets),
+        model.params,
+        batch,
+        offsets,
+    )
+    moved = jax.tree.leaves((kept, offsets, offsets))
+    squares = sum(2 * shape[-1] ** 2 for _, shape in shapes)
+    return 4 * squares + sum(int(np.prod(v.shape)) * v.dtype.itemsize for v in moved)
+
+
+def check_memory(model: Model, calibration: Any, batch_size: int, mib: int, where: str) -> None:
+    """Raise ValueError if `factor_bytes` is more than mib MiB."""
+    need = factor_bytes(model, calibration, batch_size)
+    if need > mib << 20:
+        raise ValueError(
+            f"{where}: the backward pass for kronecker_sweeps needs {need / 2**20:.0f} MiB for {batch_size} "
+            f"samples at once, more than memory_mib={mib}; set a smaller kronecker_batch, raise memory_mib, "
+            "or set kronecker_sweeps to 0."
+        )
 
 
 def _shapes(model: Model, batch: Mapping) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -65,6 +92,25 @@ def _shapes(model: Model, batch: Mapping) -> tuple[tuple[str, tuple[int, ...]], 
     return tuple(made)
 
 
+def _batch(calibration, weights, start: int, stop: int) -> dict:
+    batch = {k: getattr(calibration, k) for k in ("x", "t", "y")}
+    numbers = np.arange(len(weights))
+    return slice_rows({**batch, "weight": weights, "number": numbers}, start, stop)
+
+
+def _prediction(module, params, batch):
+    """The network's prediction as a function of {site: offset of its output}."""
+
+    def prediction(offsets):
+        flat = {
+            n: SiteQuant(substitute=Replacement((True, o), with_offset)) for n, o in offsets.items()
+        }
+        variables = {"params": params, "quant": nest_sites(flat)}
+        return module.apply(variables, batch["x"], batch["t"], batch["y"])
+
+    return prediction
+
+
 @functools.partial(jax.jit, static_argnames=("module", "shapes"))
 def _squares(module, shapes, params, batch, key) -> dict[str, jax.Array]:
     """Sums over the batch of weight * mean over positions of g g'."""
@@ -73,13 +119,8 @@ def _squares(module, shapes, params, batch, key) -> dict[str, jax.Array]:
         sample_key = jax.random.fold_in(key, number)
         return jax.random.rademacher(sample_key, output.shape[1:], jnp.float32)
 
-    def prediction(offsets):
-        flat = {n: SiteQuant(substitute=Replacement(o, with_offset)) for n, o in offsets.items()}
-        variables = {"params": params, "quant": nest_sites(flat)}
-        return module.apply(variables, batch["x"], batch["t"], batch["y"])
-
     offsets = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
-    output, backward = jax.vjp(prediction, offsets)
+    output, backward = jax.vjp(_prediction(module, params, batch), offsets)
     gradients = backward(jax.vmap(draw)(batch["number"]))[0]
 
     def square(g):

@@ -36,9 +36,8 @@ from qdiff_jax.stages.stage import (
 )
 from qdiff_jax.stages.unit_steps import ReconstructConfig
 
-_SAMPLING = (
-    0x9A12  # of the key that sampling noise is drawn from where that of the recording is unknown
-)
+# Of the key that sampling noise is drawn from, the same in every round, where the recording's is unknown.
+_SAMPLING = 0x9A12
 
 
 def round_configs(

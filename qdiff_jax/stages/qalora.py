@@ -87,6 +87,11 @@ class QALoRAConfig:
                 raise ValueError(
                     f"QALoRAConfig.{name} is {getattr(self, name)!r}; use one of {allowed}."
                 )
+        if self.rank < 1:
+            raise ValueError(
+                f"QALoRAConfig.rank is {self.rank}; an update has at least rank 1 (to train no updates, set "
+                "lora=False)."
+            )
         if self.base_delta_shared and self.base == "full_precision":
             raise ValueError(
                 "base_delta_shared speaks of a quantized base: leave it out with base='full_precision'."
@@ -174,6 +179,7 @@ def qalora(
         settle,
         visited,
         functools.partial(_finish, model, config, rows, timesteps),
+        dataclasses.asdict(config),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,12 +18,15 @@ from flax import struct
 
 from qdiff_jax.export.qtensor import QTensor, from_codes
 from qdiff_jax.models.program import Node, node_at
+from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.policy import SitePlan
 from qdiff_jax.quant.binary import BinaryWeight
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.quantizer import codes
-from qdiff_jax.runtime.cache import compile_account
+from qdiff_jax.runtime.seconds import Seconds, add_seconds, stopwatch
 from qdiff_jax.sites import SiteQuant, flatten_sites, kernel_of, nest_sites
+
+_SECONDS = "seconds.json"  # in a stage's store
 
 
 @struct.dataclass
@@ -91,24 +93,43 @@ def run_stage(
 ) -> tuple[QuantState, dict]:
     """Run a stage to its end from wherever its store says it was.
 
-    Returns (state, report); the report gains `seconds` (wall, without compiling), `cpu_seconds` (of all
-    threads, without compiling, which is one thread's work), `compile_seconds` and `compiles`.
+    Returns (state, report); the report gains the fields of `runtime.seconds.Seconds`. They are kept in the
+    store after every chunk and cover all processes that worked on the stage, what a kill lost and was done
+    again included, but not the time between two of them; of a chunk in which a kill falls they are lost.
+    "resumed": whether an earlier process left something in the store. "uncounted": True if one of those kept
+    no seconds. Raises ValueError for a damaged file of seconds.
     """
-    began, cpu_began = time.monotonic(), time.process_time()
-    with compile_account() as account:
+    place = None if store is None else store / _SECONDS
+    resumed = store is not None and store.is_dir() and any(store.iterdir())
+    before, uncounted = _kept_seconds(place) if resumed else (Seconds(), {})
+    with stopwatch() as read:
+
+        def spent() -> dict:
+            total = {**add_seconds(before, read())._asdict(), **uncounted}
+            if place is not None:
+                save_record(place, total)
+            return total
+
         carry = stage.init(state, store)
         while not stage.done(carry):
             carry = stage.run(carry, chunk)
+            spent()
         state, report = stage.finish(carry)
-    wall, cpu = time.monotonic() - began, time.process_time() - cpu_began
-    return state, {
-        **report,
-        "seconds": max(wall - account.seconds, 0.0),
-        "cpu_seconds": max(cpu - account.seconds, 0.0),
-        "compile_seconds": min(account.seconds, wall),
-        "compiles": account.backend_compiles,
-        "cache_hits": account.cache_hits,
-    }
+        return state, {**report, **spent(), "resumed": resumed}
+
+
+def _kept_seconds(place: pathlib.Path) -> tuple[Seconds, dict]:
+    """What earlier processes spent, and {"uncounted": True} if not all of them said so."""
+    if not place.exists():
+        return Seconds(), {"uncounted": True}
+    held = load_record(place)
+    uncounted = {"uncounted": True} if held.pop("uncounted", False) else {}
+    if set(held) != set(Seconds._fields):
+        raise ValueError(
+            f"{place} holds {sorted(held)} and not the seconds of a stage; delete it and run again: what was "
+            "spent before is then not counted."
+        )
+    return Seconds(**held), uncounted
 
 
 def decide_codes(quant: Mapping, params: Mapping) -> dict:

@@ -24,12 +24,14 @@ from absl import logging
 
 from qdiff_jax.models.program import Unit, apply_unit, subtrees
 from qdiff_jax.observe.capture import run_unit
+from qdiff_jax.runtime.remat import recomputed_unit
 from qdiff_jax.stages.binary_student import decide_student, split_student, student
 from qdiff_jax.stages.block_groups import image_blocks, tapped_program
 from qdiff_jax.stages.feature_mimicking import mimicking_loss, projections
 from qdiff_jax.stages.noising import Images, Noising, noised
 from qdiff_jax.stages.quantize_phases import Phase
 from qdiff_jax.stages.reconstruct_time_scales import step_inputs
+from qdiff_jax.stages.resume_settings import described
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.whole_network import Carry, train_whole
 
@@ -57,8 +59,9 @@ class BinaryTrainConfig:
     from how many samples those are computed. interval: steps between two groups of progressive
     binarization, 0 to begin with all. transition, latest: shares of the steps from where on the second
     basis may go and where it must; it goes when the error of the prediction without it is within
-    `tolerance` of the error with it, asked `checks` times on gate_samples. save_seconds: least time
-    between two saves.
+    `tolerance` of the error with it, asked `checks` times on gate_samples held-out samples. remat: recompute
+    each block's inside in the backward pass and keep block inputs alone. save_seconds: least time between two
+    saves.
     """
 
     steps: int = 200_000
@@ -78,9 +81,25 @@ class BinaryTrainConfig:
     tolerance: float = 0.05
     checks: int = 8
     gate_samples: int = 64
+    remat: bool = False
     save_seconds: float = 60.0
 
     def __post_init__(self):
+        for name in ("lr", "weight_decay", "two_bases", "tau", "lrm", "tolerance", "save_seconds"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"binarydm.{name} is {getattr(self, name)}; it is a number, at least 0."
+                )
+        for name, least in (
+            ("steps", 0),
+            ("batch_size", 1),
+            ("lrm_samples", 1),
+            ("gate_samples", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"binarydm.{name} is {getattr(self, name)}; it is at least {least}."
+                )
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"binarydm.schedule {self.schedule!r} is not 'constant' or 'cosine'.")
         if not 0.0 <= self.transition <= self.latest <= 1.0:
@@ -98,6 +117,7 @@ class BinaryTrainConfig:
 def train_binary(
     model: Model,
     data: Any,
+    held_out: Any,
     config: BinaryTrainConfig = BinaryTrainConfig(),
     *,
     phases: tuple[Phase, ...] | None = None,
@@ -106,15 +126,24 @@ def train_binary(
     """The stage that trains a state whose weights and activations have ranges.
 
     data: `noising.Images`, the paper's, noised anew at every step; or a calibration set (x, t, y, eps_fp),
-    whose target is the full-precision prediction on sampling states and needs no images. phases: who is
-    quantized from when; by default `progressive` over the depths of the network. `finish` decides the codes
-    of the averaged weights with one basis and puts every other parameter into `aux["params"]`; its report
-    has the first and last loss and what the transition found. Raises FloatingPointError if the loss is not
-    finite, ValueError for an activation with a step table, a weight without a range, or a phase that begins
-    after the end, or after the first question about the second basis.
+    whose target is the full-precision prediction on sampling states and needs no images. held_out: the same of
+    other samples, on which it is decided when the second basis may go (`training_sets` splits either). phases:
+    who is quantized from when; by default `progressive` over the depths of the network. `finish` decides the
+    codes of the averaged weights with one basis and puts every other parameter into `aux["params"]`; its report
+    has the first and last loss and what the transition found. Memory: the model's parameters are the teacher
+    and the data are shared, not copied; beside them the student with AdamW's two moments and its average.
+    Raises FloatingPointError if the loss is not finite, ValueError for an activation with a step table, a
+    weight without a range, or a phase that begins after the end, or after the first question about the second
+    basis.
     """
     arrays, noising = _arrays(data)
-    size = len(jax.tree.leaves(arrays)[0])
+    judged, judged_noising = _arrays(held_out)
+    size, others = (len(jax.tree.leaves(held)[0]) for held in (arrays, judged))
+    if not size or not others:
+        raise ValueError(
+            f"train_binary: there are {size} samples to train on and {others} to judge the transition by; give "
+            "at least one of each."
+        )
     taps = image_blocks(model.program)[:-1] if config.lrm and config.steps else ()
     unit = tapped_program(model.program, taps)
     points = _gate_points(config)
@@ -132,7 +161,7 @@ def train_binary(
             frozen["directions"] = projections(
                 unit, model.params, first, config.divisor, config.batch_size
             )
-        return trainable, frozen, arrays
+        return trainable, {}, {}, {**frozen, "data": arrays}
 
     def optimizer(trainable):
         gate = {"open": np.float32(bool(trainable["second"])), "at": np.float32(-1)}
@@ -157,9 +186,9 @@ def train_binary(
         gate = carry.work["optimizer"]["gate"]
         if not float(gate["open"]):
             return carry
-        rows = np.arange(min(config.gate_samples, size))
-        batch = _batch(arrays, rows, carry.state.key, noising)
-        kept, dropped = (_error(unit, model, carry.work, carry.step, g, batch) for g in (1.0, 0.0))
+        rows = np.arange(min(config.gate_samples, others))
+        batch = _batch(judged, rows, carry.state.key, judged_noising)
+        kept, dropped = (_error(unit, model, carry, carry.step, g, batch) for g in (1.0, 0.0))
         passed = dropped <= (1.0 + config.tolerance) * kept
         if not passed and carry.step < points[-1]:
             return carry
@@ -194,17 +223,28 @@ def train_binary(
                 "passed": gate["without"] <= (1.0 + config.tolerance) * gate["as_trained"],
             }
         made = jax.tree.map(jnp.asarray, jax.device_get(carry.work["optimizer"]["ema"]))
-        return decide_student(carry.state, made, carry.work["frozen"]["grids"]), report
+        return decide_student(carry.state, made, carry.fixed["grids"]), report
 
     whole = train_whole(
         "train_binary",
         config.steps,
         begin,
         inputs,
-        _make_step(unit, noising, config.weight_decay, config.ema),
+        _make_step(unit, noising, config.weight_decay, config.ema, config.remat),
         finish,
         save_seconds=config.save_seconds,
         optimizer=optimizer,
+        settings={
+            "config": {
+                k: v
+                for k, v in dataclasses.asdict(config).items()
+                if k not in ("save_seconds", "remat")
+            },
+            "phases": [tuple(phase) for phase in phases or ()],
+            "data": described(arrays),
+            "noising": noising and [*noising[1:], *described(noising.schedule.alpha_bar)],
+            "held out": described(judged),
+        },
         on_progress=on_progress,
     )
     return whole._replace(run=run)
@@ -257,17 +297,20 @@ def _batch(arrays: Mapping, rows, key: jax.Array, noising: Noising | None) -> di
     return noised(key, noising, taken["images"], taken["labels"])
 
 
-def _forward(unit: Unit, params: Mapping, quant: Mapping, batch: Mapping):
+def _forward(unit: Unit, params: Mapping, quant: Mapping, batch: Mapping, remat: bool = False):
     given = tuple(batch[name] for name in unit.inputs)
-    return apply_unit(unit.signature, subtrees(params, unit), subtrees(quant, unit), given)
+    apply = recomputed_unit if remat else apply_unit
+    return apply(unit.signature, subtrees(params, unit), subtrees(quant, unit), given)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_step(unit: Unit, noising: Noising | None, weight_decay: float, ema: float):
+def _make_step(
+    unit: Unit, noising: Noising | None, weight_decay: float, ema: float, remat: bool = False
+):
     adam = optax.scale_by_adam()
 
     def objective(trainable, frozen, batch, step, gate):
-        *made, prediction = _forward(unit, *student(trainable, frozen, step, gate), batch)
+        *made, prediction = _forward(unit, *student(trainable, frozen, step, gate), batch, remat)
         prediction = prediction[..., : batch["eps_fp"].shape[-1]].astype(jnp.float32)
         loss = jnp.mean((prediction - batch["eps_fp"]) ** 2)
         if trainable["second"]:
@@ -284,12 +327,12 @@ def _make_step(unit: Unit, noising: Noising | None, weight_decay: float, ema: fl
             updates, after = adam.update(slopes, before)
         return jax.tree.map(lambda w, u: w - lr * (u + weight_decay * w), weights, updates), after
 
-    def step(carry, inputs):
+    def step(carry, inputs, fixed):
         number, rows, lr, key_data = inputs
-        batch = _batch(carry["data"], rows, jax.random.wrap_key_data(key_data), noising)
+        batch = _batch(fixed["data"], rows, jax.random.wrap_key_data(key_data), noising)
         held = carry["optimizer"]
         loss, gradients = jax.value_and_grad(objective)(
-            carry["trainable"], carry["frozen"], batch, number, held["gate"]["open"]
+            carry["trainable"], fixed, batch, number, held["gate"]["open"]
         )
         trainable, moments = {}, {}
         for kind, leaves in carry["trainable"].items():
@@ -300,7 +343,7 @@ def _make_step(unit: Unit, noising: Noising | None, weight_decay: float, ema: fl
             trainable[kind], moments[kind] = {}, {}
             for name, leaf in leaves.items():
                 slope, before = (tree[name] for tree in given)
-                start = carry["frozen"]["starts"].get(name + QUANTIZERS[kind])
+                start = fixed["starts"].get(name + QUANTIZERS[kind])
                 made = moved(leaf, slope, before, lr)
                 if start is not None:
                     made = _chosen(number >= start, made, (leaf, before))
@@ -332,14 +375,13 @@ def _mean_second(second: Mapping[str, jax.Array]) -> jax.Array:
     return sum(terms) / len(terms)
 
 
-def _error(unit: Unit, model: Model, work: Mapping, step: int, gate: float, batch) -> float:
+def _error(unit: Unit, model: Model, carry: Carry, step: int, gate: float, batch) -> float:
     """Mean squared difference of the prediction from the teacher's, as a share of the teacher's square."""
     given = tuple(batch[name] for name in unit.inputs)
     empty = tuple({} for _ in unit.nodes)
     full = run_unit(unit.signature, subtrees(model.params, unit), empty, given, None)[-1]
-    made = _predict(
-        unit, work["trainable"], work["frozen"], np.int32(step), np.float32(gate), batch
-    )
+    frozen = {name: leaf for name, leaf in carry.fixed.items() if name != "data"}
+    made = _predict(unit, carry.work["trainable"], frozen, np.int32(step), np.float32(gate), batch)
     channels = batch["eps_fp"].shape[-1]  # those of the objective
     made, full = (np.asarray(v, np.float64)[..., :channels] for v in (made, full))
     return float(np.sum((made - full) ** 2) / np.sum(full**2))

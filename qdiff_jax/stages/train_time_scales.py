@@ -24,6 +24,7 @@ from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.spec import QuantSpec, code_range
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.reconstruct_time_scales import insert_rows, step_inputs
+from qdiff_jax.stages.resume_settings import described
 from qdiff_jax.stages.stage import (
     Model,
     QuantState,
@@ -53,6 +54,18 @@ class TrainConfig:
     per_tensor: bool = True
     dropout: float = 0.2
     save_seconds: float = 60.0
+
+    def __post_init__(self):
+        for name in ("steps", "lr", "warmup", "weight_decay", "save_seconds"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"TrainConfig.{name} is {getattr(self, name)}; it is a number, at least 0."
+                )
+        if self.batch_size < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"TrainConfig.batch_size is {self.batch_size} and dropout {self.dropout}; the one is at least "
+                "1, the other in [0, 1)."
+            )
 
 
 def train_time_scales(
@@ -95,6 +108,10 @@ def train_time_scales(
         _make_step(model.module, config.dropout, config.weight_decay),
         finish,
         save_seconds=config.save_seconds,
+        settings={
+            "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "save_seconds"},
+            "data": described([data.x, data.t, data.y, data.eps_fp]),
+        },
         on_progress=on_progress,
     )
 

@@ -18,15 +18,27 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qdiff_jax.models.program import Signature, apply_unit, node_at
+from qdiff_jax.models.program import Signature, apply_unit
 from qdiff_jax.observe.taps import Tap
-from qdiff_jax.operators import plain
-from qdiff_jax.quant.hessian_size import hessian_parts
+from qdiff_jax.quant.hessian_size import Limit, hessian_parts
 from qdiff_jax.quant.moments import Moments, chunk_moments, merge, positions, rows_of, take_rows
 from qdiff_jax.quant.timed import select
 from qdiff_jax.runtime.mesh import AXIS, replicate, shard_batch
-from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, operand
-from qdiff_jax.stages.unit_structure import Layer, UnitPlan, offset_trees, tapped_inputs
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites
+from qdiff_jax.stages.site_products import product_input
+from qdiff_jax.stages.unit_residuals import (
+    BLOCK,
+    LAYER_TARGETS,
+    aims_at_block,
+    block_residual,
+    closed_output,
+    gated,
+    layer_output,
+    layer_residual,
+    reads_targets,
+    site_of,
+)
+from qdiff_jax.stages.unit_structure import Layer, UnitPlan, tapped_inputs
 
 
 class Sampling(NamedTuple):
@@ -64,13 +76,17 @@ def full_pass(
     sampling: Sampling,
     mesh: Mesh,
     allocate: Callable[[int, tuple[int, ...], Any], np.ndarray],
+    target: str = BLOCK,
 ) -> tuple[list[np.ndarray], list[dict]]:
-    """The unit in full precision: its outputs over the set, and for each layer of the plan what it puts
-    out, {"rows" [N, p, N_out], "mean" [N, N_out] over positions}; host arrays.
+    """The unit in full precision: its outputs over the set, and for each layer of the plan what its target
+    is made from; host arrays. That is {"rows" [N, p, N_out], "mean" [N, N_out] over positions} of what it
+    puts out, or for one that closes an output: "closed" [N, p, N_out], the output if other layers have to
+    be silent for it, and "gain" [N, N_out], the mean square over positions of a gain that varies.
 
-    allocate(index of the output, shape, dtype): where an output is written.
+    allocate(index of the output, shape, dtype): where an output is written. target: see
+    `ClosedFormConfig`.
     """
-    run = _full_function(signature, plan.layers, mesh)
+    run = _full_function(signature, plan.layers, target, mesh)
     picks = [layer_picks(layer, sampling) for layer in plan.layers]
     params = replicate(tuple(params), mesh)
     size = len(sampling.weights)
@@ -102,21 +118,27 @@ def level_pass(
     sampling: Sampling,
     mesh: Mesh,
     target: str,
-    hessian_mib: int = 2048,
+    limit: Limit = Limit(),
 ) -> list[Moments]:
     """Moments of the layers of one level, in the unit as it is quantized so far.
 
     params: folded where codes are decided, full precision elsewhere. quant: activation quantizers.
     inputs, full_inputs: the unit's inputs in either stream. full_outputs, targets: of `full_pass`.
-    target: what R reaches for, hessian_mib: see `ClosedFormConfig`.
+    target: what R reaches for, see `ClosedFormConfig`. limit: of one layer's Hessian.
     """
-    run = _level_function(signature, plan, level, target, hessian_mib, mesh)
+    run = _level_function(signature, plan, level, target, limit, mesh)
     members = [plan.layers[i] for i in plan.levels[level]]
     picks = [layer_picks(layer, sampling) for layer in members]
-    params, quant = replicate((tuple(params), tuple(quant)), mesh)
+    powers = {
+        str(i): np.average(targets[i]["gain"], axis=0, weights=sampling.weights).astype(np.float32)
+        for i in plan.levels[level]
+        if gated(plan.layers[i], target)
+    }
+    params, quant, powers = replicate((tuple(params), tuple(quant), powers), mesh)
     # Only what R needs travels: nothing for a layer that aims at its own output.
-    needed = sorted({j for layer in members for j in _reads_targets(layer, plan, target)})
-    closes = sorted({layer.closes for layer in members if _closes(layer, target)})
+    needed = sorted({j for i in plan.levels[level] for j in reads_targets(plan, i, target)})
+    whole = [layer for layer in members if aims_at_block(layer, target) and not layer.silenced]
+    closes = sorted({layer.closes for layer in whole})
     summed = sorted({k for layer in members if target == BLOCK for k in layer.input_summands})
     total: Any = None
     for rows, real in groups(len(sampling.weights), sampling.chunk, mesh.size):
@@ -130,7 +152,7 @@ def level_pass(
             "full_inputs": {str(k): full_inputs[k] for k in summed},
         }
         batch = _rows(batch, rows)
-        made = run(params, quant, shard_batch({**batch, "weights": weights}, mesh))
+        made = run(params, quant, powers, shard_batch({**batch, "weights": weights}, mesh))
         # On one device, chunk by chunk: the same additions for any number of devices.
         made = made if mesh.size == 1 else jax.device_get(made)
         if total is None:
@@ -151,30 +173,22 @@ def _accumulated(total, stacked, i):
     return [merge(a, b) for a, b in zip(total, parts, strict=True)]
 
 
-BLOCK = "block_fp_output"
-LAYER_TARGETS = ("layer_fp_output", BLOCK)
-
-
-def _closes(layer: Layer, target: str) -> bool:
-    return target == BLOCK and layer.closes is not None
-
-
-def _reads_targets(layer: Layer, plan: UnitPlan, target: str) -> tuple[int, ...]:
-    if target not in LAYER_TARGETS or _closes(layer, target):
-        return ()
-    own = plan.layers.index(layer)
-    return (own, *layer.summands) if target == BLOCK else (own,)
-
-
 @functools.lru_cache(maxsize=256)
-def _full_function(signature: Signature, layers: tuple[Layer, ...], mesh: Mesh):
+def _full_function(signature: Signature, layers: tuple[Layer, ...], target: str, mesh: Mesh):
     def run(params, inputs, picks):
         taps = _tap_trees(layers, len(signature.modules), {})
         outputs, written = apply_unit(signature, params, taps, inputs, mutable=["observed"])
-        targets = []
+        targets: list[dict[str, jax.Array]] = []
         for layer, x, pick in zip(layers, tapped_inputs(layers, written), picks, strict=True):
-            y = _output(layer, x, params)
-            targets.append({"rows": take_rows(y, pick), "mean": jnp.mean(y, axis=1)})
+            if not aims_at_block(layer, target):
+                y = layer_output(layer, x, params, None)
+                targets.append({"rows": take_rows(y, pick), "mean": jnp.mean(y, axis=1)})
+                continue
+            empty = [{} for _ in signature.modules]
+            closed, gain = closed_output(signature, layer, params, empty, inputs, outputs)
+            targets.append({"closed": take_rows(closed, pick)} if layer.silenced else {})
+            if gain is not None:
+                targets[-1]["gain"] = jnp.mean(gain**2, axis=1)
         return list(outputs), targets
 
     return _sharded(run, mesh, 2)
@@ -182,40 +196,41 @@ def _full_function(signature: Signature, layers: tuple[Layer, ...], mesh: Mesh):
 
 @functools.lru_cache(maxsize=512)
 def _level_function(
-    signature: Signature, plan: UnitPlan, level: int, target: str, hessian_mib: int, mesh: Mesh
+    signature: Signature, plan: UnitPlan, level: int, target: str, limit: Limit, mesh: Mesh
 ):
     members = [plan.layers[i] for i in plan.levels[level]]
     summed = [plan.layers[j] for m in members for j in m.summands] if target == BLOCK else []
     wanted = tuple(dict.fromkeys([*members, *summed]))
 
-    def run(params, quant, batch):
+    def run(params, quant, powers, batch):
         quant = select(quant, batch["ctx"])
         taps = _tap_trees(wanted, len(signature.modules), quant)
         outputs, written = apply_unit(
             signature, params, taps, batch["inputs"], mutable=["observed"]
         )
-        met = {
-            layer: _quantized(layer, x, quant)
-            for layer, x in zip(wanted, tapped_inputs(wanted, written), strict=True)
-        }
+        met = dict(zip(wanted, tapped_inputs(wanted, written), strict=True))
         moments = []
-        for layer, pick in zip(members, batch["picks"], strict=True):
-            x = rows_of(layer.operator, met[layer], layer.kernel, pick)
+        for i, pick in zip(plan.levels[level], batch["picks"], strict=True):
+            layer = plan.layers[i]
+            x = product_input(site_of(layer, quant), met[layer])
+            x = rows_of(layer.operator, x, layer.kernel, pick)
             weights = jnp.repeat(batch["weights"], x.shape[1])
-            if _closes(layer, target):
-                r, heard = _block_residual(signature, layer, params, quant, batch, outputs, pick)
+            if aims_at_block(layer, target):
+                power = powers.get(str(i))
+                args = (signature, layer, i, params, quant, batch, outputs, pick, power)
+                r, heard = block_residual(*args)
                 weights = weights if heard is None else weights * heard.reshape(-1)
             elif target in LAYER_TARGETS:
-                r = _layer_residual(layer, plan, params, batch, met, x, pick, target)
+                r = layer_residual(plan, i, params, quant, batch, met, x, pick, target)
             else:
                 r = jnp.zeros((*x.shape[:2], layer.kernel[-1]), x.dtype)
             rows, lacks = (v.reshape(-1, v.shape[-1]) for v in (x, r))
-            parts = hessian_parts(layer.kernel, hessian_mib)
+            parts = hessian_parts(layer.kernel, *limit)
             part = chunk_moments(rows, lacks, weights, parts)
             moments.append(jax.tree.map(lambda leaf: leaf[None], part))
         return moments
 
-    return _sharded(run, mesh, 1, whole=2)
+    return _sharded(run, mesh, 1, whole=3)
 
 
 def _sharded(run, mesh: Mesh, split: int, whole: int = 1):
@@ -227,87 +242,9 @@ def _sharded(run, mesh: Mesh, split: int, whole: int = 1):
     return jax.jit(mapped)
 
 
-def _layer_residual(layer, plan, params, batch, met, x, pick, target):
-    """What the layer, in full precision on the inputs it meets, lacks of its full-precision output; for
-    a block target, with what the layers and inputs that are summed with it lack."""
-
-    def own(i):
-        return batch["targets"][str(i)]
-
-    index = plan.layers.index(layer)
-    kernel, bias = _weights(layer, params)
-    y = jnp.matmul(x, kernel.reshape(-1, kernel.shape[-1]), precision=lax.Precision.HIGHEST)
-    y = y if bias is None else y + bias[None, None, :]
-    r = own(index)["rows"] - y
-    if target != BLOCK:
-        return r
-    for j in layer.summands:
-        other = plan.layers[j]
-        y = _output(other, met[other], params)
-        if other.rows == layer.rows:
-            r = r + own(j)["rows"] - take_rows(y, pick)
-        else:
-            r = r + (own(j)["mean"] - jnp.mean(y, axis=1))[:, None, :]
-    for k in layer.input_summands:
-        lack = batch["full_inputs"][str(k)] - batch["inputs"][k]
-        lack = lack.reshape(lack.shape[0], -1, lack.shape[-1])
-        r = r + (take_rows(lack, pick) if lack.shape[1] == layer.rows else lack)
-    return r
-
-
-def _block_residual(signature, layer, params, quant, batch, outputs, pick):
-    """(what the unit's output lacks, referred to the layer's output through its gain; row weights).
-
-    The output moves by g when the layer's output moves by 1. Where g varies (a gate), the error of the
-    unit is sum g^2 |lack / g - change|^2: rows weigh by the mean of g^2 over channels (a constant factor
-    of a channel changes nothing), and the quotient is damped where a channel is hardly heard.
-    """
-    lack = batch["outputs"][str(layer.closes)] - outputs[layer.closes]
-    lack = lack.reshape(lack.shape[0], layer.rows, -1)
-    if layer.unit_gain:
-        return take_rows(lack, pick), None
-
-    def moved(offset):
-        trees = offset_trees((layer,), (offset,), len(signature.modules))
-        merged = [_merged(a, b, layer) for a, b in zip(quant, trees, strict=True)]
-        result, _ = apply_unit(signature, params, merged, batch["inputs"], mutable=["observed"])
-        return result[layer.closes]
-
-    zeros = jnp.zeros((lack.shape[0], *layer.output), lack.dtype)
-    gain = jax.jvp(moved, (zeros,), (jnp.ones_like(zeros),))[1].reshape(lack.shape)
-    power = jnp.mean(gain**2, axis=(0, 1), keepdims=True)
-    floor = 0.05 * power + jnp.finfo(gain.dtype).tiny
-    heard = jnp.mean(gain**2 / (power + jnp.finfo(gain.dtype).tiny), axis=-1, keepdims=True)
-    return take_rows(lack * gain / (gain**2 + floor), pick), take_rows(heard, pick)
-
-
-def _merged(quant: Mapping, offsets: Mapping, layer: Layer) -> dict:
-    """A module's activation quantizers with the layer's offset put in beside its own."""
-    flat, other = flatten_sites(dict(quant)), flatten_sites(offsets)
-    for name, site in other.items():
-        flat[name] = site.replace(lhs=flat[name].lhs if name in flat else None)
-    return nest_sites(flat)
-
-
 def _tap_trees(layers: Sequence[Layer], nodes: int, quant: Any) -> list[dict]:
     flat = [flatten_sites(dict(quant[i])) if quant else {} for i in range(nodes)]
     for layer in layers:
         site = flat[layer.node].get(layer.op, SiteQuant())
         flat[layer.node][layer.op] = site.replace(tap=Tap("value"))
     return [nest_sites(tree) for tree in flat]
-
-
-def _quantized(layer: Layer, x, quant):
-    site = flatten_sites(dict(quant[layer.node])).get(layer.op)
-    return x if site is None else operand(site.lhs, x)
-
-
-def _weights(layer: Layer, params):
-    node = node_at(params[layer.node], layer.op)
-    return node["kernel"], node.get("bias")
-
-
-def _output(layer: Layer, x, params):
-    """[B, P, N]: the layer's output on x, positions flattened."""
-    y = plain(layer.operator, x, *_weights(layer, params))
-    return y.reshape(y.shape[0], -1, y.shape[-1])

@@ -5,6 +5,9 @@ Closed-form rounding aims at the output of a block, but solves one layer at a ti
 - which layers *close* a branch: moving the layer's output by d moves an output of the unit by g * d,
   element by element (g = 1 behind a residual sum, the gate in a transformer block). Only for those does
   the error of the block translate into an exact target for the layer;
+- which layers close an earlier branch: other layers read what they write, but with these silenced (their
+  outputs zero) they close an output of what is left of the unit. For the projection of the attention in a
+  transformer block that output is x + g * proj(h), the residual stream between attention and MLP;
 - which layers (and inputs of the unit) are *summands* of one another: moving one by d does to the unit
   what moving the other by d does, as a time projection added to a convolution;
 - which layers read what another writes, and so have to wait until it is rounded.
@@ -16,10 +19,11 @@ of its layers, so that any module works whose operators go through `sites.op`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.models.program import Signature, apply_unit
@@ -36,7 +40,8 @@ class Layer(NamedTuple):
     """A weight of a unit. node: index of its module; op: its path inside. Hashable, names no block.
 
     kernel, output: shapes, the latter without the batch axis. closes: index of the unit's output that
-    it closes, or None. unit_gain: its g is 1. summands: earlier layers (indices into the plan) that it
+    it closes, or None. silenced: (node, op) of the layers that have to be silent for that, those that
+    read what it writes. unit_gain: its g is 1. summands: earlier layers (indices into the plan) that it
     is summed with. input_summands: inputs of the unit that it is summed with.
     """
 
@@ -46,6 +51,7 @@ class Layer(NamedTuple):
     kernel: tuple[int, ...]
     output: tuple[int, ...]
     closes: int | None = None
+    silenced: tuple[tuple[int, str], ...] = ()
     unit_gain: bool = False
     summands: tuple[int, ...] = ()
     input_summands: tuple[int, ...] = ()
@@ -90,16 +96,24 @@ def unit_layers(signature: Signature, params, inputs) -> tuple[Layer, ...]:
 
 
 def with_offset(arrays, operator, lhs, kernel, bias, site):
-    """A `Replacement`: the site as it is, with `arrays` added to its output."""
+    """A `Replacement`: the site as it is, or nothing where arrays[0] is False, plus arrays[1]."""
+    heard, offset = arrays
     weight = kernel_of(site.rhs, kernel).astype(lhs.dtype)
-    return plain(operator, operand(site.lhs, lhs), weight, bias) + arrays.astype(lhs.dtype)
+    y = plain(operator, operand(site.lhs, lhs), weight, bias)
+    return jnp.where(heard, y, jnp.zeros_like(y)) + offset.astype(lhs.dtype)
 
 
-def offset_trees(layers: Sequence[Layer], offsets: Sequence[Any], nodes: int) -> list[dict]:
-    """One quant tree per module that taps every layer's input and adds its offset to its output."""
+def offset_trees(
+    layers: Sequence[Layer], offsets: Sequence[Any], nodes: int, heard: Sequence[Any] | None = None
+) -> list[dict]:
+    """One quant tree per module that taps every layer's input and adds its offset to its output.
+
+    heard: a bool for each layer; the output of one that is not is the offset alone.
+    """
     flat: list[dict] = [{} for _ in range(nodes)]
-    for layer, offset in zip(layers, offsets, strict=True):
-        substitute = Replacement(offset, with_offset)
+    heard = [True] * len(layers) if heard is None else heard
+    for layer, offset, own in zip(layers, offsets, heard, strict=True):
+        substitute = Replacement((own, offset), with_offset)
         flat[layer.node][layer.op] = SiteQuant(tap=Tap("value"), substitute=substitute)
     return [nest_sites(tree) for tree in flat]
 
@@ -110,10 +124,11 @@ def offset_trees(layers: Sequence[Layer], offsets: Sequence[Any], nodes: int) ->
     static_argnames=("signature", "layers"),
     compiler_options={"xla_backend_optimization_level": 0},
 )
-def _respond(signature, layers, params, inputs, offsets, input_offsets):
-    """(outputs of the unit, inputs of its layers) with offsets added to layers and to float inputs."""
+def _respond(signature, layers, params, inputs, offsets, heard, input_offsets):
+    """(outputs of the unit, inputs of its layers) with offsets added to layers and to float inputs, and
+    layers that are not heard silent."""
     inputs = tuple(v if o is None else v + o for v, o in zip(inputs, input_offsets, strict=True))
-    quant = offset_trees(layers, offsets, len(signature.modules))
+    quant = offset_trees(layers, offsets, len(signature.modules), heard)
     outputs, written = apply_unit(signature, params, quant, inputs, mutable=["observed"])
     return outputs, tapped_inputs(layers, written)
 
@@ -140,10 +155,15 @@ def plan_unit(signature: Signature, params, inputs, chosen: Sequence[str]) -> Un
     floats = [i for i, v in enumerate(inputs) if getattr(v, "dtype", None) == np.float32]
     none = [np.zeros_like(v) if i in floats else None for i, v in enumerate(inputs)]
 
-    def respond(moved: Mapping[int, np.ndarray], moved_inputs: Mapping[int, np.ndarray] = {}):
+    def respond(
+        moved: Mapping[int, np.ndarray],
+        moved_inputs: Mapping[int, np.ndarray] = {},
+        silent: Collection[int] = (),
+    ):
         offsets = [moved.get(i, z) for i, z in enumerate(zeros)]
+        heard = [np.bool_(i not in silent) for i in range(len(layers))]
         more = tuple(moved_inputs.get(i, z) for i, z in enumerate(none))
-        return jax.device_get(_respond(signature, layers, params, inputs, offsets, more))
+        return jax.device_get(_respond(signature, layers, params, inputs, offsets, heard, more))
 
     still, seen = respond({})
     noise = [rng.standard_normal(z.shape).astype(np.float32) for z in zeros]
@@ -154,20 +174,27 @@ def plan_unit(signature: Signature, params, inputs, chosen: Sequence[str]) -> Un
         reads[i] = {j for j, (a, b) in enumerate(zip(taps, seen)) if not np.array_equal(a, b)}
         moved.append([a - b for a, b in zip(outputs, still)])
 
-    described = list(layers)
-    for i, layer in enumerate(layers):
-        ones, _ = respond({i: np.ones_like(zeros[i])})
-        for j, (output, base) in enumerate(zip(ones, still)):
-            if output.size != zeros[i].size or reads[i]:
-                continue
-            gain = (output - base).reshape(zeros[i].shape)
-            wanted = gain * noise[i]
-            off = np.abs(moved[i][j].reshape(wanted.shape) - wanted).max()
-            size = np.abs(wanted).max()
-            others = [k for k, m in enumerate(moved[i]) if k != j and np.abs(m).max() > 0]
-            if size > 1e-6 and off < _TOLERANCE * size and not others:
-                exact = np.abs(gain - 1.0).max() < _TOLERANCE
-                described[i] = layer._replace(closes=j, unit_gain=bool(exact))
+    def closing(i: int) -> Layer:
+        """The layer with the output that it closes, those that read it being silent."""
+        base, by_noise, by_ones = (
+            respond(offset, silent=reads[i])[0]
+            for offset in ({}, {i: noise[i]}, {i: np.ones_like(zeros[i])})
+        )
+        followed = [a - b for a, b in zip(by_noise, base)]
+        touched = [j for j, v in enumerate(followed) if np.abs(v).max() > 0]
+        if len(touched) != 1 or followed[touched[0]].size != zeros[i].size:
+            return layers[i]
+        (j,) = touched
+        gain = (by_ones[j] - base[j]).reshape(zeros[i].shape)
+        wanted = gain * noise[i]
+        off, size = np.abs(followed[j].reshape(wanted.shape) - wanted).max(), np.abs(wanted).max()
+        if not (size > 1e-6 and off < _TOLERANCE * size):
+            return layers[i]
+        exact = bool(np.abs(gain - 1.0).max() < _TOLERANCE)
+        silenced = tuple((layers[k].node, layers[k].op) for k in sorted(reads[i]))
+        return layers[i]._replace(closes=j, silenced=silenced, unit_gain=exact)
+
+    described = [closing(i) for i in range(len(layers))]
 
     def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
         size = max(np.abs(v).max() for v in a)
@@ -214,7 +241,8 @@ def _spread(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _ordered(layers, reads, sums, input_sums, affects, chosen) -> UnitPlan:
     """Layers in order of execution, but a broadcast summand after what it is added to, and those that
-    close an output last, the one with the most inputs (hence the most to correct with) last of all."""
+    close an output of the whole unit last, the one with the most inputs (hence the most to correct with)
+    last of all. Of those that close the same output only the last one keeps it as its target."""
     order = [i for i, layer in enumerate(layers) if layer.key in set(chosen)]
     for i in list(order):
         wider = [order.index(j) for j in sums[i] & set(order) if layers[j].rows > layers[i].rows]
@@ -222,24 +250,25 @@ def _ordered(layers, reads, sums, input_sums, affects, chosen) -> UnitPlan:
         if wider and order.index(i) < max(wider) < min(read_by, default=len(order)):
             order.remove(i)
             order.insert(max(wider), i)
-    closing = [i for i in order if layers[i].closes is not None]
+    closing = [i for i in order if layers[i].closes is not None and not layers[i].silenced]
     closing.sort(key=lambda i: int(np.prod(layers[i].kernel[:-1])))
-    order = [i for i in order if layers[i].closes is None] + closing
-    last_of = {layers[i].closes: i for i in closing}
+    order = [i for i in order if i not in closing] + closing
+    last_of = {(layers[i].closes, layers[i].silenced): i for i in order}
     place = {i: p for p, i in enumerate(order)}
     planned: list[Layer] = []
     levels: list[list[int]] = []
     for p, i in enumerate(order):
-        closes = layers[i].closes if last_of.get(layers[i].closes) == i else None
+        own = layers[i]
+        if own.closes is None or last_of[own.closes, own.silenced] != i:
+            own = own._replace(closes=None, silenced=(), unit_gain=False)
         planned.append(
-            layers[i]._replace(
-                closes=closes,
+            own._replace(
                 summands=tuple(sorted(place[j] for j in sums[i] & set(order) if place[j] < p)),
                 input_summands=tuple(input_sums[i]),
             )
         )
         together = bool(levels) and not any(
-            i in reads[j] or j in sums[i] or (closes is not None and closes in affects[j])
+            i in reads[j] or j in sums[i] or (own.closes is not None and own.closes in affects[j])
             for j in (order[q] for q in levels[-1])
         )
         if together:

@@ -86,17 +86,25 @@ def only_weights(trees: Any) -> Any:
 
 
 def only_activations(trees: Any) -> Any:
-    """The quantizers of activations alone, step tables and dynamic ones included."""
+    """The quantizers of activations, step tables and dynamic ones included, and operators that hold them."""
 
     def activations(site: SiteQuant):
         rhs = site.rhs if site.product else None
-        return (
-            None
-            if site.lhs is None and rhs is None
-            else SiteQuant(site.lhs, rhs, product=site.product)
-        )
+        if site.lhs is None and rhs is None and site.substitute is None:
+            return None
+        return SiteQuant(site.lhs, rhs, substitute=site.substitute, product=site.product)
 
     return map_sites(activations, trees)
+
+
+def only_operators(trees: Any) -> Any:
+    """The operators in place of plain ones, without a quantizer."""
+
+    def operators(site: SiteQuant):
+        held = site.substitute
+        return None if held is None else SiteQuant(substitute=held)
+
+    return map_sites(operators, trees)
 
 
 def replace_weights(params: Sequence[Mapping], weights: Mapping[str, tuple]) -> list[dict]:

@@ -14,12 +14,13 @@ import optax
 
 from qdiff_jax.runtime.loop import run_steps
 from qdiff_jax.stages.partial import KEPT, resume_partial, save_partial
+from qdiff_jax.stages.resume_settings import check_settings
 from qdiff_jax.stages.stage import QuantState, Stage
 
 
 class Carry(NamedTuple):
     """work: {"trainable", "optimizer", "frozen", "data"}, the carry of the steps. fixed: what they read
-    beside it, None for nothing."""
+    beside it, None for nothing. program: the step and `inputs`, of which `step_memory` asks."""
 
     state: QuantState
     work: dict
@@ -28,6 +29,7 @@ class Carry(NamedTuple):
     saved: float
     store: pathlib.Path | None
     fixed: Any = None
+    program: tuple[Callable, Callable] | None = None
 
 
 def train_whole(
@@ -41,6 +43,7 @@ def train_whole(
     save_seconds: float,
     optimizer: Callable[[Any], Any] | None = None,
     kept: tuple[str, ...] = KEPT,
+    settings: dict | None = None,
     on_progress=None,
 ) -> Stage:
     """A stage of `steps` steps.
@@ -50,12 +53,15 @@ def train_whole(
     inputs(state, first, stop): what steps first..stop-1 read, functions of the state's key and the step's
     number alone, so that a resumed run sees the same. step(work, input) -> (work, loss).
     optimizer(trainable): its state before the first step, Adam's by default; averages of the weights belong
-    there too. kept: the parts of work that steps change, which are saved. Raises FloatingPointError if a
-    loss is not finite.
+    there too. kept: the parts of work that steps change, which are saved. settings: what all this was made
+    with, by name (`resume_settings`): a middle that was saved under others is refused with ValueError. Raises
+    FloatingPointError if a loss is not finite.
     """
     start = optax.scale_by_adam().init if optimizer is None else optimizer
 
     def init(state: QuantState, store: pathlib.Path | None) -> Carry:
+        if settings is not None:
+            check_settings(name, _partial(store), {"steps": steps, **settings})
         trainable, frozen, data, *shared = begin(state)
         moments = start(trainable)
         work = {"trainable": trainable, "optimizer": moments, "frozen": frozen, "data": data}
@@ -63,7 +69,8 @@ def train_whole(
         work = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), work)
         at, losses, work = resume_partial(_partial(store), steps, work, kept)
         fixed = jax.tree.map(jnp.asarray, shared[0]) if shared else None
-        return Carry(state, work, at, tuple(losses), time.monotonic(), store, fixed)
+        program = (step, inputs)
+        return Carry(state, work, at, tuple(losses), time.monotonic(), store, fixed, program)
 
     def run(carry: Carry, n: int) -> Carry:
         stop = min(carry.step + n, steps)
@@ -93,3 +100,20 @@ def train_whole(
 
 def _partial(store: pathlib.Path | None) -> pathlib.Path | None:
     return None if store is None else store / "partial"
+
+
+def step_memory(carry: Carry, **compile_options) -> dict[str, int]:
+    """Bytes of one step as the compiler plans them (XLA's `memory_analysis` of the compiled step, not a
+    measured peak): "arguments", "temporaries" and "peak", all together with donated buffers counted once."""
+    step, inputs = carry.program
+    first = jax.tree.map(lambda leaf: leaf[0], inputs(carry.state, carry.step, carry.step + 1))
+    given = (first,) if carry.fixed is None else (first, carry.fixed)
+    lowered = jax.jit(step, donate_argnums=0).lower(carry.work, *given)
+    held = lowered.compile(compile_options or None).memory_analysis()
+    peak = held.argument_size_in_bytes + held.temp_size_in_bytes
+    peak += held.output_size_in_bytes - held.alias_size_in_bytes
+    return {
+        "arguments": held.argument_size_in_bytes,
+        "temporaries": held.temp_size_in_bytes,
+        "peak": peak,
+    }

@@ -19,6 +19,7 @@ from qdiff_jax.analysis.noise import noise_correlation, regress
 from qdiff_jax.analysis.sensitivity import layer_sensitivity
 from qdiff_jax.analysis.softmax import fit_power_law, softmax_power_law
 from qdiff_jax.analysis.taylor import taylor_argument
+from qdiff_jax.diffusion.corrections import affine_table, hooks_of
 from qdiff_jax.eval.moments import moments_of
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.spec import QuantSpec
@@ -77,6 +78,12 @@ def test_a_constant_error_is_bias_and_follows_nothing(unet, shifted):
     np.testing.assert_allclose(result.bias["shifted"], SHIFT, rtol=1e-3)
     np.testing.assert_allclose(result.slope["shifted"], 0.0, atol=1e-4)
     assert result.points.shape[0] == 2
+    # What is sampled with a correction is measured with it.
+    steps = np.asarray(unet.sampler.timesteps)
+    ones = np.ones((len(steps), 1))
+    hooks = hooks_of(affine_table(ones, -SHIFT * ones, 0 * steps, steps), unet.sampler)
+    corrected = noise_correlation(unet, {"shifted": shifted}, hooks={"shifted": hooks})
+    np.testing.assert_allclose(corrected.bias["shifted"], 0.0, atol=1e-5)
 
 
 @pytest.mark.slow

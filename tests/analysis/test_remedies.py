@@ -1,6 +1,7 @@
 """Before and after: errors of known quantizers, a split that serves both maps, and the command's picture."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -9,9 +10,14 @@ from PIL import Image
 
 from experiments import remedies as command
 from qdiff_jax.analysis import remedies as module
+from qdiff_jax.analysis.deviation import rollout_states
 from qdiff_jax.analysis.figures_remedies import remedies_figure
-from qdiff_jax.analysis.remedies import Remedies, activation_error, skip_error
-from qdiff_jax.analysis.subject import make_subject
+from qdiff_jax.analysis.forced import forced_eps
+from qdiff_jax.analysis.remedies import Remedies, activation_error, remedies, skip_error
+from qdiff_jax.analysis.remedy_pairs import Held, choose_pairs
+from qdiff_jax.analysis.subject import NotApplicable, make_subject
+from qdiff_jax.diffusion.corrections import affine_table, hooks_of
+from qdiff_jax.diffusion.quantized_tensors import quantize_tensors, tensor_ranges
 from qdiff_jax.diffusion.samplers import ddim
 from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.models.registry import load
@@ -135,27 +141,128 @@ def test_the_picture_has_a_line_for_every_variant():
         lines,
         lines,
         ("up_0_block_0/nin_shortcut",),
-        {"rtn": [0.1], "tfmq": [0.01]},
+        {"rtn": np.array([0.1]), "tfmq": np.array([0.01])},
     )
-    figure = remedies_figure(
-        result._replace(skips={k: np.array(v) for k, v in result.skips.items()})
-    )
+    figure = remedies_figure(result)
     assert len(figure.axes) == 4
     assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == set(lines)
     assert len(remedies_figure(result._replace(layers=(), skips={})).axes) == 3
+    # A panel for each measure that was made, with the names of its own pair.
+    pair = remedies_figure(result._replace(activations={}, temporal={"tfmq": lines["tfmq"]}))
+    assert len(pair.axes) == 3
+    named = [text.get_text() for text in pair.axes[1].get_legend().get_texts()]
+    assert named == ["tfmq"]
+
+
+def shifted(subject, by):
+    """A network whose estimate is full precision's plus `by`, everywhere."""
+    params = jax.tree.map(lambda leaf: leaf, subject.model.params)
+    params["out"]["conv_out"]["bias"] = params["out"]["conv_out"]["bias"] + by
+    return {"params": params, "quant": {}}
+
+
+def test_a_correction_is_part_of_what_is_measured(subject):
+    """A constant error and the correction that takes it out again."""
+    steps = np.asarray(subject.sampler.timesteps)
+    ones = np.ones((len(steps), 1))
+    table = affine_table(ones, -0.1 * ones, np.zeros(len(steps)), steps)
+    hooks = hooks_of(table, subject.sampler)
+    wrong, full = shifted(subject, 0.1), forced_eps(subject, subject.full)
+    np.testing.assert_allclose(forced_eps(subject, wrong), full + 0.1, atol=1e-5)
+    np.testing.assert_allclose(forced_eps(subject, wrong, hooks=hooks), full, atol=1e-5)
+    variants = {"base": wrong, "ptqd": wrong}
+    measures = {"rollout": ("base", "ptqd")}
+    found = remedies(subject, variants, measures=measures, hooks={"ptqd": hooks})
+    assert (found.accumulated["base"] > 1e-4).all()
+    assert (found.accumulated["ptqd"] < 1e-9).all()
+    assert set(found.verdict) == {"base/rollout", "ptqd/rollout"}
+    assert not found.activations
+    assert not found.temporal
+
+
+@pytest.mark.slow
+def test_skips_alone_of_a_model_without_any_are_refused(dit):
+    with pytest.raises(NotApplicable, match="no block of this model concatenates a skip"):
+        remedies(dit, {"one": dit.full}, measures={"skips": ("one",)})
+
+
+@pytest.mark.slow
+def test_a_quantized_sampler_is_part_of_what_is_measured(subject):
+    ranges = tensor_ranges(subject.sampler, subject.calibration, None)
+    plan = quantize_tensors(subject.sampler, 4, ranges)
+    states = rollout_states(subject, subject.full)
+    own = rollout_states(subject, subject.full, sampler=plan)
+    assert np.abs(own - states).max() > 1e-3
+
+
+def test_each_trouble_has_its_remedy_and_what_that_stands_on():
+    w4a4 = (4, 4, "common")
+    held = {
+        "rtn": Held("rtn", "", w4a4),
+        "rtn8": Held("rtn", "", (8, 8, "common")),
+        "brecq": Held("brecq", "", w4a4),
+        "solved": Held("brecq", "rounding=closed_form", w4a4),
+        "tdq_solved": Held("tdq", "mode=ptq, rounding=closed_form", w4a4),
+        "tdq": Held("tdq", "mode=ptq, rounding=adaround", w4a4),
+        "ptqd": Held("ptqd", "base=rtn; variant=fixed", w4a4),
+        "tfmq_solved": Held("tfmq", "variant=fixed, rounding=closed_form", w4a4),
+        "qdiffusion": Held("qdiffusion", "split=both", (4, 4, "official:qdiffusion")),
+    }
+    wanted = {
+        "activations": ("brecq", "tdq"),
+        "rollout": ("rtn", "ptqd"),
+        "temporal": ("solved", "tfmq_solved"),
+    }
+    assert choose_pairs(held) == wanted
+    held["rtn_own"] = Held("rtn", "", (4, 4, "official:qdiffusion"))
+    assert choose_pairs(held) == {**wanted, "skips": ("rtn_own", "qdiffusion")}
+    recipe = {"brecq": held["brecq"], "r": Held("tcr+brecq+par", "", w4a4)}
+    assert choose_pairs(recipe) == {"rollout": ("brecq", "r")}
+    with pytest.raises(ValueError, match="rollout: no brecq or rtn at the bits and policy of r;"):
+        choose_pairs({"rtn8": held["rtn8"], "r": recipe["r"]})
 
 
 @pytest.mark.slow
 def test_the_command_on_a_run(smoke_run, tmp_path):
     names = ["rtn_w4a8", "tfmq_w4a8"]
-    verdict = command.measure(smoke_run, names, 2, 2, tmp_path)
+    folders = command.variant_folders(names, smoke_run)
+    verdict = command.measure(folders, 2, 2, tmp_path, every=True)
     record = json.loads((tmp_path / "remedies.json").read_text())
     assert record["verdict"] == verdict
-    assert set(record["temporal"]) == set(names)
+    assert set(record["temporal"]) == set(record["activations"]) == set(names)
     with Image.open(tmp_path / "remedies.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
-    with pytest.raises(ValueError, match="no finished variant 'tfmq_w4a4'; there are"):
-        command.measure(smoke_run, ["tfmq_w4a4"], 2, 2, tmp_path)
+    with pytest.raises(ValueError, match="tfmq_w4a4 is no finished variant; beside it there are"):
+        command.variant_folders(["tfmq_w4a4"], smoke_run)
+
+
+def test_labels_are_as_short_as_tells_variants_apart(monkeypatch):
+    monkeypatch.setattr(command, "held_in", lambda folder: Held("", "", (folder.parent.name,)))
+
+    def labels(*paths):
+        return list(command.short_labels({path: pathlib.Path(path) for path in paths}).values())
+
+    assert labels("a/common/rtn", "a/common/tdq") == ["rtn", "tdq"]
+    own = labels("a/common/rtn", "a/official:tdq/rtn")
+    assert own == ["rtn (common)", "rtn (tdq)"]
+    assert labels("a/common/rtn", "b/common/rtn") == ["a/common/rtn", "b/common/rtn"]
+
+
+@pytest.mark.slow
+def test_the_command_finds_pairs_on_a_board(smoke_run, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "main").symlink_to(smoke_run)
+    folders = command.board_folders(tmp_path, "random:miniature", "w4a8")
+    assert "rtn_w8a8" not in folders
+    command.measure(folders, 2, 2, tmp_path, command="the command")
+    record = json.loads((tmp_path / "remedies.json").read_text())
+    assert record["pairs"] == {"temporal": ["brecq_w4a8", "tfmq_w4a8"]}
+    assert set(record["temporal"]) == {"brecq_w4a8", "tfmq_w4a8"}
+    assert record["activations"] == {}
+    assert record["made_with"]["command"] == "the command"
+    assert record["made_with"]["commit"]
+    with pytest.raises(ValueError, match="no variant of random:miniature at w4a4; there are"):
+        command.board_folders(tmp_path, "random:miniature", "w4a4")
 
 
 def test_kinds_that_have_no_static_range_are_left_out(subject):

@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 
 from qdiff_jax.eval.cost import network_cost, operand_bits, planned_cost, site_macs
+from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.registry import miniature
 from qdiff_jax.operators import DENSE, PV, QK, plain, same_conv
-from qdiff_jax.policy import ACTIVATION, make_plan, policy
-from qdiff_jax.quant.qparams import from_range
-from qdiff_jax.quant.timed import from_ranges
+from qdiff_jax.policy import ACTIVATION, BINARY_WEIGHT, make_plan, policy
+from qdiff_jax.quant.binary import BinaryWeight, second_basis, single_basis
+from qdiff_jax.quant.either import LOG2, UNIFORM
+from qdiff_jax.quant.qparams import dynamic_qparams, from_range
+from qdiff_jax.quant.quantizer import codes
+from qdiff_jax.quant.softmax_grid import grid_rows
+from qdiff_jax.quant.spec import QuantSpec
+from qdiff_jax.quant.timed import TimeIndexed, from_ranges
 from qdiff_jax.sites import Site, SiteQuant, list_sites, nest_sites
 
 SITES = {
@@ -92,3 +98,62 @@ def test_widths_by_step_are_averaged_over_steps():
     assert cost.bitops == COUNTED["qk"] * (4 * 4 + 8 * 8) / 2
     with pytest.raises(TypeError, match="dict is no operand"):
         operand_bits({})
+
+
+def bitops(site, lhs=None, rhs=None):
+    """Of one site that holds these."""
+    return network_cost([SITES[site]], nest_sites({f"a/{site}": SiteQuant(lhs, rhs)})).bitops
+
+
+def test_a_grid_whose_kind_follows_the_step_costs_its_codes_at_every_step():
+    """DAQ: log2 at one step and uniform at the next, in 4 bits either way."""
+    kinds, steps = np.float32([LOG2, UNIFORM]), np.float32([0.0, 5.0])
+    table = TimeIndexed(grid_rows(kinds, np.ones(2), 15.0), jnp.asarray(steps), "step")
+    assert table.table.spec.grid == "affine_or_log2"
+    np.testing.assert_array_equal(operand_bits(table), [4, 4])
+    at8 = from_range(ACTIVATION, -1.0, 1.0, 0, 255)
+    assert bitops("pv", table, at8) == COUNTED["pv"] * 4 * 8
+
+
+def test_groups_cost_the_bits_of_their_codes_and_none_for_their_many_scales():
+    """SVDQuant: activations in groups measured at run time, weights in groups that are calibrated."""
+    dynamic = dynamic_qparams(
+        QuantSpec(signed=True, symmetric=True, granularity="group", group=2, dynamic=True), -8, 7
+    )
+    spec = QuantSpec(granularity="group", axis=-2, group=2)
+    ends = np.ones((2, 6), np.float32)
+    weight = from_range(spec, -ends, ends, 0, 15)
+    stored = from_codes(codes(weight, jnp.zeros((4, 6))), weight, 4)
+    for rhs in (weight, stored):
+        assert bitops("dense", dynamic, rhs) == COUNTED["dense"] * 4 * 4
+
+
+def test_a_split_costs_as_much_as_one_range():
+    """Q-Diffusion: two ranges of an activation and of a weight, of as many bits as one."""
+    lhs = from_range(QuantSpec(granularity="split", boundary=3), -np.ones(2), np.ones(2), 0, 255)
+    spec = QuantSpec(granularity="split", axis=-2, boundary=3)
+    ends = np.ones((2, 5), np.float32)
+    assert bitops("conv", lhs, from_range(spec, -ends, ends, 0, 15)) == COUNTED["conv"] * 8 * 4
+    table = from_ranges(
+        QuantSpec(granularity="split", boundary=3),
+        -np.ones((2, 2)),
+        np.ones((2, 2)),
+        0,
+        np.float32([15, 255]),
+        [0.0, 5.0],
+        rule="step",
+    )
+    np.testing.assert_array_equal(operand_bits(table), [4, 8])
+
+
+def test_binary_weights_cost_one_bit_for_each_basis():
+    kernel = np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(4, 6)
+    grid = single_basis(kernel, BINARY_WEIGHT)
+    at4 = from_range(ACTIVATION, -1.0, 1.0, 0, 15)
+    stored = from_codes(codes(grid, kernel), grid, 1)
+    assert bitops("dense", at4, grid) == bitops("dense", at4, stored) == COUNTED["dense"] * 4
+    second = second_basis(kernel, grid)
+    for on, gate, bits in ((True, 1.0, 2), (True, 0.0, 1), (False, 1.0, 32)):
+        learned = BinaryWeight(grid.scale, second, jnp.float32(gate), jnp.asarray(on))
+        assert operand_bits(learned) == bits
+    assert operand_bits(BinaryWeight(grid.scale, None, jnp.float32(1), jnp.asarray(True))) == 1

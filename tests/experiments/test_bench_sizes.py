@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-from experiments.bench_sizes import kernels_of, measure, parse_kernels, write_results
+from experiments import bench_sizes
+from experiments.bench_sizes import cut, kernels_of, measure, parse_kernels, write_results
+from qdiff_jax.quant.hessian_size import hessian_parts, rounding_cost
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
 
 
@@ -27,6 +29,24 @@ def test_long_layers_are_extrapolated_from_the_rate_of_short_ones(tmp_path):
     assert "| 3x3x4x8 | 2 | 1 |" in text
     assert "(extrapolated)" in text
     assert len(json.loads((tmp_path / "sizes_some.json").read_text())) == 3
+
+
+def test_nothing_is_extrapolated_from_a_hessian_that_is_cut_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_sizes, "time_layer", lambda *_: {"sums": 1.0, "rounding": 0.0})
+    config = ClosedFormConfig(hessian_mib=1)
+    kernels = {(3, 3, 16, 16): 2, (3, 3, 60, 256): 1, (3, 3, 60, 8192): 1}
+    parts = {shape: hessian_parts(shape, config.hessian_mib) for shape in kernels}
+    assert [cut(shape, n) for shape, n in parts.items()] == ["whole", "taps", "taps"]
+    whole, taps, more = (rounding_cost(s, 64, n).multiply_adds for s, n in parts.items())
+    # Every layer takes a second, so that at the rate of the whole one the next would take taps / whole.
+    assert 1 < taps / whole < more / taps
+    found = measure(kernels, 64, 32, config, most_seconds=taps / whole - 0.1)
+    assert [row["seconds"] for row in found] == [1.0, None, None]
+    text = write_results("some", found, 64, "a command", tmp_path)
+    assert "2.00 CPU s in all without 2 layers that are not counted" in text
+    found = measure(kernels, 64, 32, config, most_seconds=taps / whole + 0.1)
+    assert [row["measured"] for row in found] == [True, True, False]
+    assert found[2]["seconds"] == pytest.approx(more / taps)
 
 
 @pytest.mark.parametrize("text", ["3x3x4", "ax4", "0x4", ""])

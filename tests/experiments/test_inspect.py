@@ -91,6 +91,23 @@ def test_who_keeps_the_first_convolution_is_seen():
     assert product.parameters == 0
 
 
+def test_svdquant_is_shown_with_the_grids_it_runs_on():
+    """Groups of 64, adapted to narrow layers; weights take half a byte and a float16 scale for each group."""
+    config, sites, plans, rows = inspected("dit_fashion", "official:svdquant", bits=(4, 4))
+    treated = {row.site: row.treated["official:svdquant"].granularity for row in rows}
+    assert treated["blocks_0/attn_qkv"] == (
+        "group of 64 symmetric signed",
+        "group of 64 symmetric signed dynamic",
+    )
+    assert treated["blocks_0/mlp_fc2"][1] == "group of 64 symmetric dynamic"
+    assert treated["blocks_0_adaLN/dense"] == ("group of 64 symmetric signed", "")
+    found = totals(config, sites, plans["official:svdquant"])
+    assert 8 * found.scales / found.quantized == 0.25
+    narrow = {row.site: row for row in inspected("random:dit", "official:svdquant")[3]}
+    seen = narrow["blocks_0/attn_qkv"].treated["official:svdquant"].granularity[0]
+    assert seen == "group of 16 symmetric signed"
+
+
 def test_equal_sites_of_numbered_blocks_become_one_row():
     rows = inspected("random:dit", "common")[3]
     merged = {row.site: row for row in collapse(rows)}

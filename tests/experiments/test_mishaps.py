@@ -65,14 +65,14 @@ def test_a_full_disk_costs_only_what_could_not_be_written(workdir, smoke_run, mo
     shutil.rmtree(variant / "bundle")
     (variant / "quantize.json").unlink()
     config = load_config(SMOKE)
-    units = digests(variant / "stages")
+    units = digests(variant / "stages", "*/unit_*")  # beside them their seconds, which go on
     usage = shutil.disk_usage(workdir)._replace(free=10)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(BundleError, match=r"brecq_w4a8/bundle needs .* the disk has 10 free"):
             quantize(config, workdir)
     assert not (variant / "bundle").exists()
-    assert digests(variant / "stages") == units
+    assert digests(variant / "stages", "*/unit_*") == units
 
     replace = os.replace
     old = (workdir / "report.json").read_text()
@@ -88,7 +88,7 @@ def test_a_full_disk_costs_only_what_could_not_be_written(workdir, smoke_run, mo
             quantize(config, workdir)
     assert (workdir / "report.json").read_text() == old
     # The units were read back, and made the same bundle.
-    assert digests(variant / "stages") == units
+    assert digests(variant / "stages", "*/unit_*") == units
     assert digests(variant / "bundle") == digests(smoke_run / "variants" / "brecq_w4a8" / "bundle")
 
 

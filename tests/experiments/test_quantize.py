@@ -16,7 +16,7 @@ from qdiff_jax.eval.report import PROVENANCE_KEYS, VARIANT_KEYS, read_report
 from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.models import registry
-from qdiff_jax.observe.archive import load_record
+from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.runtime.cache import compile_account
 from qdiff_jax.sites import flatten_sites
 
@@ -54,6 +54,7 @@ def test_the_report_says_where_it_comes_from(document, smoke_run):
     assert str(smoke_run) in origin["command"]
     assert origin["config_fingerprint"] == fingerprint(read_config(load_config(SMOKE)))
     assert origin["source_checkpoint_hash"] == registry.load("random:miniature").source["sha256"]
+    assert origin["commits_of_variants"] == dict.fromkeys(VARIANTS, origin["commit"])
 
 
 def test_stored_bytes_are_those_of_the_tensors(document, smoke_run):
@@ -102,6 +103,11 @@ def test_the_same_command_again_changes_and_compiles_nothing(smoke_run, tmp_path
         times = {p: p.stat().st_mtime_ns for p in kept}
         return files, times
 
+    older, oldest = (workdir / "variants" / name / "quantize.json" for name in VARIANTS[:2])
+    save_record(older, {**load_record(older), "commit": "1234567"})
+    kept = load_record(oldest)
+    del kept["commit"]
+    save_record(oldest, kept)
     before = state()
     with compile_account() as account:
         quantize(load_config(SMOKE), workdir)
@@ -109,6 +115,12 @@ def test_the_same_command_again_changes_and_compiles_nothing(smoke_run, tmp_path
     assert account.cache_hits == account.backend_compiles
     again, first = (json.loads((w / "report.json").read_text()) for w in (workdir, smoke_run))
     assert again["variants"] == first["variants"]
+    made, measured = again["provenance"]["commits_of_variants"], first["provenance"]["commit"]
+    assert [made[name] for name in VARIANTS[:3]] == [
+        f"quantized at 1234567, measured at {measured}",
+        f"quantized at a commit not recorded, measured at {measured}",
+        measured,
+    ]
 
 
 def test_a_second_run_in_a_new_process_compiles_nothing_and_comes_to_the_same_bits(

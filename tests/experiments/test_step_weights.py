@@ -9,6 +9,7 @@ from experiments.quantize import calibration_sets, prepare, step_weights, trajec
 from qdiff_jax.config import load_config
 from qdiff_jax.methods import closed_form
 from qdiff_jax.methods.registry import build
+from qdiff_jax.observe.archive import load_record
 from qdiff_jax.stages.row_weights import by_step, eps_importance
 
 from ..main_job import SMOKE
@@ -28,6 +29,9 @@ def test_each_rule_gives_a_weight_for_every_step(tmp_path):
     assert measured.shape == (by_formula.sampler.steps,)
     assert (measured > 0).all()
     path = tmp_path / "trajectories" / "sensitivity.json"
+    held = load_record(path)
+    assert held["cpu_seconds"] > 0
+    assert held["commit"]
     made = path.stat().st_mtime_ns
     np.testing.assert_array_equal(step_weights(job("sensitivity"), tmp_path), measured)
     assert path.stat().st_mtime_ns == made

@@ -1,7 +1,7 @@
-"""What the stored bundle of format version 1 holds, from literal numbers: it must never change.
+"""What the stored bundles of every format version hold, from literal numbers: they must never change.
 
-`fixtures/v1` was written once by save_bundle(folder, params=params(), quant=quant(), **CONFIGS). A
-new version of the format gets a folder of its own; this one keeps loading.
+`fixtures/v1` was written once by save_bundle(folder, params=params(), quant=quant(), **CONFIGS), `fixtures/v2`
+with quant={**quant(), **grouped()}. A new version of the format gets a folder of its own; these keep loading.
 """
 
 import jax.numpy as jnp
@@ -94,3 +94,18 @@ def quant():
             "qk": SiteQuant(lhs=grid(0.1, 128.0, 0, 255), rhs=grid(0.2, 7.0, 0, 255), product=True),
         },
     }
+
+
+def grouped():
+    """A weight in groups whose scales are float16, new in version 2; a number below float16's normal range."""
+    spec = dict(symmetric=True, signed=True, granularity="group", axis=-2, group=2, narrow=True)
+    scale = floats(0.333251953125, 2.0**-24, 65504.0, 1.0).reshape(2, 2)
+    qparams = QParams(
+        scale,
+        jnp.zeros((2, 2), jnp.float32),
+        floats(-7.0),
+        floats(7.0),
+        QuantSpec(scale_format="f16", **spec),
+    )
+    codes = np.array([[0x7F, 0x91], [0x00, 0x35]], np.uint8)
+    return {"more": {"fc": SiteQuant(rhs=QTensor(jnp.asarray(codes), qparams, (4, 2), 4))}}

@@ -15,13 +15,20 @@ import safetensors.numpy
 from qdiff_jax.export import bundle as bundle_file
 from qdiff_jax.export.bundle import file_sha256, load_bundle, save_bundle, stored_bytes
 from qdiff_jax.export.manifest import BundleError, sealed
-from qdiff_jax.export.qtensor import QTensor
+from qdiff_jax.export.qtensor import QTensor, from_codes
 from qdiff_jax.observe.taps import Tap
+from qdiff_jax.quant.floating import nvfp4_qparams
+from qdiff_jax.quant.qparams import from_tensor
+from qdiff_jax.quant.quantizer import codes
 from qdiff_jax.quant.rounding import SoftRounding
 from qdiff_jax.quant.timed import TimeIndexed
 from qdiff_jax.sites import SiteQuant
+from qdiff_jax.stages.group_grids import weight_spec
 
+from ..stages.chain import leaves_equal
 from . import content
+
+SIGNED = {"symmetric": True, "signed": True}
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -47,8 +54,9 @@ def without_kernels():
     return tree
 
 
-def assert_is_content(loaded):
-    for tree, expected in ((loaded.params, without_kernels()), (loaded.quant, content.quant())):
+def assert_is_content(loaded, more=()):
+    quant = {**content.quant(), **dict(more)}
+    for tree, expected in ((loaded.params, without_kernels()), (loaded.quant, quant)):
         # Equal structures mean equal names, specs, rules, shapes and bits.
         assert jax.tree.structure(tree) == jax.tree.structure(expected)
         for leaf, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(expected)):
@@ -68,9 +76,43 @@ def test_what_is_saved_comes_back_bit_for_bit(saved):
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (saved, *saved.iterdir()))
 
 
-@pytest.mark.parametrize("version", ["v1"])
-def test_bundles_of_every_format_version_keep_loading(version):
-    assert_is_content(load_bundle(FIXTURES / version))
+@pytest.mark.parametrize(("version", "more"), [("v1", {}), ("v2", content.grouped())])
+def test_bundles_of_every_format_version_keep_loading(version, more):
+    assert_is_content(load_bundle(FIXTURES / version), more)
+
+
+def test_what_follows_from_the_grid_is_not_stored_and_float16_scales_take_two_bytes(tmp_path):
+    """And come back bit for bit; zero points of other grids, and scales that left the format, are stored."""
+    kernel = np.random.default_rng(0).standard_normal((256, 128)).astype(np.float32)
+    spec = weight_spec(64)
+    grid = from_tensor(spec, jnp.asarray(kernel), -7, 7)
+    weight = from_codes(np.asarray(codes(grid, kernel)), grid, 4)
+    left = weight.replace(qparams=grid.replace(scale=grid.scale * jnp.float32(1.0001)))
+    log = content.grid(0.5, 0.0, 0, 15, grid="log2")
+    e2m1 = nvfp4_qparams(kernel[:32])
+    table = jax.tree.map(
+        lambda leaf: jnp.stack([leaf, leaf]), content.grid(1.0, 0.0, -8, 7, **SIGNED)
+    )
+    quant = {
+        "a": {"in": SiteQuant(rhs=weight), "left": SiteQuant(rhs=left)},
+        "b": {
+            "log": SiteQuant(lhs=log, product=True),
+            "fp4": SiteQuant(lhs=e2m1, product=True),
+            "table": SiteQuant(lhs=TimeIndexed(table, jnp.asarray([1.0, 0.0])), product=True),
+        },
+    }
+    folder = save(tmp_path / "b", params={"a": {}}, quant=quant)
+    loaded = load_bundle(folder).quant
+    assert leaves_equal(loaded, quant)
+    tensors = load_bundle(folder).manifest["tensors"]
+    assert not [name for name in tensors if name.endswith("zero_point")]
+    assert tensors["quant/a/in/rhs/qparams/scale"]["dtype"] == "float16"
+    assert tensors["quant/a/left/rhs/qparams/scale"]["dtype"] == "float32"
+    ends = 8  # the smallest and the largest code
+    held = save(tmp_path / "one", params={}, quant={"a": {"in": SiteQuant(rhs=weight)}})
+    sizes = stored_bytes(held).by_kind
+    assert sizes == {"codes": kernel.size // 2, "weight_grids": 2 * kernel.size // 64 + ends}
+    assert 8 * weight.nbytes / kernel.size == 4.25
 
 
 def test_kernels_held_as_codes_need_not_be_given(tmp_path):
@@ -202,8 +244,8 @@ def test_a_description_that_does_not_fit_is_refused(copy, message):
 
 
 def test_unknown_versions_and_foreign_files_are_refused(copy, tmp_path):
-    edit_manifest(copy, lambda m: m.update(version=2))
-    with pytest.raises(BundleError, match="format version 2, this package reads 1: upgrade"):
+    edit_manifest(copy, lambda m: m.update(version=3))
+    with pytest.raises(BundleError, match="format version 3, this package reads 1, 2: upgrade"):
         load_bundle(copy)
     edit_manifest(copy, lambda m: m.update(version=1) or m.pop("plan"))
     with pytest.raises(BundleError, match="lacks plan"):

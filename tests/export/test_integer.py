@@ -13,6 +13,7 @@ from qdiff_jax.export.integer import (
     integer_accumulators,
     integer_op,
     lowered_has_int_dot,
+    lowered_int_dots,
     simulated_op,
 )
 from qdiff_jax.operators import DENSE, PV, QK, Operator, same_conv
@@ -342,6 +343,30 @@ def test_every_platform_is_given_an_integer_product(case):
         assert not lowered_has_int_dot(simulated, *shapes, compiled=True)
     with pytest.raises(ValueError, match="needs the device itself"):
         lowered_has_int_dot(integer, *shapes, platforms=["tpu"], compiled=True)
+
+
+def test_products_are_counted_as_often_as_they_are_made():
+    """Of a function that is called twice, of two sites with one inside a loop, of none."""
+    codes = jax.ShapeDtypeStruct((4, 4), jnp.int8)
+
+    @jax.jit
+    def once(a, b):
+        return jax.lax.dot(a, b, preferred_element_type=jnp.int32)
+
+    def twice(a, b):
+        return once(a, b) + once(b, a)
+
+    def looped(a, b):
+        def add(total, _):
+            return total + once(a, b), None
+
+        return jax.lax.scan(add, once(b, b), None, 3)[0]
+
+    for platform in ("cpu", "tpu", "cuda"):
+        assert lowered_int_dots(once, codes, codes, platforms=[platform]) == 1
+        assert lowered_int_dots(twice, codes, codes, platforms=[platform]) == 2
+        assert lowered_int_dots(looped, codes, codes, platforms=[platform]) == 2
+    assert lowered_int_dots(lambda a, b: a @ b, codes, codes) == 0
 
 
 BROKEN = {

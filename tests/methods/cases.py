@@ -43,6 +43,7 @@ from qdiff_jax.stages.stage import (
 )
 from qdiff_jax.stages.time_scales import TimeScaleConfig
 from qdiff_jax.stages.train_binary import BinaryTrainConfig
+from qdiff_jax.stages.train_time_scales import TrainConfig
 
 from .. import tiny_dit, tiny_unet
 
@@ -107,7 +108,7 @@ class Case(NamedTuple):
     """entry: of the registry. policy: the one it runs under when nothing else is asked. options: of
     `MethodSettings`. slow: whether all its tests are. reports: progress reports until the run is
     killed where a part of the calibration is done; late: until it is killed where it learns. network: which of
-    `NETWORKS`. w_bits: of its weights."""
+    `NETWORKS`. w_bits: of its weights. mode: of TDQ."""
 
     entry: str
     policy: str = "common"
@@ -117,6 +118,7 @@ class Case(NamedTuple):
     network: str = "unet"
     late: int = 11
     w_bits: int = 4
+    mode: str = "ptq"
 
 
 CASES = {
@@ -140,8 +142,27 @@ CASES = {
     "ptq4dit": Case("ptq4dit", "official:ptq4dit", reports=6, network="dit"),
     # Twelve blocks are reported; by the sixth some layers have their results in the store.
     "svdquant": Case("svdquant", "official:svdquant", options={"svdquant": SVDQUANT}, reports=6),
+    # The same branches, then every layer's shape compiles again as in "closed_form"; killed among its blocks.
+    "svdquant closed form": Case(
+        "svdquant",
+        "official:svdquant",
+        options={"svdquant": SVDQUANT, "rounding": "closed_form"},
+        slow=True,
+        reports=15,
+    ),
+    # Of its five units: killed with the first block in the store.
+    "svdquant dit": Case(
+        "svdquant",
+        "official:svdquant",
+        options={"svdquant": SVDQUANT},
+        slow=True,
+        reports=3,
+        network="dit",
+    ),
     # Four batches of the calibration, then three chunks of training.
     "efficientdm": Case("efficientdm", late=5),
+    "efficientdm dit": Case("efficientdm", late=5, network="dit", slow=True),
+    "tdq qat": Case("tdq", late=5, mode="qat", slow=True),
     "binarydm": Case("binarydm", "official:binarydm", w_bits=1),
 }
 UNLEARNED = ("rtn", "ptq4dm", "ptqd", "svdquant")
@@ -237,7 +258,13 @@ def settings(name: str, steps: int, devices: int = 1, save_seconds: float = 60.0
         closed_form=ClosedFormConfig(walk_batch=12, check_samples=12, devices=devices),
         tune_steps=steps,
         batch_ranges=BatchRangeConfig(bins=256, candidates=10),
-        tdq=TdqConfig(scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8)),
+        tdq=TdqConfig(
+            mode=case.mode,
+            scales=TimeScaleConfig(encoding=16, hidden=8, steps=steps, batch_size=8),
+            train=TrainConfig(
+                steps=steps, batch_size=8, lr=5e-3, warmup=2, save_seconds=save_seconds
+            ),
+        ),
         efficientdm=EfficientDMConfig(
             steps=steps,
             lora_divisor=5.0,

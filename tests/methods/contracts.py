@@ -10,7 +10,7 @@ from qdiff_jax.methods.efficientdm import left_alone
 from qdiff_jax.models.program import temporal_nodes
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.timed import TimeIndexed, select, step_context
-from qdiff_jax.sites import flatten_sites, nest_sites, side_of
+from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.stage import QuantState, decide_codes, fold_weights, kernel_at
 
 from .. import tiny_unet
@@ -42,19 +42,20 @@ def codes_are_in_range(state: QuantState) -> None:
 
 def by_step(name: str, site: str, operand: str, alone=()) -> bool:
     """Whether the method of a case has a table for this activation. alone: EfficientDM's exceptions."""
-    if name == "efficientdm":
+    entry = CASES[name].entry
+    if entry == "efficientdm":
         return site not in alone
-    if name in ("tfmq faithful", "tdq"):
+    if name == "tfmq faithful" or entry == "tdq":
         return True
     if name == "tfmq":
         return site.split("/")[0] in temporal_nodes(model().program)
-    return CASES[name].entry == "tcaq" and operand == "softmax"
+    return entry == "tcaq" and operand == "softmax"
 
 
 def activations_have_quantizers(name: str, state: QuantState) -> None:
     """Every planned activation has a quantizer of its bits, and a step table where the method makes one."""
     flat = flatten_sites(state.quant)
-    alone = left_alone(model(), state.plan)
+    alone = left_alone(model(network_of(state.plan)), state.plan)
     for entry in state.plan.quantized("input", "q", "k", "softmax", "v"):
         site = flat[entry.site]
         made = getattr(site, side_of(entry.operand))
@@ -70,7 +71,7 @@ def activations_have_quantizers(name: str, state: QuantState) -> None:
         assert rows.scale.shape == ((len(TIMESTEPS),) if table else parts)
         # TDQ gives an activation of both signs codes symmetric about zero, one fewer than there are.
         fewer = np.asarray(rows.qmax) < entry.codes[1]
-        assert name == "tdq" or not fewer.any()
+        assert CASES[name].entry == "tdq" or not fewer.any()
         assert (np.asarray(rows.qmax) == entry.codes[1] - fewer).all()
         assert (np.asarray(rows.qmin) == entry.codes[0]).all()
         assert (np.asarray(rows.scale) > 0).all()
@@ -102,11 +103,15 @@ def untouched_leaves_are_untouched(name: str, state: QuantState) -> None:
     after = leaves_by_path(fold_weights(parameters(state), state.quant)[0])
     biases = {f"{n}/bias" for n, s in flatten_sites(state.quant).items() if s.bias is not None}
     tuned = set(state.aux.get("params", {}))
-    assert bool(biases) == (CASES[name].entry == "closed_form")
+    # Solving refits them, and an input that was shifted takes one that makes up for it.
+    shifted = {f"{n}/bias" for n, s in flatten_sites(state.quant).items() if _is_shifted(s)}
+    solved = "closed_form" in (CASES[name].entry, CASES[name].options.get("rounding"))
+    assert bool(biases) if solved else biases == shifted
     # Channel factors: kernels, the divisors of their inputs, affines of the norms of attention. Balancing:
-    # kernels, and what takes the divisions. Tuning after closed-form rounding: affines of every norm. Binary
-    # training: everything but planned kernels.
-    assert not tuned or name in ("tcaq whole", "closed_form", "ptq4dit", "binarydm")
+    # kernels, and what takes the divisions. Tuning after closed-form rounding: affines of every norm. Training
+    # of the whole network: everything but planned kernels.
+    tuning = ("tcaq whole", "closed_form", "ptq4dit", "binarydm", "tdq qat")
+    assert not tuned or name in tuning
     added = {path for path in tuned if path.endswith("/divisor")}
     assert set(after) == set(before) | added
     kernels = {f"{entry.site}/kernel" for entry in state.plan.quantized("weight")}
@@ -118,6 +123,10 @@ def untouched_leaves_are_untouched(name: str, state: QuantState) -> None:
     assert changed <= kernels | biases | tuned
     assert kernels <= changed
     assert NETWORKS[network].plain <= set(before)
+
+
+def _is_shifted(site: SiteQuant) -> bool:
+    return site.substitute is not None and site.substitute.arrays.shift is not None
 
 
 def folding_writes_what_the_codes_say(state: QuantState) -> None:

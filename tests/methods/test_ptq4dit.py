@@ -15,7 +15,7 @@ from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.export.integer import (
     check_executable,
     integer_accumulators,
-    lowered_has_int_dot,
+    lowered_int_dots,
 )
 from qdiff_jax.export.qtensor import codes as held_codes
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig, ptq4dit
@@ -80,6 +80,9 @@ def test_what_it_cannot_do_is_refused():
     check_network("tcaq", model("unet"))
     with pytest.raises(ValueError, match="variant 'code' is unknown"):
         PTQ4DiTConfig(variant="code")
+    for idle in ({"ssc": False}, {"variant": "faithful"}):
+        with pytest.raises(ValueError, match="csb=False makes none; leave it out"):
+            PTQ4DiTConfig(csb=False, **idle)
     with pytest.raises(ValueError, match="rounding 'nearest' is unknown"):
         made(rounding="nearest")
     with pytest.raises(ValueError, match="leave out rounding='closed_form'"):
@@ -92,12 +95,18 @@ def test_the_job_refuses_a_unet_before_anything_is_recorded():
         prepare(config)
 
 
+def test_the_job_refuses_the_closed_form_of_nothing_before_anything_is_recorded():
+    config = load_config(f"{CONFIG}:smoke,no_reconstruction,rounding=closed_form")
+    with pytest.raises(ValueError, match="leave out rounding='closed_form'"):
+        prepare(config)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("w4a8", {}),
         ("w8a8,laptop,variant=faithful", {"variant": "faithful"}),
-        ("w4a4,smoke,no_ssc", {"ssc": False}),
+        ("w2a4,smoke,no_ssc", {"ssc": False}),
         ("laptop,no_csb", {"csb": False}),
         ("smoke,no_reconstruction,model=dit", {"reconstruction": False}),
     ],
@@ -201,8 +210,8 @@ def _sums(lhs, xq, wq):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integers_of_folded_layers_are_those_of_the_simulation(bits):
-    """On what the folded, simulated network feeds every dense layer: sums of products of codes in unbounded
-    integers, and the accumulators behind `op`."""
+    """On what the folded network in full precision feeds every dense layer: sums of products of codes in
+    unbounded integers, and the accumulators behind `op`."""
     state, ready = at_bits(bits)
     batch = {"x": calibration().x[:2], "t": calibration().t[:2], "y": calibration().y[:2]}
     names = [n for n, site in ready.items() if site.execute and not site.product]
@@ -244,6 +253,8 @@ def test_integers_lower_for_accelerators(platform, bits):
     variables = {"params": parameters(state), "quant": nest_sites(ready)}
     y = np.zeros(2, np.int32)
     apply = model("dit").module.apply
-    assert lowered_has_int_dot(apply, variables, x, t, y, platforms=[platform])
+    executing = sum(site.execute for site in ready.values())
+    assert executing == len(ready) - 2  # of two sites one operand is kept
+    assert lowered_int_dots(apply, variables, x, t, y, platforms=[platform]) == executing
     simulated = {"params": parameters(state), "quant": state.quant}
-    assert not lowered_has_int_dot(apply, simulated, x, t, y, platforms=[platform])
+    assert lowered_int_dots(apply, simulated, x, t, y, platforms=[platform]) == 0

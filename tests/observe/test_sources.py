@@ -132,9 +132,11 @@ def test_cached_states_carry_conditions_of_several_parts():
         np.testing.assert_array_equal(batch.y[name], rows[visits["row"]])
 
 
-def test_noise_as_the_target_is_diffusion_training_on_the_final_images():
-    source = cached(recorded(), batch_size=4, target="noise")
+@pytest.mark.parametrize("order", ["mixed", "trajectory"])
+def test_noise_as_the_target_is_diffusion_training_on_the_final_images(order):
+    source = cached(recorded(), batch_size=4, target="noise", order=order)
     (batch, other), _, _ = run(source, 0, 2)
+    assert np.shape(batch.ctx.index) == ((4,) if order == "mixed" else ())
     alpha_bar = recorded().alpha_bar[batch.ctx.index].reshape(-1, 1, 1, 1)
     image = (batch.x - np.sqrt(1 - alpha_bar) * batch.target) / np.sqrt(alpha_bar)
     finals = np.asarray(source.data["image"])
@@ -143,6 +145,14 @@ def test_noise_as_the_target_is_diffusion_training_on_the_final_images():
     np.testing.assert_array_equal(batch.y, np.asarray(source.data["y"])[found])
     assert not np.array_equal(batch.target, other.target)
     assert source.guidance is None
+
+
+@pytest.mark.parametrize("order", ["mixed", "trajectory"])
+def test_targets_are_compared_in_one_order(order):
+    """The teacher's estimates and noise, at the same steps and of the same samples."""
+    pair = [cached(recorded(), batch_size=4, order=order, target=t) for t in ("teacher", "noise")]
+    visits = [source.inputs(KEY, 0, 8) for source in pair]
+    jax.tree.map(np.testing.assert_array_equal, *visits)
 
 
 def test_what_a_source_lacks_is_said():

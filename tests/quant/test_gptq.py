@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from qdiff_jax.quant.gptq import (
-    Rounded,
     coordinate_descent,
     gptq,
-    gptq_regrouped,
     inverse_factor,
     kronecker_descent,
     ordered_factor,
     round_with_factor,
 )
+from qdiff_jax.quant.moments import Moments
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.quantizer import codes, dequantize
 from qdiff_jax.quant.spec import QuantSpec
+from qdiff_jax.stages.layer_rounding import ClosedFormConfig, round_layer
 
 CHANNEL = QuantSpec(granularity="channel")
 GROUP = QuantSpec(granularity="group", axis=-2, group=8)
@@ -95,7 +95,7 @@ def test_sequential_definition():
         left[k:] -= np.outer(upper[k, k:], e)
     with jax.enable_x64(True):
         made = gptq(jnp.asarray(w), jnp.asarray(h), grid, act_order=False, block=16).codes
-    assert np.mean(np.asarray(made) == held) > 0.99
+    np.testing.assert_array_equal(made, held)
 
 
 def test_act_order_is_the_sequential_definition_on_permuted_rows():
@@ -204,8 +204,9 @@ class TestDescent:
 class TestFixture:
     """Correlated inputs through a 1152 x 1152 layer (seed 0, float64), weights in 4 symmetric bits.
 
-    The figures are relative output errors of nearest rounding and of GPTQ, ranges as they stand when a
-    group is reached; from a reference in NumPy.
+    The figures are relative output errors of nearest rounding and of GPTQ from a reference in NumPy, whose
+    groups take their ranges as they stand when a group is reached. Here ranges stand beforehand: measured
+    0.0816, 0.0342 and 0.0273 in the rows' own order, and 0.0776, 0.0356 and 0.0283 in that of the diagonal.
     """
 
     @staticmethod
@@ -224,9 +225,9 @@ class TestFixture:
         hessian = 2.0 * x.T @ x / len(x)
         return w.T.astype(np.float32), hessian
 
-    def relative(self, held):
+    def relative(self, grid, held):
         w, h = self.data()
-        d = np.asarray(dequantize(held.qparams, held.codes), np.float64) - w
+        d = np.asarray(dequantize(grid, held), np.float64) - w
         return np.sqrt(np.sum(d * (h @ d)) / np.sum(w * (h @ w)))
 
     @pytest.mark.parametrize(
@@ -235,13 +236,17 @@ class TestFixture:
     )
     def test_values(self, group, nearest, reached):
         w, h = (jnp.asarray(v, jnp.float32) for v in self.data())
-        if group is None:
-            grid = ranges(w, QuantSpec(granularity="channel", **SYMMETRIC))
-            held = gptq(w, h, grid, act_order=False)
-        else:
+        spec = QuantSpec(granularity="channel", **SYMMETRIC)
+        if group is not None:
             spec = QuantSpec(granularity="group", axis=-2, group=group, **SYMMETRIC)
-            grid = ranges(w, spec)
-            held = gptq_regrouped(w, h, spec, -7, 7)
-        plain = Rounded(codes(grid, w), grid, jnp.float32(0))
-        assert self.relative(plain) == pytest.approx(nearest, abs=0.002)
-        assert self.relative(held) == pytest.approx(reached, abs=0.002)
+        grid, (inputs, outputs) = ranges(w, spec), w.shape
+        zero = jnp.zeros
+        moments = Moments(
+            jnp.ones(()), zero(inputs), zero(outputs), h, zero((inputs, outputs)), zero(outputs)
+        )
+        for act_order in (False, True):
+            config = ClosedFormConfig(target="layer_quantized_input", act_order=act_order)
+            made = round_layer(w, zero(outputs), grid, moments, config)
+            assert self.relative(grid, made.nearest) == pytest.approx(nearest, abs=0.002)
+            limit = 0.002 if not act_order or group else 0.005
+            assert self.relative(grid, made.codes) == pytest.approx(reached, abs=limit)

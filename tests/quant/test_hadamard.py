@@ -89,11 +89,11 @@ def test_a_rotation_is_the_dense_matrix_and_its_inverse_undoes_it(channels, bloc
         matrix = np.asarray(signs, np.float64).reshape(-1, 1) * matrix
         turned = turn(jnp.asarray(x), signs)
         assert turned.dtype == jnp.float64
-        np.testing.assert_allclose(turned, x @ matrix, atol=1e-13)
-        np.testing.assert_allclose(turn_back(turned, signs), x, atol=1e-13)
+        np.testing.assert_allclose(turned, x @ matrix, atol=1e-14)
+        np.testing.assert_allclose(turn_back(turned, signs), x, atol=1e-14)
         rows = turn_rows(jnp.asarray(w), signs)
-        np.testing.assert_allclose(rows, matrix.T @ w, atol=1e-13)
-        assert relative(turned @ rows, x @ w) < 1e-12
+        np.testing.assert_allclose(rows, matrix.T @ w, atol=1e-14)
+        assert relative(turned @ rows, x @ w) < 2e-15
     assert rotate(jnp.asarray(x, jnp.float32), signs.astype(jnp.float32)).dtype == jnp.float32
 
 
@@ -146,7 +146,7 @@ class TestFixture:
     def test_the_layer_is_the_same_and_its_outliers_are_gone(self, which):
         held = layer()
         x, w, *_ = self.both(which)
-        assert relative(x @ w, held.y) < 1e-12
+        assert relative(x @ w, held.y) < 2e-15
         peaks = [np.abs(v).max() / np.sqrt(np.mean(v**2)) for v in (held.x, x)]
         assert peaks[0] == pytest.approx(67.4, abs=0.1)
         assert peaks[1] == pytest.approx(5.0, abs=0.05 if which == "dense" else 0.5)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from qdiff_jax.operators import DENSE, QK, Operator, plain, same_conv
 from qdiff_jax.quant.moments import (
-    aimed,
     chunk_moments,
     cross_moment,
     hessian,
@@ -19,6 +18,8 @@ from qdiff_jax.quant.moments import (
     refit_bias,
     rows_of,
 )
+
+from .aim import aimed
 
 STRIDED = Operator("conv", (2, 2), ((0, 1), (0, 1)))
 

@@ -36,8 +36,8 @@ def saliences(seed=0, channels=144):
 def test_balanced_saliences_are_equal_and_their_geometric_mean():
     a, w = saliences()
     s = csb_factors(a, w)
-    np.testing.assert_allclose((a / s) / (w * s), 1.0, rtol=0, atol=1e-14)
-    np.testing.assert_allclose((a / s) / np.sqrt(a * w), 1.0, rtol=0, atol=1e-14)
+    np.testing.assert_allclose((a / s) / (w * s), 1.0, rtol=0, atol=2e-15)
+    np.testing.assert_allclose((a / s) / np.sqrt(a * w), 1.0, rtol=0, atol=2e-15)
     np.testing.assert_array_equal(s, smoothing_factors(a, w, 0.5, 0.5))
 
 

@@ -1,5 +1,6 @@
-"""Scales of 8 bits (e4m3, e8m0): who may not move them, and that a search knows what will be stored."""
+"""Scales of 8 bits (e4m3, e8m0) and 16 (f16): who may not move them; a search knows what will be stored."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +33,27 @@ def test_nobody_trains_or_widens_them(scale_format):
     assert dynamic_qparams(spec, -8, 7)
     plain = from_range(QuantSpec(**FIELDS), -3.0, 3.0, -8, 7)
     assert float(widen(plain, 2.0).scale) == 2 * float(learned(plain).scale)
+
+
+def test_scales_of_16_bits_are_rounded_before_codes_are_taken():
+    """Over all of float16, its subnormal numbers too; training rounds straight through and refuses nothing."""
+    spec = QuantSpec(scale_format="f16", granularity="channel", **FIELDS)
+    top = np.exp(np.random.default_rng(0).uniform(-20, 15, 4096)).astype(np.float32)
+    held = from_range(spec, -top, top, -7, 7)
+    wanted = np.clip(np.asarray(top / 7), 2.0**-24, 65504.0).astype(np.float16).astype(np.float32)
+    # Ties, and quotients one unit of float32 away from one, may fall either way.
+    np.testing.assert_allclose(held.scale, wanted, rtol=1.1 * 2.0**-10, atol=2.0**-24)
+    assert (np.asarray(held.scale) == wanted).mean() > 0.99
+    np.testing.assert_array_equal(np.asarray(held.scale, np.float16), np.asarray(held.scale))
+
+    moved = held.replace(scale=held.scale * jnp.float32(1.0003))
+    trained = trained_grid(moved).scale
+    np.testing.assert_array_equal(np.asarray(trained, np.float16), np.asarray(trained))
+    gradient = jax.grad(lambda s: trained_grid(held.replace(scale=s)).scale.sum())(moved.scale)
+    np.testing.assert_array_equal(gradient, 1.0)
+    with pytest.raises(ValueError, match="format 'f16' cannot be trained"):
+        learned(held)
+    assert np.isnan(from_range(spec, -top * np.nan, top, -7, 7).scale).all()
 
 
 def test_a_search_weighs_ranges_by_the_scales_that_will_be_stored():

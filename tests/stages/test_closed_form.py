@@ -1,6 +1,7 @@
 """Closed-form rounding as a stage: what it must improve on, what it must not touch, what it survives."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,15 @@ from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.models.program import subtrees, units_with_projections
 from qdiff_jax.observe.capture import run_unit
 from qdiff_jax.policy import ACTIVATION
+from qdiff_jax.quant.moments import chunk_moments
 from qdiff_jax.quant.qparams import QParams, dynamic_qparams, from_range
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed, select
 from qdiff_jax.runtime.cache import compile_account
-from qdiff_jax.sites import flatten_sites, nest_sites
+from qdiff_jax.sites import Replacement, flatten_sites, nest_sites
 from qdiff_jax.stages import unit_rounding
 from qdiff_jax.stages.closed_form import closed_form
-from qdiff_jax.stages.layer_rounding import TARGETS, ClosedFormConfig
+from qdiff_jax.stages.layer_rounding import TARGETS, ClosedFormConfig, _factors, round_layer
 from qdiff_jax.stages.stage import decide_codes, fold_weights, run_stage, set_site
 from qdiff_jax.stages.unit_structure import plan_unit, unit_layers
 
@@ -69,6 +71,7 @@ class TestResult:
         assert [unit["unit"] for unit in report["units"]] == [u.name for u in chain.UNITS]
         assert report["fell_back"] == []
         for unit in report["units"]:
+            assert unit["fell_back"] is False
             assert 0 < unit["loss"] < unit["nearest_loss"]
             for layer in unit["layers"].values():
                 assert layer["loss"] <= layer["nearest_loss"] * (1 + 1e-4)
@@ -110,6 +113,15 @@ class TestResult:
         for a, b in pairs:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
+    def test_samples_count_the_same_in_any_company(self, whole, start):
+        """Chunks of 4 and of 16 samples of very different sizes: the same codes, behind gates too."""
+        state, _ = run_stage(stage(dataclasses.replace(CONFIG, walk_batch=4)), start)
+        known = flatten_sites(whole[0].quant)
+        for name, site in flatten_sites(state.quant).items():
+            if not site.product:
+                np.testing.assert_array_equal(site.rhs.data, known[name].rhs.data)
+                np.testing.assert_allclose(site.bias, known[name].bias, rtol=0, atol=1e-4)
+
     def test_other_data_and_other_blocks_compile_nothing(self, whole):
         """Three equal blocks share their programs; another set of the same sizes shares all of them."""
         with compile_account() as account:
@@ -119,11 +131,13 @@ class TestResult:
         assert len(blocks) == 1
 
     @pytest.mark.slow
-    def test_gradients_and_sweeps_do_no_harm(self, whole, start):
-        for own in ({"kronecker_sweeps": 2}, {"sweeps": 2}):
+    def test_gradients_and_sweeps_lower_the_error(self, whole, start):
+        """Measured with this draw: 0.90 and 0.98 of the error without. Over two others, of 64 samples as
+        here, 0.85 and 1.21 with gradients, 0.88 and 1.13 with sweeps."""
+        for own, most in (({"kronecker_sweeps": 2}, 0.97), ({"sweeps": 2}, 1.0)):
             state, report = run_stage(stage(dataclasses.replace(CONFIG, **own)), start)
             error = chain.output_error(state.quant, HELD_OUT)
-            assert error < 1.2 * chain.output_error(whole[0].quant, HELD_OUT)
+            assert error < most * chain.output_error(whole[0].quant, HELD_OUT)
             assert report["fell_back"] == []
 
 
@@ -140,14 +154,16 @@ class TestTargets:
     def test_order(self, errors, whole, nearest):
         error = {target: value for target, (value, _) in errors.items()}
         error["block_fp_output"] = chain.output_error(whole[0].quant, HELD_OUT)
-        assert error["layer_fp_input"] < nearest
-        assert error["layer_quantized_input"] < nearest
-        assert error["layer_fp_output"] < error["layer_quantized_input"]
-        assert error["block_fp_output"] < error["layer_quantized_input"]
+        assert error["layer_fp_input"] < 0.6 * nearest
+        assert error["layer_quantized_input"] < 0.6 * nearest
+        assert error["layer_fp_output"] < 0.9 * error["layer_quantized_input"]
+        # Measured: 0.56; over two other draws of samples 0.46 and 0.51.
+        assert error["block_fp_output"] < 0.7 * error["layer_fp_output"]
 
     def test_full_precision_inputs_take_one_pass_over_the_moments(self, errors):
-        assert errors["layer_fp_input"][1] == pytest.approx(2.0)
-        assert errors["layer_quantized_input"][1] > 3.0
+        # In full precision and for the moments; the comparison takes all 64 samples twice.
+        assert errors["layer_fp_input"][1] == pytest.approx(2.0 + 2.0)
+        assert errors["layer_quantized_input"][1] > 3.0 + 2.0
 
 
 class TestActivations:
@@ -241,6 +257,21 @@ class TestKilled:
         assert seen[-1] == (5, 5, "c")
         assert len(list(tmp_path.glob("unit_*.safetensors"))) == 5
 
+    def test_seconds_are_kept_with_every_unit(self, start, whole, tmp_path):
+        def kill(done, total, unit, loss):
+            if done == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(stage(on_progress=kill), start, tmp_path)
+        before = json.loads((tmp_path / "seconds.json").read_text())
+        assert before["cpu_seconds"] > 0
+        state, report = run_stage(stage(), start, tmp_path)
+        assert report["resumed"]
+        assert not whole[1]["resumed"]
+        assert report["cpu_seconds"] > before["cpu_seconds"]
+        assert chain.leaves_equal(state.quant, whole[0].quant)
+
     def test_damaged_result_is_named(self, start, tmp_path):
         work = stage()
         chain.run_until(work, work.init(start, tmp_path), 1, 1)
@@ -285,11 +316,48 @@ class TestFrozenAndRefused:
         with pytest.raises(ValueError, match="row_weights must be 64 non-negative"):
             stage(row_weights=np.ones(3))
 
-    def test_descent_without_room_for_a_whole_hessian(self):
+    def test_descent_without_room_for_a_whole_hessian(self, start):
+        """Before anything runs, and of the weights that are to be rounded only."""
         wide = {**chain.model().params, "mix": {"conv": {"kernel": np.zeros((3, 3, 64, 8))}}}
         config = dataclasses.replace(CONFIG, kronecker_sweeps=1, hessian_mib=5)
-        with pytest.raises(ValueError, match=r"whole Hessian of mix/conv/kernel .*hessian_mib=5"):
-            closed_form(chain.model()._replace(params=wide), chain.UNITS, CALIBRATION, config)
+        work = closed_form(chain.model()._replace(params=wide), chain.UNITS, CALIBRATION, config)
+        with pytest.raises(ValueError, match=r"whole Hessian of mix/conv .*hessian_mib=5"):
+            work.init(start, None)
+        decided = set_site(start.quant, "mix/conv", rhs=None)
+        closed_form(chain.model(), chain.UNITS, CALIBRATION, config).init(
+            start.replace(quant=decided), None
+        )
+
+    def test_descent_without_its_output_factor(self):
+        kernel, grid = jnp.zeros((3, 2)), from_range(QuantSpec(), -1.0, 1.0, 0, 15)
+        moments = chunk_moments(jnp.eye(3), jnp.zeros((3, 2)), jnp.ones(3))
+        with pytest.raises(ValueError, match="needs the output factor of a kernel"):
+            round_layer(kernel, jnp.zeros(2), grid, moments, ClosedFormConfig(kronecker_sweeps=1))
+
+    def test_a_target_that_cannot_be_solved_for_is_no_success(self):
+        """At no ridge, while the factor for the rounding is sound."""
+        options = dict(act_order=True, asymmetric=True, centred=True, double=False)
+        given = (jnp.eye(3), jnp.zeros(3), jnp.ones(()), 0.01)
+        assert float(_factors(*given, 0.05, **options)[-1]) == pytest.approx(0.01)
+        assert np.isnan(_factors(*given, np.nan, **options)[-1])
+
+    def test_a_grid_that_cannot_be_rounded_to_is_named_before_anything_runs(self, start):
+        grid = dynamic_qparams(QuantSpec(granularity="token"), 0, 15)
+        quant = set_site(start.quant, "c/conv", rhs=grid)
+        with pytest.raises(ValueError, match=r"static affine grid for the weight of c/conv in clo"):
+            stage().init(start.replace(quant=quant), None)
+
+    def test_a_backward_pass_that_does_not_fit(self, start):
+        config = dataclasses.replace(CONFIG, kronecker_sweeps=1, memory_mib=0, kronecker_batch=32)
+        with pytest.raises(ValueError, match=r"backward pass .* 32 samples at once.*memory_mib=0"):
+            stage(config).init(start, None)
+
+    @pytest.mark.parametrize(
+        "field", ["check_samples", "block", "hessian_mib", "walk_batch", "devices"]
+    )
+    def test_a_number_that_means_nothing(self, field):
+        with pytest.raises(ValueError, match=f"{field}=0 must be positive"):
+            ClosedFormConfig(**{field: 0})
 
     def test_unknown_target_lists_those_there_are(self):
         with pytest.raises(ValueError, match="block_fp_output"):
@@ -302,9 +370,11 @@ class TestFrozenAndRefused:
             run_stage(stage(calibration=CALIBRATION.replace(x=x)), start)
 
     def test_substitutes_are_not_understood(self, start):
-        quant = set_site(start.quant, "a/conv", substitute=object())
-        with pytest.raises(ValueError, match="a/conv has a substitute"):
-            run_stage(stage(), start.replace(quant=quant))
+        quant = set_site(start.quant, "a/conv", substitute=Replacement((), dataclasses.replace))
+        with pytest.raises(
+            ValueError, match="a/conv in closed_form has a substitute operator, replace, whose"
+        ):
+            stage().init(start.replace(quant=quant), None)
 
 
 class TestStructure:

@@ -232,8 +232,12 @@ def test_phases_are_data_and_what_rests_stays_bit_identical():
     parts = ("trainable", "optimizer")
     for part in parts:
         assert leaves_equal(begun.work[part]["lora"], first.work[part]["lora"])
-        assert leaves_equal(begun.work[part]["scales"], second.work[part]["scales"])
         assert leaves_equal(first.work[part]["tables"], second.work[part]["tables"])
+        # What no phase trains has neither a copy nor moments.
+        assert set(begun.work[part]) == set(second.work[part]) == {"lora", "tables"}
+    resting = second.fixed["resting"]
+    assert set(resting) == {"scales"}
+    assert leaves_equal(resting["scales"], student().begin(start())[0]["scales"])
     assert not leaves_equal(begun.work["trainable"]["tables"], first.work["trainable"]["tables"])
     assert not leaves_equal(first.work["trainable"]["lora"], second.work["trainable"]["lora"])
     rates, weights = schedule(phases, ("lora", "tables"), ("eps_mse", "eps_sum"), 2, 7)
@@ -265,6 +269,32 @@ def test_killed_in_the_middle_of_a_trajectory_and_resumed_equals_uninterrupted(s
     assert {k: report[k] for k in ("first_loss", "last_loss")} == {
         k: tuned()[1][k] for k in ("first_loss", "last_loss")
     }
+
+
+def test_a_middle_of_other_settings_is_not_gone_on_from(tmp_path):
+    training = FinetuneConfig(save_seconds=0.0)
+    work = stage(training=training)
+    work.run(work.init(start(), tmp_path), 3)
+    assert stage(training=FinetuneConfig(remat=True)).init(start(), tmp_path).step == 3
+    slower = (Phase(12, {**RATES, "lora": 0.01}, SUM),)
+    others = (
+        (dict(phases=slower), "phases"),
+        (dict(source=cached(recorded().paired, batch_size=4)), "source"),
+        (dict(source=online(toy.sampler(STEPS), shape=(toy.POINT,), batch_size=4)), "source"),
+        (dict(training=FinetuneConfig(weight_decay=0.0)), "weight_decay"),
+        (dict(config=QALoRAConfig(rank=4, zp_ste=False)), "student"),
+        (dict(step_weights=np.float64([1.0, 1.0, 2.0, 1.0])), "step_weights"),
+    )
+    for own, named in others:
+        with pytest.raises(ValueError, match=f"holds the middle of a run with another {named};"):
+            stage(**own).init(start(), tmp_path)
+
+
+@pytest.mark.parametrize("field", ["weight_decay", "save_seconds"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_settings_of_the_training_are_numbers(field, value):
+    with pytest.raises(ValueError, match=f"FinetuneConfig.{field} is {value}"):
+        FinetuneConfig(**{field: value})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

@@ -8,8 +8,16 @@ from flax import linen as nn
 
 from qdiff_jax.models.layers import dense
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.stages.output_factors import output_factors
+from qdiff_jax.stages.output_factors import (
+    _shapes,
+    _squares,
+    check_memory,
+    factor_bytes,
+    output_factors,
+)
 from qdiff_jax.stages.stage import Model
+
+from .. import tiny_unet
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +67,18 @@ def test_samples_of_no_weight_are_not_there():
 def test_a_batch_that_does_not_divide():
     with pytest.raises(ValueError, match="must divide the 24 samples"):
         output_factors(MODEL, SET, KEY, batch_size=7)
+
+
+def test_the_estimate_of_memory_is_near_the_program_s():
+    net = tiny_unet.network(tiny_unet.SMALL)
+    model = Model(net.module, net.program, net.params)
+    x, t = tiny_unet.inputs(tiny_unet.SMALL, 12)
+    seen = CalibrationSet(x, t, np.zeros(12, np.int32), np.zeros(12, np.int32), None, x)
+    batch = {"x": x, "t": t, "y": None, "weight": np.ones(12, np.float32), "number": np.arange(12)}
+    own = _squares.lower(model.module, _shapes(model, batch), model.params, batch, KEY)
+    held = own.compile().memory_analysis()
+    peak = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes
+    need = factor_bytes(model, seen, 12)
+    assert peak < need < 3 * peak
+    with pytest.raises(ValueError, match="12 samples at once, more than memory_mib=0; set a small"):
+        check_memory(model, seen, 12, 0, "a stage")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import pathlib
 import shutil
 import types
@@ -78,6 +79,19 @@ class TestKilled:
         state, report = run_stage(stage(), start, tmp_path, chunk=CHUNK)
         assert chain.leaves_equal(state.quant, whole[0].quant)
         assert without_timing(report) == without_timing(whole[1])
+
+    def test_seconds_are_at_least_those_before_the_kill(self, start, whole, tmp_path):
+        def kill(done, total, unit, loss):
+            if unit == "b":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(stage(on_progress=kill), start, tmp_path, chunk=CHUNK)
+        before = json.loads((tmp_path / "seconds.json").read_text())
+        report = run_stage(stage(), start, tmp_path, chunk=CHUNK)[1]
+        assert (whole[1]["resumed"], report["resumed"]) == (False, True)
+        assert report["cpu_seconds"] > before["cpu_seconds"] > 0
+        assert report["seconds"] > before["seconds"] > 0
 
     def test_unit_is_taken_up_at_the_step_it_was_saved_at(self, start, tmp_path):
         work = stage()

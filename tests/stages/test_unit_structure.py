@@ -26,6 +26,8 @@ def values(name):
     rng = np.random.default_rng(0)
     found = {"x": rng.standard_normal(x.shape).astype(np.float32), "t": np.float32([3.0, 700.0])}
     found["y"] = None if y is None else np.int32([1, 4])
+    if isinstance(y, dict):
+        found["y"] = {**y, "context": rng.standard_normal(y["context"].shape).astype(np.float32)}
     for node in model.program:
         unit = make_unit(node.name, model.program, (node.name,), keep=(node.name,))
         given = tuple(found[name] for name in unit.inputs)
@@ -76,13 +78,34 @@ def test_attention_is_closed_by_its_projection():
     assert set(closing.values()) == {(None, False)}
 
 
-def test_a_transformer_block_is_closed_through_its_gate():
+def closing(layers):
+    """{op: (whether behind a gate, which layers have to be silent)} of the layers that close an output."""
+    return {
+        op: (not layer.unit_gain, tuple(op for _, op in layer.silenced))
+        for op, layer in layers.items()
+        if layer.closes is not None
+    }
+
+
+def test_both_branches_of_a_diffusion_transformer_are_closed_through_their_gates():
     _, layers, levels, _ = planned("dit", "blocks_0")
-    closing = [op for op, layer in layers.items() if layer.closes is not None]
-    assert closing == [levels[-1][-1]] == ["mlp_fc2"]
-    assert not layers["mlp_fc2"].unit_gain
+    assert closing(layers) == {"attn_proj": (True, ("mlp_fc1", "mlp_fc2")), "mlp_fc2": (True, ())}
     order = [op for level in levels for op in level]
-    assert order.index("mlp_fc1") < order.index("mlp_fc2")
+    assert order[-4:] == ["attn_qkv", "attn_proj", "mlp_fc1", "mlp_fc2"]
+
+
+@pytest.mark.slow
+def test_three_branches_of_a_transformer_that_reads_a_caption():
+    _, layers, levels, _ = planned("pixart", "blocks_0")
+    behind = ("cross_attn_q_linear", "cross_attn_proj", "mlp_fc1", "mlp_fc2")
+    wanted = {
+        "attn_proj": (True, behind),
+        "cross_attn_proj": (False, behind[2:]),
+        "mlp_fc2": (True, ()),
+    }
+    assert closing(layers) == wanted
+    order = [op for level in levels for op in level]
+    assert sorted(wanted, key=order.index) == list(wanted)
 
 
 UP, ATTENTION = "up_0_block_0", "mid_attn_1"

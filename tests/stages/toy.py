@@ -28,10 +28,14 @@ POINT = 16
 LAYERS = ("net/l0", "net/l1", "net/l2")
 
 
+GAINS = (1.0, 1.0, 1.0)
+
+
 class Net(nn.Module):
-    """Residual layers on a point, the time added before the first."""
+    """Residual layers on a point, the time added before the first. gains: of what each of them reads."""
 
     width: int
+    gains: tuple[float, ...] = GAINS
 
     @nn.compact
     def __call__(self, x, t, train=False):
@@ -42,26 +46,29 @@ class Net(nn.Module):
         h = dense(self, "in", x, self.width)
         for i in range(3):
             u = nn.silu(h + time if i == 0 else h)
-            h = h + dense(self, f"l{i}", u, self.width)
+            h = h + dense(self, f"l{i}", u * self.gains[i], self.width)
         return dense(self, "out", h, POINT)
 
 
 class Toy(nn.Module):
     width: int
+    gains: tuple[float, ...] = GAINS
 
     @nn.compact
     def __call__(self, x, t, y=None, train=False):
-        return run_program(self, program(self.width), {"x": x, "t": t, "y": y}, train=train)
+        return run_program(
+            self, program(self.width, self.gains), {"x": x, "t": t, "y": y}, train=train
+        )
 
 
 @functools.cache
-def program(width: int):
-    return (Node("net", Net(width, parent=None), ("x", "t")),)
+def program(width: int, gains: tuple[float, ...] = GAINS):
+    return (Node("net", Net(width, gains, parent=None), ("x", "t")),)
 
 
 @functools.cache
-def module(width: int) -> Toy:
-    return Toy(width)
+def module(width: int, gains: tuple[float, ...] = GAINS) -> Toy:
+    return Toy(width, gains)
 
 
 def example(batch: int = 2):
