@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import command_line
 from experiments.bench_rounding_table import MADE, NOT_KEPT, WHICH, write_results
-from experiments.compare import Run, is_finished, run_once
+from experiments.compare import Run, run_once
 from experiments.quantize import prepare, quantize_one, sets_of, trajectories
 from experiments.quantize_config import read_config
 from experiments.quantize_report import made_at
@@ -88,10 +88,16 @@ def run_cells(given: Sequence[Cell], out: pathlib.Path, command: str) -> None:
         run = Run(cell.name, "configs/bench_rounding.py", cell.config, read_config(cell.config))
         logging.info("cell %d of %d: %s", position + 1, len(given), cell.name)
         place = out / "runs" / cell.name / CELL
-        if place.exists() and "diverged" in load_record(place):
+        held = load_record(place) if place.exists() else {}
+        if "diverged" in held:
             continue
+        record = place.parent / "variants" / "rounded" / "quantize.json"
+        fresh = not record.exists()
+        if held and "commit" not in held:
+            # The report may be written anew, and says the commit of now then.
+            held |= reported(place.parent)
+            save_record(place, held)
         origin = {"command": command, **made_at()}
-        fresh = not is_finished(run, place.parent)
         try:
             run_once(run, out, command)
         except FloatingPointError as error:
@@ -101,9 +107,16 @@ def run_cells(given: Sequence[Cell], out: pathlib.Path, command: str) -> None:
             continue
         if fresh:
             save_record(place, {**cell.row, **origin})
-        elif not place.exists():  # a kill left it finished but unnamed
-            save_record(place, cell.row)
+        elif not held:  # a kill left it quantized but unnamed
+            said = load_record(record)
+            save_record(place, {**cell.row, **{key: said[key] for key in MADE[1:] if key in said}})
         time_again(cell, place.parent, fresh)
+
+
+def reported(workdir: pathlib.Path) -> dict[str, str]:
+    """Commit, machine and version by the report of a cell that was made before cells said it."""
+    provenance = read_report(workdir / "report.json")["provenance"]
+    return {key: provenance[key] for key in MADE[1:]}
 
 
 def time_again(cell: Cell, workdir: pathlib.Path, fresh: bool) -> None:
@@ -161,8 +174,8 @@ def _row(path: pathlib.Path) -> dict:
     if "diverged" in held:
         return {**row, **figures, "notes": [f"diverged: {held['diverged']}"], **made, **_fallen([])}
     report = read_report(workdir / "report.json")
-    if "commit" not in held:  # made before cells said it: by the report that came with the figures
-        made |= {key: report["provenance"][key] for key in MADE[1:]}
+    if "commit" not in held:
+        made |= reported(workdir)
     first = load_record(workdir / "variants" / "rounded" / "quantize.json")
     timed = first
     if (workdir / TIMED / "quantize.json").exists():

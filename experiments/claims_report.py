@@ -158,8 +158,12 @@ def _page(rows: Sequence[dict], claims: int, config: ConfigDict, command: str) -
         asked = row["seeds_asked"]
         part = row["part"] + _AIMS[row["aim"]]
         if row.get("bitops"):
-            part += f" (10^9 BitOps: {' against '.join(significant(b / 1e9) for b in row['bitops'][0])})"
-        said = f"**{row['verdict']}**" + (f": {'; '.join(row['why'])}" if row["why"] else "")
+            mean = (sum(costs) / len(costs) / 1e9 for costs in zip(*row["bitops"], strict=True))
+            part += f" (10^9 BitOps: {' against '.join(map(significant, mean))})"
+        # A verdict on some of the seeds is not the last.
+        open_still = seeds < asked and row["verdict"] not in (DIVERGED, NO_RESULT)
+        said = f"**{row['verdict']}**" + (" so far" if open_still else "")
+        said += f": {'; '.join(row['why'])}" if row["why"] else ""
         cells = [row["model"], row["method"], part, row["bits"], _cell(row["rollout"], seeds)]
         cells += [_cell(row[key], seeds) for key in OTHER_ERRORS]
         cells += [str(seeds) if seeds == asked else f"{seeds} of {asked}", said, row["published"]]
@@ -167,10 +171,11 @@ def _page(rows: Sequence[dict], claims: int, config: ConfigDict, command: str) -
     scale = float(config.guidance_scale)
     parts = [
         "# Claims of the papers, measured here",
-        "Ratios below 1 mean that the part lowers the error. In brackets: Student's 95 % interval of the "
-        "geometric mean over seeds. A verdict asks that this interval, and every seed's own over samples, "
-        f"leave 1 out (or {MARGIN}, where the claim is to be no worse); where there is no effect it comes out "
-        f"one way or the other in at most one of twenty claims. Samples: {config.samples}, guidance: "
+        "Ratios below 1 mean that the part lowers the error; of two pairs, that it lowers the first's by more. "
+        "In brackets: Student's 95 % interval of the geometric mean over seeds. A verdict asks that this "
+        f"interval, and every seed's own over samples, leave 1 out (or {MARGIN}, where the claim is to be no "
+        "worse); where there is no effect it comes out one way or the other in at most one of twenty claims. "
+        f"Samples: {config.samples}, guidance: "
         f"{'none' if scale < 0 else significant(scale)}. Claims with results: {len(rows)} of {claims}.",
         _commits(rows),
         "\n".join(lines),

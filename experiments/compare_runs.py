@@ -22,8 +22,8 @@ from experiments.quantize_config import (
 from qdiff_jax.config import UnknownWordError, fingerprint, flatten, load_config
 from qdiff_jax.methods.registry import methods_of
 
-# Methods that decide weights block by block, by AdaRound or, with rounding=closed_form, by solving.
-RECONSTRUCTING = ("brecq", "qdiffusion", "tfmq", "tdq", "tcaq", "ptq4dit")
+# Methods whose weights the closed form can decide: by default AdaRound does, or nearest codes in SVDQuant.
+RECONSTRUCTING = ("brecq", "qdiffusion", "tfmq", "tdq", "tcaq", "ptq4dit", "svdquant")
 CLOSED_FORM = "closed_form"
 BASELINE = pathlib.Path(__file__).parents[1] / "configs" / "methods" / "baseline.py"
 _SIZES = ("smoke", "laptop")
@@ -135,8 +135,10 @@ def _reconstructs(config: QuantizeConfig) -> bool:
     """Whether it rounds weights by steps that the closed form could take the place of."""
     (variant,) = config.variants.values()
     parts = set(methods_of(variant.method, config.ptqd.base)) & set(RECONSTRUCTING)
-    trained = config.tdq.mode == "qat" and variant.method == "tdq"
-    return bool(parts) and not trained and config.rounding != CLOSED_FORM
+    otherwise = (config.tdq.mode == "qat" and variant.method == "tdq") or (
+        config.svdquant.branch.gptq and "svdquant" in parts
+    )
+    return bool(parts) and not otherwise and config.rounding != CLOSED_FORM
 
 
 def _solved(run: Run) -> Run:
@@ -153,7 +155,7 @@ def _nearest(run: Run, overrides: Mapping[str, Any]) -> Run:
     ((_, variant),) = run.parsed.variants.items()
     size = next((s for s in _SIZES if s in run.given.partition(":")[2].split(",")), "")
     config = load_config(f"{BASELINE}:{size}")
-    known = flatten(config.to_dict())
+    known = set(flatten(config.to_dict())) - {"rounding"}  # which leaves nearest codes nearest
     config.update_from_flattened_dict({k: v for k, v in overrides.items() if k in known})
     parsed, bits = run.parsed, bits_of(variant)
     sampler = {**dataclasses.asdict(parsed.sampler), "tensor_bits": 0}

@@ -17,7 +17,6 @@ import pathlib
 import resource
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -221,9 +220,8 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
     ):
         path, indices = workdir / "trajectories" / f"{name}.npz", range(first, first + count)
         if not path.exists():
-            began, cpu_began = time.monotonic(), time.process_time()
             with (
-                compile_account() as account,
+                stopwatch() as read,
                 progress(f"recording {name} trajectories", len(indices)) as tell,
             ):
                 trajectory = record_trajectories(
@@ -238,9 +236,8 @@ def trajectories(job: Job, workdir: pathlib.Path) -> tuple[Trajectory, Trajector
                     batch_size=config.evaluation.batch,
                     on_batch=tell,
                 )
-            spent = {"seconds": time.monotonic() - began}
-            spent["cpu_seconds"] = time.process_time() - cpu_began
-            spent = {key: max(value - account.seconds, 0.0) for key, value in spent.items()}
+                spent = read()
+            spent = {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds}
             save_record(path.with_suffix(".json"), spent)  # first: no trajectories without it
             save_arrays(path, trajectory)
         recorded.append(load_arrays(path, Trajectory, optional=("y",)))

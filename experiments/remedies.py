@@ -98,16 +98,17 @@ def held_in(folder: pathlib.Path) -> Held:
 
 def short_labels(folders: Mapping[str, pathlib.Path]) -> dict[str, str]:
     """{label: a shorter one} of those that are drawn: the variant's name, with its policy where two have that
-    name, and as it is where the policy does not tell them apart."""
-    names = {label: folder.name for label, folder in folders.items()}
-    policies = {
-        label: f"{names[label]} ({str(held_in(folder).alike[-1]).removeprefix('official:')})"
-        for label, folder in folders.items()
-    }
-    for shorter in (names, policies):
-        if len(set(shorter.values())) == len(folders):
-            return shorter
-    return {label: label for label in folders}
+    name, and all as they are where the policy does not tell them apart."""
+    named = collections.Counter(folder.name for folder in folders.values())
+
+    def shorter(folder: pathlib.Path) -> str:
+        if named[folder.name] == 1:
+            return folder.name
+        policy = str(held_in(folder).alike[-1]).removeprefix("official:")
+        return f"{folder.name} ({policy})"
+
+    found = {label: shorter(folder) for label, folder in folders.items()}
+    return found if len(set(found.values())) == len(found) else {label: label for label in found}
 
 
 def load_variants(folders: Mapping[str, pathlib.Path]) -> dict[str, Loaded]:

@@ -2,10 +2,10 @@
 
     python -m experiments.quantize --config=configs/recipes/dit_csb_svdquant_efficientdm.py:w4a4 --workdir=W
 
-Papers: PTQ4DiT (Wu et al. 2024, arXiv:2405.16005), SVDQuant (Li et al. 2024, arXiv:2411.05007), EfficientDM (He
-et al. 2024, arXiv:2310.03270). CSB balances the channels and folds the factors into the modulation; the branch
-takes up what is left of the outliers, with groups of 64; fine-tuning then moves the codes of what the branch
-leaves, together with their scales, beside the branch as it is. Who is quantized is SVDQuant's table
+Papers: PTQ4DiT (Wu et al. 2024, arXiv:2405.16005), SVDQuant (Li et al. 2024, arXiv:2411.05007), EfficientDM
+(He et al. 2024, arXiv:2310.03270). CSB balances the channels and folds the factors into the modulation; the
+branch takes up what is left of the outliers, with groups of 64; fine-tuning then moves the codes of what the
+branch leaves, together with their scales, beside the branch as it is. Who is quantized is SVDQuant's table
 (`official:svdquant`), or all with `policy=common`. Each part alone has the same table, calibration and seed:
 CSB with round-to-nearest, SVDQuant, EfficientDM (whose activations have a table by step in place of ranges
 measured at run time). Words behind the colon: bits `w4a4` (default), `w4a8`, `w8a8`; `no_csb`, `no_svdquant`,

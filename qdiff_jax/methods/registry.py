@@ -12,6 +12,7 @@ from qdiff_jax.methods.binarydm import binarydm
 from qdiff_jax.methods.brecq import brecq
 from qdiff_jax.methods.closed_form import check_rounding, closed_form
 from qdiff_jax.methods.efficientdm import efficientdm
+from qdiff_jax.methods.own_rounding import check_read
 from qdiff_jax.methods.par import par
 from qdiff_jax.methods.ptq4dit import check_transformer, ptq4dit
 from qdiff_jax.methods.ptq4dm import ptq4dm
@@ -283,22 +284,6 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 # Methods that can make weights of one bit; all others round on uniform grids.
 BINARY = ("rtn", "binarydm")
-# How methods decide codes that `MethodSettings.rounding` has no say in; all others read it.
-_OWN_ROUNDING = {
-    "rtn": "rounds to nearest",
-    "ptq4dm": "rounds to nearest",
-    "efficientdm": "trains its codes",
-    "binarydm": "trains its codes",
-}
-# And with which of their settings those that read it do not.
-_OWN_ROUNDING_IF: dict[str, tuple[Callable[[MethodSettings], bool], str]] = {
-    "tdq": (lambda s: s.tdq.mode == "qat", "with tdq.mode='qat' trains its codes"),
-    "ptq4dit": (
-        lambda s: not s.ptq4dit.reconstruction,
-        "without ptq4dit.reconstruction rounds to nearest",
-    ),
-    "svdquant": (lambda s: s.svdquant.branch.gptq, "with svdquant.branch.gptq rounds by GPTQ"),
-}
 # Methods that not every network has layers for: what raises ValueError for one that has none.
 _NEEDS: dict[str, Callable[[Model], None]] = {
     "ptq4dit": check_transformer,
@@ -351,13 +336,7 @@ def check_rounds(name: str, settings: MethodSettings) -> None:
             )
         return
     check_rounding(settings.rounding)
-    applies, how = _OWN_ROUNDING_IF.get(method, (lambda _: False, ""))
-    if method in _OWN_ROUNDING or applies(settings):
-        able = ", ".join(n for n in METHODS if n not in {*_OWN_ROUNDING, "closed_form", "ptqd"})
-        raise ValueError(
-            f"rounding={settings.rounding!r} has no meaning for {name}: {method} "
-            f"{how or _OWN_ROUNDING[method]}; leave it out, or take one of {able}."
-        )
+    check_read(method, settings, name)
 
 
 def check_network(name: str, model: Model) -> None:

@@ -14,6 +14,7 @@ behind the attention in a transformer block. Which layers these are is found by 
 residual, attention and gated transformer blocks need no code of their own. A layer that is added to
 another one (a time projection to a convolution) makes up for the other's error. A unit that ends up
 further from full precision than nearest rounding would is rounded to nearest, and its report says so.
+Beside a low-rank branch the codes are those of what the branch leaves (`site_products`).
 
 Sources: GPTQ (Frantar et al. 2023); asymmetric targets as in GPTAQ (Li et al. 2025); block output as in
 BRECQ (Li et al. 2021), but solved. K-FAC weights: Martens and Grosse 2015.

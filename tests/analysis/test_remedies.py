@@ -243,8 +243,8 @@ def test_labels_are_as_short_as_tells_variants_apart(monkeypatch):
         return list(command.short_labels({path: pathlib.Path(path) for path in paths}).values())
 
     assert labels("a/common/rtn", "a/common/tdq") == ["rtn", "tdq"]
-    own = labels("a/common/rtn", "a/official:tdq/rtn")
-    assert own == ["rtn (common)", "rtn (tdq)"]
+    own = labels("a/common/rtn", "a/official:tdq/rtn", "a/common/tdq")
+    assert own == ["rtn (common)", "rtn (tdq)", "tdq"]
     assert labels("a/common/rtn", "b/common/rtn") == ["a/common/rtn", "b/common/rtn"]
 
 

@@ -245,6 +245,28 @@ class TestRunning:
         diverged = [row for row in rows if row["eps_rel_mse"] is None]
         assert "![]" not in write_results(tmp_path, diverged).read_text()
 
+    def test_a_report_written_anew_does_not_change_where_a_cell_comes_from(
+        self, given, tmp_path, monkeypatch
+    ):
+        old = given[0]
+        for cell in given:
+            workdir = finished(tmp_path, cell.name, {"0_gptq": STAGE}, cell=cell.row)
+        (workdir / CELL).unlink()
+
+        def run_once(run, out, command):
+            place = out / "runs" / run.name / "report.json"
+            report = load_record(place)
+            report["provenance"]["commit"] = "of today"
+            save_record(place, report)
+
+        monkeypatch.setattr(bench_rounding, "run_once", run_once)
+        for _ in range(2):
+            run_cells(given, tmp_path, "a command")
+        found = {row["recipe"]: row for row in read_cells(tmp_path)}
+        assert {row["commit"] for row in found.values()} == {"aaaaaaa"}
+        assert {row["command"] for row in found.values()} == {"not recorded"}
+        assert found[old.row["recipe"]]["machine"] == "said by the report"
+
     def test_stages_run_once_more_where_they_compiled_for_long(self, given, tmp_path, monkeypatch):
         timed = []
 
@@ -252,7 +274,6 @@ class TestRunning:
             timed.append(folder)
             save_record(folder / "quantize.json", {"commit": "x", "stages": {"0_gptq": STAGE}})
 
-        monkeypatch.setattr(bench_rounding, "is_finished", lambda *_: True)
         monkeypatch.setattr(bench_rounding, "run_once", lambda *_: None)
         for name in ("prepare", "sets_of"):
             monkeypatch.setattr(bench_rounding, name, lambda *_: None)

@@ -71,6 +71,20 @@ def test_training_has_no_twin():
     assert [only(run).method for run in runs] == ["rtn", "tdq"]
 
 
+def test_what_stands_beside_a_branch_has_a_twin_unless_gptq_rounds_it():
+    given = [path("svdquant", "laptop"), path("svdquant", "laptop,gptq")]
+    runs = method_runs(given, ["w4a4"], {}, closed_form=["w4a4"])
+    found = [
+        (only(run).method, run.parsed.svdquant.branch.gptq, run.parsed.rounding) for run in runs
+    ]
+    assert found == [
+        ("rtn", False, "adaround"),
+        ("svdquant", False, "adaround"),
+        ("svdquant", False, "closed_form"),
+        ("svdquant", True, "adaround"),
+    ]
+
+
 def test_widths_that_a_config_does_not_list_are_left_out():
     given = [path("binarydm"), path("baseline")]
     runs = method_runs(given, ["w8a8", "w1a4"], {})

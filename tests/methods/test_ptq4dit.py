@@ -97,7 +97,9 @@ def test_the_job_refuses_a_unet_before_anything_is_recorded():
 
 def test_the_job_refuses_the_closed_form_of_nothing_before_anything_is_recorded():
     config = load_config(f"{CONFIG}:smoke,no_reconstruction,rounding=closed_form")
-    with pytest.raises(ValueError, match="leave out rounding='closed_form'"):
+    with pytest.raises(
+        ValueError, match="ptq4dit without ptq4dit.reconstruction rounds to nearest; leave it out"
+    ):
         prepare(config)
 
 

@@ -8,6 +8,7 @@ from experiments.quantize import prepare
 from experiments.quantize_config import method_settings, read_config, settings_of
 from qdiff_jax.config import load_config
 from qdiff_jax.export.qtensor import QTensor
+from qdiff_jax.methods.own_rounding import READING
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
 from qdiff_jax.methods.ptqd import PTQDConfig
 from qdiff_jax.methods.registry import METHODS, MethodSettings, build, check_rounds
@@ -39,6 +40,7 @@ REFUSING = {"rtn", "ptq4dm", "efficientdm", "binarydm"}
 def test_every_method_says_that_it_rounds_so_or_refuses(name):
     network = cases.model("dit" if name == "ptq4dit" else "unet")
     settings = dataclasses.replace(SOLVED, ptqd=PTQDConfig(base="brecq"))
+    assert (name in READING) == (name not in {*REFUSING, "closed_form", "ptqd"})
     if name in REFUSING:
         with pytest.raises(ValueError, match=f"'closed_form' has no meaning for {name}.*svdquant"):
             build(name, network, sets(), settings)
@@ -98,7 +100,8 @@ def test_a_recipe_solves_for_codes_after_a_transform_and_again_on_other_states()
     before, after = (flatten_sites(made.state.quant) for made in (first, again))
     assert set(after) == set(before)
     assert [n for n in before if not leaves_equal(before[n].rhs, after[n].rhs)]
-    for name, site in after.items():
+    for entry in again.state.plan.quantized("weight"):
+        name, site = entry.site, after[entry.site]
         assert leaves_equal(before[name].substitute, site.substitute), name
         assert isinstance(site.rhs, QTensor), name
         assert site.bias is not None, name
