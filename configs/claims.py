@@ -11,8 +11,8 @@ noise over 20 steps without guidance, with three seeds, or five on the U-Net whe
 that two claims share is made once. The claims are in configs/_claims_unet.py and configs/_claims_more.py. Words
 behind the colon choose what is run: `claim=NAME`, `model=unet` or `model=dit` (default: both), `seed=N` for
 that seed alone, `group=unet_methods` (the six methods for U-Nets, on the U-Net) or `group=dit_tuned_binary`
-(all else); several processes may share one --out. `seeds=N` gives every claim that many, `bits=w4a4` takes the
-chosen ones to other bits. The ledger is written of everything that lies in --out.
+(all else); several processes may share one --out. `seeds=N` gives the chosen claims that many, `bits=w4a4`
+takes them to other bits. The ledger is written of everything that lies in --out.
 
 Expected cost on one core, reckoned from single runs (a minute where nothing is learned, two to six with
 learning) and not yet measured as a whole:
@@ -66,8 +66,9 @@ def get_config(arg=None):
                 chosen += [(model, each) for each in (values["of"] or (name,))]
     for group, model, table in TABLES:
         for name, values in table.items():
-            values = {**values, "seeds": arg.seeds or values["seeds"]}
-            bits = arg.bits if (model, name) in chosen else ""
+            bits = ""
+            if (model, name) in chosen:
+                values, bits = {**values, "seeds": arg.seeds or values["seeds"]}, arg.bits
             claims.append(written(name, group, model, values, bits))
     names = {name: [c[2] for c in claims if c[0] == name] for name in (c[0] for c in claims)}
     if arg.claim not in ("all", *names):

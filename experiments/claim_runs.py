@@ -75,9 +75,14 @@ def _measured(config: ConfigDict) -> tuple[tuple[str, Any], ...]:
     )
 
 
+@functools.cache  # as the file was when the ledger began, whatever happens to it in the hours after
+def _given(given: str) -> Run:
+    return make_run(given, {})
+
+
 @functools.lru_cache(maxsize=1024)
 def _run(given: str, changes: tuple[str, ...], seed: int, measured: tuple) -> Run:
-    run = make_run(given, {})
+    run = _given(given)
     overrides = {**parse_overrides(changes), **dict(measured), "seed": seed}
     own = run.config.copy_and_resolve_references()
     with own.unlocked():
@@ -96,10 +101,8 @@ def _run(given: str, changes: tuple[str, ...], seed: int, measured: tuple) -> Ru
             place[last] = value
     parsed = read_config(own)
     digits = definition(parsed)[:8]
-    command = f"--config={given}" + "".join(f" --config.{k}={v}" for k, v in overrides.items())
-    return Run(
-        f"{parsed.model}-{method}-seed{seed}-{digits}".replace(":", "-"), command, own, parsed
-    )
+    name = f"{parsed.model}-{method}-seed{seed}-{digits}".replace(":", "-")
+    return Run(name, given, own, parsed)
 
 
 def definition(parsed: Any) -> str:
@@ -112,7 +115,7 @@ def _weights(model: str) -> str:
     return registry.load(model).source["sha256"]
 
 
-def make(run: Run, out: pathlib.Path) -> Made:
+def make(run: Run, out: pathlib.Path, command: str = "experiments.claims") -> Made:
     """The run, finished or failed; nothing is done again, and full precision is made once for all.
 
     A second process that wants the same run waits for the first. What diverged, or was refused, is remembered
@@ -131,8 +134,7 @@ def make(run: Run, out: pathlib.Path) -> Made:
         share(out, kept, workdir)
         if not is_finished(run, workdir):
             try:
-                command = f"python -m experiments.quantize {run.given} --workdir={workdir}"
-                quantize(run.config, workdir, command, pictures=False)
+                quantize(run.config, workdir, f"{command}, run {run.name}", pictures=False)
             except (FloatingPointError, ValueError) as error:
                 logging.exception("%s ended without a result", run.name)
                 made = Made(workdir, str(error), isinstance(error, FloatingPointError))

@@ -14,6 +14,7 @@ rows of the config's claims whenever one is added, and by `--assemble`, which ru
 A verdict rests on the paired squared errors of the final images, from shared noise, sample by sample and over
 seeds (`qdiff_jax.eval.verdicts`). Beside it stand the ratios of the errors of the noise estimate and of the
 temporal features. A run that diverges, or is refused, leaves its sentence in the row, and the ledger goes on.
+Start, resume and assemble from one checkout that stays as it is: other code gives runs and rows other names.
 """
 
 from __future__ import annotations
@@ -70,13 +71,15 @@ def row_path(claim: Claim, config: ConfigDict, seed: int, out: pathlib.Path) -> 
     return out / "rows" / f"{claim.model}-{claim.name}-{claim.bits}-{digits}-seed{seed}.json"
 
 
-def measure(claim: Claim, config: ConfigDict, seed: int, out: pathlib.Path) -> dict[str, Any]:
+def measure(
+    claim: Claim, config: ConfigDict, seed: int, out: pathlib.Path, command: str
+) -> dict[str, Any]:
     """Run what is missing for a claim with one seed; returns its row, with "why" if there is no effect."""
     row = {"model": claim.model, "name": claim.name, "bits": claim.bits, "seed": seed}
     runs = runs_of(claim, config, seed)
     made = []
     for run, side in zip(runs, _SIDES[len(runs)], strict=True):
-        one = make(run, out)
+        one = make(run, out, command)
         if not (one.why or np.isfinite(samples_of(one.workdir, *run.parsed.variants)).all()):
             one = one._replace(why="its samples are not finite", diverged=True)
         if one.why:
@@ -125,7 +128,8 @@ def ledger(
 ) -> pathlib.Path:
     """Measure the claims that a config chooses, seed by seed, and write the ledger again after each.
 
-    Raises ValueError, before anything runs, for a run whose model or settings cannot be.
+    Raises ValueError, before anything runs, for a run whose model or settings cannot be; RuntimeError, after
+    all others, for claims that ended in an error nobody foresaw, whose rows say so.
     """
     claims = claims_of(config)
     chosen = {tuple(pair) for pair in config.chosen}
@@ -140,11 +144,25 @@ def ledger(
     wanted = {run.name: run for claim, _, _ in todo for run in runs_of(claim, config, 0)}
     for run in wanted.values():
         prepare(run.config)
+    broken = []
     for claim, seed, path in todo:
         logging.info("claim %s on %s, seed %d", claim.name, claim.model, seed)
-        save_record(path, measure(claim, config, seed, out))
+        try:
+            row = measure(claim, config, seed, out, command)
+        except Exception as error:  # hours of other claims wait behind this one
+            logging.exception("%s, seed %d", claim.name, seed)
+            named = {"model": claim.model, "name": claim.name, "bits": claim.bits, "seed": seed}
+            row = {**named, "why": f"{type(error).__name__}: {error}", "diverged": False}
+            broken.append(f"{claim.name} of {claim.model} with seed {seed} ({row['why']})")
+        save_record(path, row)
         assembled(config, out, command, claims)
-    return assembled(config, out, command, claims)
+    written = assembled(config, out, command, claims)
+    if broken:
+        raise RuntimeError(
+            f"these claims have no result, and {written} says so: {'; '.join(broken)}; the tracebacks are in "
+            "the log, and the same command tries them again."
+        )
+    return written
 
 
 def assembled(
@@ -154,8 +172,11 @@ def assembled(
     rows: dict[tuple[str, str], list[dict]] = {}
     claims = claims_of(config) if claims is None else claims
     for claim in claims:
-        paths = [row_path(claim, config, seed, out) for seed in range(claim.seeds)]
-        rows[claim.model, claim.name] = [load_record(path) for path in paths if path.exists()]
+        # Of all seeds that are there, however many this config asks for.
+        first = row_path(claim, config, 0, out)
+        paths = first.parent.glob(first.name.replace("-seed0.json", "-seed*.json"))
+        found = [load_record(path) for path in paths]
+        rows[claim.model, claim.name] = sorted(found, key=lambda row: row["seed"])
     return assemble(claims, rows, config, out, command)
 
 

@@ -9,7 +9,8 @@ alone; at those of `--closed_form`, a method that rounds weights block by block 
 Round-to-nearest stands beside them, once for each model, site policy and width: errors compare under one policy
 only. Every `--config` is run as it is. Each run is a workdir of experiments.quantize under OUT/runs, named by
 its config; killed at any moment, the same command goes on where it was, and more methods or bits join those
-there are. A run that diverges is a row that says so (OUT/runs/NAME/diverged.json; delete it to try again).
+there are. A run that diverges, or is refused in its midst, is a row that says so (OUT/runs/NAME/diverged.json;
+delete it to try again). One process at a time works in one OUT, at one commit: other code names runs anew.
 Full-precision trajectories and samples are made once for all runs that measure alike (OUT/shared). Runs on one
 model must measure alike (sampler, seed, evaluation sizes): what differs is named before anything runs, and
 `--set=evaluation.samples=32` sets a key in every config (`--set=policy=common`: all methods under one policy).
@@ -88,6 +89,8 @@ def share(out: pathlib.Path, run: Run, workdir: pathlib.Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     os.link(source, target)
+                except FileExistsError:  # made by another process since
+                    continue
                 except OSError:  # a file system without hard links
                     draft = target.with_name(f".{target.name}.draft")
                     shutil.copyfile(source, draft)
@@ -116,14 +119,15 @@ def run_once(run: Run, out: pathlib.Path, command: str) -> pathlib.Path:
 
 
 def attempt(run: Run, out: pathlib.Path, command: str) -> Finished:
-    """The run, finished or diverged, now or when it was tried before; one that diverged stops no other."""
+    """The run, finished or ended without a result (diverged, or refused in its midst), now or when it was tried
+    before; one such stops no other."""
     workdir = out / "runs" / run.name
     failed = workdir / DIVERGED
     if not failed.exists():
         try:
             run_once(run, out, command)
-        except FloatingPointError as error:
-            logging.warning("%s diverged: %s", run.name, error)
+        except (FloatingPointError, ValueError) as error:
+            logging.exception("%s ended without a result", run.name)
             save_record(failed, {"why": str(error), "commit": commit()})
             release_programs()
             share(out, run, workdir)
@@ -169,6 +173,7 @@ def compare(
         logging.info("run %d of %d: %s", position + 1, len(runs), run.name)
         finished.append(attempt(run, out, command))
     if judging is not None:
+        write_leaderboard(out, collect(finished), command)
         finished = judge_variants(finished, judging, out / "judged")
     return write_leaderboard(out, collect(finished), command)
 

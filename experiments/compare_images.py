@@ -26,6 +26,7 @@ from experiments.quantize_report import commit
 from qdiff_jax.config import fingerprint, load_config
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.observe.archive import load_record, save_record
+from qdiff_jax.runtime.programs import release_programs
 
 
 class Judging(NamedTuple):
@@ -125,8 +126,10 @@ def _metrics(run: Finished, name: str, judging: Judging, out: pathlib.Path) -> M
         known = {"fingerprint": wanted, "commit": commit()}
         try:
             evaluate(config, workdir)
-        except FloatingPointError as error:
-            logging.warning("%s of %s diverged: %s", name, run.name, error)
+        except (FloatingPointError, ValueError) as error:
+            logging.exception("%s of %s ended without a result", name, run.name)
             known["diverged"] = str(error)
+        finally:
+            release_programs()  # dozens of evaluations compile more than a process may map
         save_record(mark, known)
     return known if "diverged" in known else {**known, **read_result(workdir)["metrics"]}

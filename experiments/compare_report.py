@@ -127,7 +127,9 @@ def write_leaderboard(
         if full["frechet_floor"] is not None:
             floor = tables.significant(full["frechet_floor"])
             parts.append(f"Floor of the Fréchet distance (as many real images): {floor}.")
-        lost = [f"- {row['label']}: diverged: {row['diverged']}" for row in mine if row["diverged"]]
+        lost = [
+            f"- {row['label']}: no result: {row['diverged']}" for row in mine if row["diverged"]
+        ]
         parts.append("\n".join(lost))
     for caption, path in pictures.items():
         parts.append(f"![{caption}](<{os.path.relpath(path, out)}>)\n\n*{caption}*")

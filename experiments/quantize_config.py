@@ -232,7 +232,9 @@ FREE_TO_CHANGE = (
     "reconstruct.save_seconds",
     "reconstruct.memory_mib",
     "efficientdm.training.save_seconds",
+    "efficientdm.training.remat",
     "binarydm.save_seconds",
+    "binarydm.remat",
 )
 
 

@@ -4,10 +4,12 @@ import importlib
 
 from qdiff_jax.methods.recipes import JOIN, PARTS
 
-# Methods with a sub-dict of their own, and which keys of others their configs set for their size.
+# Methods with a sub-dict of their own, and which keys of others their configs set for their size. Of PTQ4DiT a
+# recipe takes CSB, and of PTQD the correction: both on the calibration set of the others.
 SIZED = {
-    "tdq": (),
-    "tcaq": ("reconstruct",),
+    "tdq": ("calibration",),
+    "tcaq": ("reconstruct", "calibration"),
+    "tfmq": ("calibration", "activations", "tfmq_split"),
     "ptq4dit": (),
     "svdquant": (),
     "qdiffusion": ("reconstruct", "calibration"),
@@ -31,7 +33,7 @@ def take_settings(config, recipe, words, model):
         if method in own:
             config[method] = own[method]
         for name in SIZED[method]:
-            if name in config:
+            if name in config and hasattr(config[name], "update"):
                 config[name].update(own[name])
             else:
                 config[name] = own[name]

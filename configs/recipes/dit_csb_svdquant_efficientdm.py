@@ -13,10 +13,11 @@ measured at run time). Words behind the colon: bits `w4a4` (default), `w4a8`, `w
 `smoothing=full`, `fast`, `none` as in configs/methods/svdquant.py; `weights=eps_coefficient` or `sensitivity`
 lets the errors of a step count in training by what they do to the sample (`stages/row_weights.py`), not all
 alike; `parts=closed_form+efficientdm` runs another recipe alone (`qdiff_jax/methods/recipes.py`; each part has
-the settings of its own config under the same words of size). `rounding=closed_form` decides in closed form the
-codes that the training begins with, and has no EfficientDM alone beside it, which begins with none. The papers'
-sizes (16,000 steps: hours on a CPU) unless `laptop`, which trains 300 steps of 8 and searches ten smoothings;
-`smoke` runs in seconds (`dit_csb_svdquant_efficientdm.py:smoke`).
+the settings of its own config under the same words of size, PTQD and CSB the calibration set of the others).
+`rounding=closed_form` decides in closed form the codes that the training begins with, and has no EfficientDM
+alone beside it, which begins with none. The papers' sizes (16,000 steps: hours on a CPU) unless `laptop`, which
+trains 300 steps of 8 and searches ten smoothings; `smoke` runs in seconds
+(`dit_csb_svdquant_efficientdm.py:smoke`).
 
 Expected of `w4a4,laptop`: the table of recipes in the README.
 """

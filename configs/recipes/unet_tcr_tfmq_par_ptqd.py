@@ -12,8 +12,9 @@ TFMQ-DM, and PAR on TFMQ-DM, which it needs to repeat. Words behind the colon: b
 part out of the recipe; `only` runs the recipe without its parts beside it; `rounds=2` of PAR;
 `rounding=closed_form` solves the units in place of AdaRound's steps, in every round; `parts=tcr+brecq+ptqd`
 runs another recipe alone (`qdiff_jax/methods/recipes.py`; each part has the settings of its own config under
-the same words of size). 20,000 steps a unit and 5,000 in each round: hours on a CPU. `laptop` takes 100 of 16
-and 25 in each round; `smoke` runs in seconds (`unet_tcr_tfmq_par_ptqd.py:smoke`).
+the same words of size, PTQD and CSB the calibration set of the others). 20,000 steps a unit and 5,000 in each
+round: hours on a CPU. `laptop` takes 100 of 16 and 25 in each round; `smoke` runs in seconds
+(`unet_tcr_tfmq_par_ptqd.py:smoke`).
 
 Expected: nothing has been measured yet but that the smoke runs.
 """

@@ -24,6 +24,7 @@ from qdiff_jax.policy import Entry
 from qdiff_jax.quant.histogram_search import search_histogram
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.runtime import checkpoint
+from qdiff_jax.runtime.finite import NotFiniteError
 from qdiff_jax.sites import SiteQuant, flatten_sites, nest_sites, side_of
 from qdiff_jax.stages.calibrate import flatten_reports, part_names, tapped_sites
 from qdiff_jax.stages.stage import Model, QuantState, Stage, fold_weights
@@ -123,7 +124,7 @@ def calibrate_by_batch(
             seen = jax.device_get(_observe(model.module, keys, variables, batch))
             bad = next((name for name in keys if not np.isfinite(seen[name][:2]).all()), None)
             if bad is not None:
-                raise ValueError(
+                raise NotFiniteError(
                     f"Calibration of {bad}: the tensor holds NaN or infinity; look for the layer that "
                     "produced it before calibrating."
                 )

@@ -45,7 +45,7 @@ from qdiff_jax.observe.capture import (
 )
 from qdiff_jax.runtime.mesh import data_mesh
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig
-from qdiff_jax.stages.output_factors import check_memory, output_factors
+from qdiff_jax.stages.output_factors import fitting_batch, output_factors
 from qdiff_jax.stages.site_products import multiplied
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.unit_moments import Sampling, full_pass
@@ -126,7 +126,7 @@ def closed_form(
         chosen = {unit.name: _chosen(state, unit) for unit in units}
         check_layers(model.params, state.quant, units, chosen, config, name)
         if config.kronecker_sweeps and any(chosen.values()):
-            check_memory(model, calibration, backward_batch, config.memory_mib, name)
+            fitting_batch(model, calibration, backward_batch, config.memory_mib, name)
         stream = start_stream(
             calibration.x, calibration.t, calibration.index, calibration.branch, calibration.y
         )
@@ -157,12 +157,13 @@ def closed_form(
         result = load_result(carry.store, carry.position, unit.name) if chosen else None
         fresh = bool(chosen) and result is None
         if fresh and config.kronecker_sweeps and carry.factors is None:
+            batch = fitting_batch(model, calibration, backward_batch, config.memory_mib, name)
             carry = carry._replace(
                 factors=output_factors(
                     model,
                     calibration,
                     carry.state.key,
-                    batch_size=backward_batch,
+                    batch_size=batch,
                     row_weights=sampling.weights,
                 )
             )

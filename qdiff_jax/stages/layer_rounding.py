@@ -66,7 +66,8 @@ class ClosedFormConfig:
     act_order, damping, block: of GPTQ. ridge: towards the original weights, for asymmetric targets.
     refit_bias: centre the moments and solve for the bias exactly. sweeps: of coordinate descent after
     GPTQ. kronecker_sweeps: of the descent that weighs outputs by the network's gradients (one backward
-    pass over the set for all layers, kronecker_batch samples at once, 0 for walk_batch); 0 to do without.
+    pass over the set for all layers, kronecker_batch samples at once, 0 for walk_batch, or a half, a
+    quarter, ... of them, so that it fits into memory_mib); 0 to do without.
     rows: at most so many rows of a layer's input matrix (0: all), taken from all samples.
     activations: the quantized stream carries the activation quantizers that the state holds.
     hessian_mib: of one layer's work on its Hessian. hessian_seconds: of its work after the sums (0: any),

@@ -67,15 +67,20 @@ def factor_bytes(model: Model, calibration: Any, batch_size: int) -> int:
     return 4 * squares + sum(int(np.prod(v.shape)) * v.dtype.itemsize for v in moved)
 
 
-def check_memory(model: Model, calibration: Any, batch_size: int, mib: int, where: str) -> None:
-    """Raise ValueError if `factor_bytes` is more than mib MiB."""
-    need = factor_bytes(model, calibration, batch_size)
-    if need > mib << 20:
-        raise ValueError(
-            f"{where}: the backward pass for kronecker_sweeps needs {need / 2**20:.0f} MiB for {batch_size} "
-            f"samples at once, more than memory_mib={mib}; set a smaller kronecker_batch, raise memory_mib, "
-            "or set kronecker_sweeps to 0."
-        )
+def fitting_batch(model: Model, calibration: Any, batch_size: int, mib: int, where: str) -> int:
+    """batch_size, or the first of its halves, quarters, ... whose `factor_bytes` are at most mib MiB.
+
+    Raises ValueError if none is.
+    """
+    while (need := factor_bytes(model, calibration, batch_size)) > mib << 20:
+        if batch_size % 2:
+            samples = "1 sample" if batch_size == 1 else f"{batch_size} samples at once"
+            raise ValueError(
+                f"{where}: the backward pass for kronecker_sweeps needs {need / 2**20:.0f} MiB for {samples}, "
+                f"more than memory_mib={mib}; raise memory_mib, or set kronecker_sweeps to 0."
+            )
+        batch_size //= 2
+    return batch_size
 
 
 def _shapes(model: Model, batch: Mapping) -> tuple[tuple[str, tuple[int, ...]], ...]:

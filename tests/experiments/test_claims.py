@@ -258,7 +258,7 @@ def test_seeds_come_one_after_the_other(tmp_path, monkeypatch, unprepared):
     config = config_of(("a", {"seeds": 2}), ("b", {"seeds": 3}))
     asked = []
 
-    def measure(claim, config, seed, out):
+    def measure(claim, config, seed, out, command):
         asked.append((claim.name, seed))
         return row(claim, seed)
 
@@ -270,6 +270,30 @@ def test_seeds_come_one_after_the_other(tmp_path, monkeypatch, unprepared):
     config.only_seeds = (1,)
     ledger(config, tmp_path / "one")
     assert asked[5:] == [("a", 1), ("b", 1)]
+
+
+def test_an_error_nobody_foresaw_stops_no_other_claim(tmp_path, monkeypatch, unprepared):
+    config = config_of(("a", {"seeds": 1}), ("b", {"seeds": 1}))
+
+    def measure(claim, config, seed, out, command):
+        if claim.name == "a":
+            raise TypeError("a broken run")
+        return row(claim, seed)
+
+    monkeypatch.setattr(claims, "measure", measure)
+    with pytest.raises(RuntimeError, match=r"a of .* with seed 0 \(TypeError: a broken run\)"):
+        ledger(config, tmp_path)
+    rows = {p.name.split("-")[1]: load_record(p) for p in (tmp_path / "rows").iterdir()}
+    assert rows["a"]["why"] == "TypeError: a broken run"
+    assert not rows["b"]["why"]
+
+
+def test_fewer_seeds_take_no_row_away(tmp_path, monkeypatch, unprepared):
+    monkeypatch.setattr(claims, "measure", lambda claim, config, seed, *_: row(claim, seed))
+    ledger(config_of(("a", {"seeds": 3})), tmp_path)
+    ledger(config_of(("a", {"seeds": 1})), tmp_path)
+    _, found = read(config_of(("a", {"seeds": 1})), tmp_path, "a")
+    assert len(found["seeds"]) == 3
 
 
 def test_a_run_that_cannot_be_is_refused_before_any_runs(tmp_path, monkeypatch):

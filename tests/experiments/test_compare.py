@@ -117,7 +117,7 @@ def test_a_run_that_diverges_is_a_row_that_says_so_and_stops_no_other(board, tmp
         assert rows["rtn_w4a4"]["bitops"] == ""
         assert float(rows["rtn_w4a8"]["rollout_mse"]) > 0
         text = paths["md"].read_text()
-        assert "- rtn_w4a4: diverged: the loss of unit 'mid' became nan." in text
+        assert "- rtn_w4a4: no result: the loss of unit 'mid' became nan." in text
     assert len(list(out.glob("runs/*/diverged.json"))) == 2
 
 

@@ -101,7 +101,7 @@ def test_the_board_has_distances_at_those_bits_and_makes_them_once(source, tmp_p
     assert len(judged) == 3
     text = paths["md"].read_text()
     assert "| 5.00 [1.50, 9.00] |" in text
-    assert "- ptq4dm_w4a8: diverged: 3 of 6 samples are not finite." in text
+    assert "- ptq4dm_w4a8: no result: 3 of 6 samples are not finite." in text
     assert "Floor of the Fréchet distance (as many real images): 0.250." in text
     assert compare(*given, overrides=SIZES, judging=judging(source))["md"].read_text() == text
     assert len(judged) == 3

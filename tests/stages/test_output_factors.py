@@ -11,8 +11,8 @@ from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.stages.output_factors import (
     _shapes,
     _squares,
-    check_memory,
     factor_bytes,
+    fitting_batch,
     output_factors,
 )
 from qdiff_jax.stages.stage import Model
@@ -80,5 +80,16 @@ def test_the_estimate_of_memory_is_near_the_program_s():
     peak = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes
     need = factor_bytes(model, seen, 12)
     assert peak < need < 3 * peak
-    with pytest.raises(ValueError, match="12 samples at once, more than memory_mib=0; set a small"):
-        check_memory(model, seen, 12, 0, "a stage")
+    assert fitting_batch(model, seen, 12, 1 + (need >> 20), "a stage") == 12
+    with pytest.raises(ValueError, match="3 samples at once, more than memory_mib=0; raise"):
+        fitting_batch(model, seen, 12, 0, "a stage")
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    net = tiny_unet.network(tiny_unet.SMALL)
+    model = Model(net.module, net.program, net.params)
+    x, t = tiny_unet.inputs(tiny_unet.SMALL, 64)
+    seen = CalibrationSet(x, t, np.zeros(64, np.int32), np.zeros(64, np.int32), None, x)
+    half = factor_bytes(model, seen, 32)
+    assert factor_bytes(model, seen, 64) > (limit := -(-half >> 20)) << 20 >= half
+    assert fitting_batch(model, seen, 64, limit, "a stage") == 32
