@@ -219,9 +219,9 @@ def test_rows_of_other_claims_do_not_stay(tmp_path):
     assert len(json.loads(assembled(config, tmp_path, "").with_suffix(".json").read_text())) == 2
     left = config_of(("part", {}))
     assert "gone" not in read(left, tmp_path)[0]
-    # Another definition, and fewer seeds.
+    # Another definition; fewer seeds are the same one.
     assert read(config_of(("part", {"aim": "no_worse"})), tmp_path)[1] is None
-    assert read(config_of(("part", {}), seeds=2), tmp_path)[1]["seeds"] == [0, 1]
+    assert read(config_of(("part", {}), seeds=2), tmp_path)[1]["seeds"] == [0, 1, 2]
 
 
 def test_runs_of_different_commits_are_said_loudly(tmp_path):
@@ -318,7 +318,8 @@ def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(
 
     def fail(config, workdir, command, *, pictures):
         assert not pictures
-        assert "--config.evaluation.samples=4" in command
+        assert config.evaluation.samples == 4
+        assert command == f"experiments.claims, run {workdir.name}"
         calls.append(workdir.name)
         raise FloatingPointError("the loss became nan")
 
@@ -352,7 +353,7 @@ def test_samples_that_do_not_compare_are_a_row_too(
     tmp_path, monkeypatch, unprepared, value, verdict, why
 ):
     config = config_of(("a", {}))
-    monkeypatch.setattr(claims, "make", lambda run, out: Made(out))
+    monkeypatch.setattr(claims, "make", lambda run, out, command: Made(out))
     for module in (claims, claim_runs):
         monkeypatch.setattr(module, "samples_of", lambda workdir, name: np.full((4, 2), value))
     ledger(config, tmp_path)
