@@ -34,10 +34,12 @@ def tables(net):
 
 
 def same(found, expected):
-    """To 3e-4 of the largest entry of each array: a code of the tables is 6e-5."""
+    """To 3e-4 of the largest entry of each array, as a code of the tables is 6e-5, and to float32 beside the
+    largest of all: the bias of keys has no gradient, which a softmax does not see."""
+    rounding = 1e-6 * max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     for (path, a), (_, b) in zip(*map(jax.tree_util.tree_leaves_with_path, (found, expected))):
         size = np.abs(b).max()
-        np.testing.assert_allclose(a, b, rtol=0, atol=3e-4 * size + 1e-9, err_msg=str(path))
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-4 * size + rounding, err_msg=str(path))
 
 
 @pytest.mark.parametrize("name", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
