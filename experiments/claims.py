@@ -75,7 +75,7 @@ def measure(
     claim: Claim, config: ConfigDict, seed: int, out: pathlib.Path, command: str
 ) -> dict[str, Any]:
     """Run what is missing for a claim with one seed; returns its row, with "why" if there is no effect."""
-    row = {"model": claim.model, "name": claim.name, "bits": claim.bits, "seed": seed}
+    row = _named(claim, seed)
     runs = runs_of(claim, config, seed)
     made = []
     for run, side in zip(runs, _SIDES[len(runs)], strict=True):
@@ -91,6 +91,10 @@ def measure(
         logging.exception("%s, seed %d", claim.name, seed)
         return {**row, "why": str(error), "diverged": False}
     return {**row, "why": "", **found}
+
+
+def _named(claim: Claim, seed: int) -> dict[str, Any]:
+    return {"model": claim.model, "name": claim.name, "bits": claim.bits, "seed": seed}
 
 
 def _effect(aim: str, runs: tuple[Run, ...], made: list[Made]) -> dict[str, Any]:
@@ -151,8 +155,8 @@ def ledger(
             row = measure(claim, config, seed, out, command)
         except Exception as error:  # hours of other claims wait behind this one
             logging.exception("%s, seed %d", claim.name, seed)
-            named = {"model": claim.model, "name": claim.name, "bits": claim.bits, "seed": seed}
-            row = {**named, "why": f"{type(error).__name__}: {error}", "diverged": False}
+            why = f"{type(error).__name__}: {error}"
+            row = {**_named(claim, seed), "why": why, "diverged": False}
             broken.append(f"{claim.name} of {claim.model} with seed {seed} ({row['why']})")
         save_record(path, row)
         assembled(config, out, command, claims)

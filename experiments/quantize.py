@@ -77,7 +77,6 @@ from qdiff_jax.runtime.seconds import stopwatch
 from qdiff_jax.sites import Site, list_sites
 from qdiff_jax.stages.noising import Images
 from qdiff_jax.stages.row_weights import eps_importance, rollout_sensitivity
-from qdiff_jax.stages.step_bits import target_entries
 
 
 class Job(NamedTuple):
@@ -177,12 +176,10 @@ def prepare(config: Any) -> Job:
     }
     for name, v in config.variants.items():
         own = settings_of(config, settings, name)
-        check_variant(v.method, diffusion.model, sites, plans[name], own)
-        if config.ptqd.step_bits and "ptqd" in methods_of(v.method, base):
-            try:
-                target_entries(plans[name])
-            except ValueError as error:
-                raise ValueError(f"config.variants.{name}: {error}") from error
+        try:
+            check_variant(v.method, diffusion.model, sites, plans[name], own)
+        except ValueError as error:
+            raise ValueError(f"config.variants.{name}: {error}") from error
     images = training_images(config.data, methods, asked)
     job = Job(config, asked, guidance, sites, plans, settings, sampler, images)
     source = settings.efficientdm.source

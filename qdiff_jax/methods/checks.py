@@ -15,6 +15,7 @@ from qdiff_jax.methods.svdquant import check_plan
 from qdiff_jax.policy import SitePlan
 from qdiff_jax.sites import Site
 from qdiff_jax.stages.stage import Model
+from qdiff_jax.stages.step_bits import target_entries
 
 
 def check_variant(
@@ -33,6 +34,8 @@ def check_variant(
         check_plan(model, sites, plan, settings.svdquant)
     if {"ptq4dit", "csb"} & set(parts):  # CSB is taken from the whole method
         check_reconstruction(settings.ptq4dit, settings.rounding)
+    if "ptqd" in parts and settings.ptqd.step_bits:
+        target_entries(plan)
 
 
 def _check_parts(recipe: str, parts: Sequence[str], settings: MethodSettings) -> None:
