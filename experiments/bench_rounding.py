@@ -5,7 +5,8 @@
 Every cell (model, bits, recipe, seed) is a run of `experiments.quantize` under OUT/runs; a finished one is not
 made again, one that diverged neither (delete its folder to try again), and full precision is made once for all
 that share model and seed. Writes rounding.md, rounding.csv and a picture for each model and width, over all
-cells under OUT that are finished.
+cells under OUT that are finished. `--rows=FILE` adds those of a rounding.csv made before, here or elsewhere:
+their cells are not made again either.
 
 CPU seconds are those of the stages that decide weights, all threads, compiling apart, and of the rollouts that
 weigh steps; run it on a machine that does nothing else. A cell that compiled for more than a twentieth of them
@@ -27,7 +28,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments import command_line
-from experiments.bench_rounding_table import MADE, NOT_KEPT, WHICH, write_results
+from experiments.bench_rounding_table import (
+    MADE,
+    NOT_KEPT,
+    WHICH,
+    merged,
+    read_rows,
+    write_results,
+)
 from experiments.compare import Run, run_once
 from experiments.quantize import prepare, quantize_one, sets_of, trajectories
 from experiments.quantize_config import read_config
@@ -234,12 +242,16 @@ def shown_command(args: Sequence[str]) -> str:
     kept, skip = [], False
     for arg in args:
         name, equals, _ = arg.lstrip("-").partition("=")
-        if not skip and not (arg.startswith("-") and name in ("out", "compile_cache")):
+        if not skip and not (arg.startswith("-") and name in ("out", "rows", "compile_cache")):
             kept.append(arg)
             continue
         # "--out W" is two words, of which the second goes too.
         skip = not skip and not equals
     return shlex.join(["python", "-m", "experiments.bench_rounding", *kept, "--out=W"])
+
+
+def _among(cell: Cell, rows: Sequence[Mapping]) -> bool:
+    return any(all(row[key] == cell.row[key] for key in WHICH) for row in rows)
 
 
 def main(argv) -> None:
@@ -248,14 +260,17 @@ def main(argv) -> None:
     log_progress()
     enable_compile_cache(flags.FLAGS.compile_cache)
     out = pathlib.Path(flags.FLAGS.out)
-    run_cells(cells(flags.FLAGS.config), out, shown_command(sys.argv[1:]))
-    path = write_results(out, read_cells(out))
+    kept = read_rows(pathlib.Path(flags.FLAGS.rows)) if flags.FLAGS.rows else []
+    given = [cell for cell in cells(flags.FLAGS.config) if not _among(cell, kept)]
+    run_cells(given, out, shown_command(sys.argv[1:]))
+    path = write_results(out, merged(kept, read_cells(out)))
     print(path.read_text("utf-8"))
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file, path:arg.", lock_config=True)
     flags.DEFINE_string("out", None, "Runs and tables go here; the same again resumes.")
+    flags.DEFINE_string("rows", None, "A rounding.csv whose cells are made already.")
     flags.DEFINE_string("compile_cache", None, "Folder for compiled programs.")
     flags.mark_flags_as_required(["config", "out"])
     command_line.run(main)

@@ -19,6 +19,7 @@ from qdiff_jax.eval.tables import ABSENT, significant
 WHICH = ("model", "bits", "recipe", "seed")
 FIGURES = ("eps_rel_mse", "rollout_mse", "cpu_s", "compile_s")
 MADE = ("command", "commit", "machine", "jax_version")
+COLUMNS = (*WHICH, *FIGURES, "fell_back", "units", *MADE, "notes")
 NOT_KEPT = "not recorded"
 LEAD = (
     "Mean over seeds ± half the range; * marks the recipes that no other beats in both eps error and CPU "
@@ -31,6 +32,32 @@ LEAD = (
     "has none, and its ranges, like those of nearest, are calibrated afterwards, on the network with quantized "
     'weights, as in the papers; "+ scales" then trains the scales of activations.',
 )
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """The rows that `write_results` left in a rounding.csv. Raises ValueError, naming file and line, for a file
+    that lacks a column or has something else where a number should be."""
+    numbers = {"seed": int, "fell_back": int, "units": int, **dict.fromkeys(FIGURES, float)}
+    rows = []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+            raise ValueError(f"{path} is no table of this bench: it lacks {sorted(missing)}.")
+        for held in reader:
+            row = {key: held[key] for key in COLUMNS}
+            try:
+                row |= {key: kind(row[key]) if row[key] else None for key, kind in numbers.items()}
+                row["notes"] = row["notes"].splitlines()
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+            rows.append(row)
+    return rows
+
+
+def merged(kept: Iterable[Mapping], rows: Iterable[Mapping]) -> list[Mapping]:
+    """Both, sorted by cell; of a cell that both have, the row of the second."""
+    found = {tuple(row[key] for key in WHICH): row for given in (kept, rows) for row in given}
+    return [found[which] for which in sorted(found)]
 
 
 def summaries(rows: Iterable[Mapping]) -> list[dict]:
@@ -119,10 +146,9 @@ def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path)
 def write_results(out: pathlib.Path, rows: Sequence[Mapping]) -> pathlib.Path:
     """rounding.md, rounding.csv and pictures under out. rows: of all cells there."""
     table = io.StringIO()
-    columns = (*WHICH, *FIGURES, "fell_back", "units", *MADE[1:], "notes")
-    writer = csv.DictWriter(table, columns, lineterminator="\n", extrasaction="ignore")
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows({**row, "notes": "; ".join(row["notes"])} for row in rows)
+    writer.writerows({**row, "notes": "\n".join(row["notes"])} for row in rows)
     write_atomic(out / "rounding.csv", table.getvalue())
     parts = ["# Rounding weights: error against CPU seconds", *LEAD]
     entries = summaries(rows)

@@ -2,13 +2,23 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from experiments import bench_rounding, bench_rounding_table
 from experiments.bench_rounding import CELL, TIMED, cells, read_cells, run_cells, shown_command
-from experiments.bench_rounding_table import curves, pareto, summaries, write_results
+from experiments.bench_rounding_table import (
+    MADE,
+    curves,
+    merged,
+    pareto,
+    read_rows,
+    summaries,
+    write_results,
+)
 from experiments.quantize_report import made_at
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.report import PROVENANCE_KEYS, reference_metrics
@@ -130,6 +140,7 @@ def test_the_command_is_shown_without_the_places_of_this_machine():
         "--out",
         "/tmp/a",
         "--compile_cache=/tmp/b",
+        "--rows=/tmp/c.csv",
         "--config.b=1",
     ]
     shown = "python -m experiments.bench_rounding '--config=a.py:recipe=x y' --config.b=1 --out=W"
@@ -212,6 +223,32 @@ class TestRows:
         assert "Not all cells were made at one commit" in both
         with open(tmp_path / "rounding.csv", newline="") as file:
             assert [row["commit"] for row in csv.DictReader(file)] == ["ccccccc", "aaaaaaa"]
+
+    def test_rows_of_a_table_made_before_are_read_as_they_were(self, tmp_path):
+        units = [{"unit": name, "trained": True} for name in "ab"]
+        stage = {**STAGE, "units": units, "fell_back": [], "compile_cpu_seconds": 9.0}
+        finished(tmp_path, "a", {"0_gptq": {**stage, "resumed": True}})
+        broken = {**ROW, "recipe": "adaround, long", "diverged": "step 3; the loss\tis nan"}
+        finished(tmp_path, "b", {}, cell={**broken, **dict.fromkeys(MADE, "said, by hand")})
+        rows = read_cells(tmp_path)
+        assert len(rows[0]["notes"]) == 2
+        write_results(tmp_path, rows)
+        assert read_rows(tmp_path / "rounding.csv") == rows
+        other = {**rows[0], "seed": 1}
+        again = {**rows[0], "eps_rel_mse": 0.25}
+        assert merged([rows[0], other], [again, rows[1]]) == [rows[1], again, other]
+
+    def test_a_table_of_something_else_is_refused(self, tmp_path):
+        finished(tmp_path, "a", {"0_gptq": STAGE})
+        write_results(tmp_path, read_cells(tmp_path))
+        path = tmp_path / "rounding.csv"
+        text = path.read_text()
+        path.write_text(text.replace("recipe,", "receipt,"))
+        with pytest.raises(ValueError, match=r"it lacks \['recipe'\]"):
+            read_rows(path)
+        path.write_text(text.replace("0.5", "half"))
+        with pytest.raises(ValueError, match="rounding.csv, line 2: .*half"):
+            read_rows(path)
 
 
 class TestRunning:
@@ -299,6 +336,26 @@ class TestRunning:
         run_cells(given, tmp_path, "a command")
         assert timed == [places[1] / TIMED] * 2
         assert not (places[1] / TIMED / "stages").exists()
+
+
+def test_cells_of_given_rows_are_not_made_again(tmp_path):
+    finished(tmp_path / "before", "a", {"0_gptq": STAGE}, cell={**ROW, "model": "random:miniature"})
+    rows = read_cells(tmp_path / "before")
+    held = [{**rows[0], "recipe": name} for name in ("gptq", "nearest", "adaround 50 at 1e-2")]
+    held += [{**rows[0], "recipe": "asym2 + bias + tuning"}]
+    write_results(tmp_path / "before", held)
+    args = [
+        "-m",
+        "experiments.bench_rounding",
+        f"--config={CONFIG}:smoke",
+        f"--out={tmp_path / 'W'}",
+    ]
+    args += [f"--rows={tmp_path / 'before' / 'rounding.csv'}"]
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "W" / "runs").exists()
+    found = read_rows(tmp_path / "W" / "rounding.csv")
+    assert sorted(row["recipe"] for row in found) == sorted(row["recipe"] for row in held)
 
 
 @pytest.mark.slow
