@@ -36,7 +36,8 @@ from experiments.bench_rounding_table import (
     read_rows,
     write_results,
 )
-from experiments.compare import Run, run_once
+from experiments.compare_runs import Run
+from experiments.made_once import run_once
 from experiments.quantize import prepare, quantize_one, sets_of, trajectories
 from experiments.quantize_config import read_config
 from experiments.quantize_report import made_at

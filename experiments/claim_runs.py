@@ -1,23 +1,17 @@
-"""The runs that a claim is measured on: their configs and folders, each made once by whoever comes first."""
+"""The runs that a claim is measured on: their configs and names, and what is read of finished ones."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import fcntl
 import functools
 import pathlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
-from experiments.compare import Run, is_finished, make_run, parse_overrides, share
-from experiments.quantize import quantize
+from experiments.compare_runs import Run, make_run, parse_overrides
+from experiments.made_once import weights_of
 from experiments.quantize_config import read_config
-from experiments.quantize_report import commit
 from qdiff_jax.config import fingerprint
 from qdiff_jax.eval.cost import network_cost
 from qdiff_jax.eval.report import read_report
@@ -25,8 +19,7 @@ from qdiff_jax.eval.samples import Samples
 from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.models import registry
 from qdiff_jax.models.families import example_inputs
-from qdiff_jax.observe.archive import load_arrays, load_record, save_record
-from qdiff_jax.runtime.programs import release_programs
+from qdiff_jax.observe.archive import load_arrays, load_record
 from qdiff_jax.sites import list_sites
 
 # "error": the part lowers the rollout error. "no_worse": it raises it by less than MARGIN. "cheaper": that, at
@@ -51,15 +44,6 @@ class Claim(NamedTuple):
     seeds: int
     published: str
     of: tuple[str, ...]
-
-
-class Made(NamedTuple):
-    """The workdir of a run, and why it has no result; "" where it has one. diverged: whether for numbers that
-    are not finite, or for bad input of whatever kind."""
-
-    workdir: pathlib.Path
-    why: str = ""
-    diverged: bool = False
 
 
 def runs_of(claim: Claim, config: ConfigDict, seed: int) -> tuple[Run, ...]:
@@ -107,58 +91,7 @@ def _run(given: str, changes: tuple[str, ...], seed: int, measured: tuple) -> Ru
 
 def definition(parsed: Any) -> str:
     """What a run is, by its config and the weights of its model: equal for the same run under other words."""
-    return fingerprint({"config": fingerprint(parsed), "weights": _weights(parsed.model)})
-
-
-@functools.lru_cache(maxsize=8)
-def _weights(model: str) -> str:
-    return registry.load(model).source["sha256"]
-
-
-def make(run: Run, out: pathlib.Path, command: str = "experiments.claims") -> Made:
-    """The run, finished or failed; nothing is done again, and full precision is made once for all.
-
-    A second process that wants the same run waits for the first. What diverged, or was refused, is remembered
-    with its sentence, and tried again only by other code.
-    """
-    workdir = out / "runs" / run.name
-    failed = workdir / "failed.json"
-    # What full precision drew belongs to its weights, whatever they are called.
-    weights = _weights(run.parsed.model)[:8]
-    kept = run._replace(
-        parsed=dataclasses.replace(run.parsed, model=f"{run.parsed.model}-{weights}")
-    )
-    with locked(out / "locks" / run.name):
-        if failed.exists() and (held := load_record(failed))["commit"] == commit():
-            return Made(workdir, held["why"], held["diverged"])
-        share(out, kept, workdir)
-        if not is_finished(run, workdir):
-            try:
-                quantize(run.config, workdir, f"{command}, run {run.name}", pictures=False)
-            except (FloatingPointError, ValueError) as error:
-                logging.exception("%s ended without a result", run.name)
-                made = Made(workdir, str(error), isinstance(error, FloatingPointError))
-                held = {"why": made.why, "diverged": made.diverged, "commit": commit()}
-                save_record(failed, held)
-                return made
-            finally:
-                release_programs()  # dozens of runs compile more than a process may map
-        failed.unlink(missing_ok=True)
-        share(out, kept, workdir)
-    return Made(workdir)
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """Hold a file that one process at a time can hold; the system lets go of it when the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.info("%s is being made by another process: waiting for it", path.name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return fingerprint({"config": fingerprint(parsed), "weights": weights_of(parsed.model)})
 
 
 def samples_of(workdir: pathlib.Path, name: str) -> np.ndarray:

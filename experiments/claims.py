@@ -31,18 +31,17 @@ from ml_collections import ConfigDict, config_flags
 from experiments import command_line
 from experiments.claim_runs import (
     Claim,
-    Made,
     bitops,
     commit_of,
     definition,
     errors,
-    make,
     record_of,
     runs_of,
     samples_of,
 )
 from experiments.claims_report import OTHER_ERRORS, assemble
-from experiments.compare import Run
+from experiments.compare_runs import Run
+from experiments.made_once import Made, attempt
 from experiments.quantize import prepare
 from qdiff_jax.config import fingerprint
 from qdiff_jax.eval.verdicts import Effect, paired_effect, spread_effect
@@ -79,7 +78,7 @@ def measure(
     runs = runs_of(claim, config, seed)
     made = []
     for run, side in zip(runs, _SIDES[len(runs)], strict=True):
-        one = make(run, out, command)
+        one = attempt(run, out, command)
         if not (one.why or np.isfinite(samples_of(one.workdir, *run.parsed.variants)).all()):
             one = one._replace(why="its samples are not finite", diverged=True)
         if one.why:

@@ -9,8 +9,9 @@ alone; at those of `--closed_form`, a method that rounds weights block by block 
 Round-to-nearest stands beside them, once for each model, site policy and width: errors compare under one policy
 only. Every `--config` is run as it is. Each run is a workdir of experiments.quantize under OUT/runs, named by
 its config; killed at any moment, the same command goes on where it was, and more methods or bits join those
-there are. A run that diverges, or is refused in its midst, is a row that says so (OUT/runs/NAME/diverged.json;
-delete it to try again). One process at a time works in one OUT, at one commit: other code names runs anew.
+there are. A run that diverges, or is refused in its midst, is a row that says so (OUT/runs/NAME/failed.json;
+delete it to try again, or change the code). Several processes of one checkout may work in one OUT, one for each
+model say; the whole command writes the whole board after them.
 Full-precision trajectories and samples are made once for all runs that measure alike (OUT/shared). Runs on one
 model must measure alike (sampler, seed, evaluation sizes): what differs is named before anything runs, and
 `--set=evaluation.samples=32` sets a key in every config (`--set=policy=common`: all methods under one policy).
@@ -36,13 +37,8 @@ network takes half as long.
 
 from __future__ import annotations
 
-import ast
-import json
-import os
 import pathlib
-import re
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,86 +49,17 @@ from experiments import command_line
 from experiments.compare_images import Judging, check_judging, judge_variants
 from experiments.compare_report import write_leaderboard
 from experiments.compare_rows import Finished, collect
-from experiments.compare_runs import Run, check_alike, make_run, marked, method_runs, protocol
-from experiments.quantize import prepare, quantize
-from experiments.quantize_report import commit
-from qdiff_jax.config import fingerprint
-from qdiff_jax.observe.archive import load_record, save_record
-from qdiff_jax.runtime.cache import enable_compile_cache
-from qdiff_jax.runtime.programs import release_programs
-from qdiff_jax.runtime.progress import log_progress
-
-# Recorded with as many trajectories as are calibrated on; the others are the same for any number.
-OF_CALIBRATION = ("trajectories/calibration.json", "trajectories/calibration.npz")
-SHARED_FILES = (
-    *OF_CALIBRATION,
-    "trajectories/held_out.json",
-    "trajectories/held_out.npz",
-    "variants/fp32/samples.npz",
+from experiments.compare_runs import (
+    check_alike,
+    make_run,
+    marked,
+    method_runs,
+    parse_overrides,
 )
-DIVERGED = "diverged.json"
-
-
-def share(out: pathlib.Path, run: Run, workdir: pathlib.Path) -> None:
-    """Full precision's files from the runs before this one, and for those after it.
-
-    Files are whole or absent, so that a link to one can be made at any moment.
-    """
-    measured = {"model": run.parsed.model, **protocol(run.parsed)}
-    calibrated = {**measured, "calibration.samples": run.parsed.calibration.samples}
-    name = re.sub(r"\W+", "-", pathlib.Path(run.parsed.model).stem)
-    for file in SHARED_FILES:
-        key = fingerprint(calibrated if file in OF_CALIBRATION else measured)[:16]
-        common, own = out / "shared" / f"{name}-{key}" / file, workdir / file
-        for source, target in ((common, own), (own, common)):
-            if source.exists() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(source, target)
-                except FileExistsError:  # made by another process since
-                    continue
-                except OSError:  # a file system without hard links
-                    draft = target.with_name(f".{target.name}.draft")
-                    shutil.copyfile(source, draft)
-                    os.replace(draft, target)
-
-
-def is_finished(run: Run, workdir: pathlib.Path) -> bool:
-    """Whether the report of exactly this config is there."""
-    path = workdir / "report.json"
-    if not path.exists():
-        return False
-    made = json.loads(path.read_text("utf-8"))["provenance"]
-    return made["config_fingerprint"] == fingerprint(run.parsed)
-
-
-def run_once(run: Run, out: pathlib.Path, command: str) -> pathlib.Path:
-    """The workdir of a run, finished: nothing is done again, and full precision is made once for all. A run
-    has no pictures of its own."""
-    workdir = out / "runs" / run.name
-    share(out, run, workdir)
-    if not is_finished(run, workdir):
-        quantize(run.config, workdir, f"{command}, run {run.name}", pictures=False)
-        release_programs()  # dozens of runs compile more than a process may map
-        share(out, run, workdir)
-    return workdir
-
-
-def attempt(run: Run, out: pathlib.Path, command: str) -> Finished:
-    """The run, finished or ended without a result (diverged, or refused in its midst), now or when it was tried
-    before; one such stops no other."""
-    workdir = out / "runs" / run.name
-    failed = workdir / DIVERGED
-    if not failed.exists():
-        try:
-            run_once(run, out, command)
-        except (FloatingPointError, ValueError) as error:
-            logging.exception("%s ended without a result", run.name)
-            save_record(failed, {"why": str(error), "commit": commit()})
-            release_programs()
-            share(out, run, workdir)
-    found = load_record(failed) if failed.exists() else {}
-    return Finished(run.name, run.parsed, workdir, run.words, found)
+from experiments.made_once import attempt, is_finished
+from experiments.quantize import prepare
+from qdiff_jax.runtime.cache import enable_compile_cache
+from qdiff_jax.runtime.progress import log_progress
 
 
 def compare(
@@ -171,25 +98,13 @@ def compare(
     finished = []
     for position, run in enumerate(runs):
         logging.info("run %d of %d: %s", position + 1, len(runs), run.name)
-        finished.append(attempt(run, out, command))
+        made = attempt(run, out, command)
+        why = {"why": made.why, "commit": made.commit} if made.why else {}
+        finished.append(Finished(run.name, run.parsed, made.workdir, run.words, why))
     if judging is not None:
         write_leaderboard(out, collect(finished), command)
         finished = judge_variants(finished, judging, out / "judged")
     return write_leaderboard(out, collect(finished), command)
-
-
-def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
-    """["calibration.samples=32"] -> {"calibration.samples": 32}; what is no Python literal is text."""
-    values = {}
-    for item in items:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(f"--set={item} must be written key=value.")
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
-    return values
 
 
 def main(argv) -> None:

@@ -3,6 +3,7 @@ round-to-nearest beside it."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import pathlib
 import re
@@ -47,6 +48,20 @@ def make_run(path_with_words: str, overrides: Mapping[str, Any]) -> Run:
     config = load_config(path_with_words, overrides)
     name = _folder("-".join(filter(None, (pathlib.Path(path).stem, words))))
     return Run(name, path_with_words, config, read_config(config), words)
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """["calibration.samples=32"] -> {"calibration.samples": 32}; what is no Python literal is text."""
+    values = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set={item} must be written key=value.")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
 
 
 def _folder(text: str) -> str:

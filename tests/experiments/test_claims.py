@@ -10,9 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import claims as claims_config
-from experiments import claim_runs, claims
-from experiments.claim_runs import Claim, Made, locked, make, runs_of
+from experiments import claim_runs, claims, made_once
+from experiments.claim_runs import Claim, runs_of
 from experiments.claims import assembled, ledger, row_path
+from experiments.made_once import Made, attempt, locked
 from qdiff_jax.config import as_json, flatten, load_config
 from qdiff_jax.eval.verdicts import DISAGREE, HOLDS, NO_EFFECT, NOT_SHOWN, ONE_SEED, REVERSED
 from qdiff_jax.observe.archive import load_record, save_record
@@ -323,8 +324,8 @@ def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(
         calls.append(workdir.name)
         raise FloatingPointError("the loss became nan")
 
-    monkeypatch.setattr(claim_runs, "quantize", fail)
-    monkeypatch.setattr(claim_runs, "is_finished", lambda run, workdir: run.name != broken)
+    monkeypatch.setattr(made_once, "quantize", fail)
+    monkeypatch.setattr(made_once, "is_finished", lambda run, workdir: run.name != broken)
     monkeypatch.setattr(claims, "samples_of", lambda workdir, name: np.ones(1))
     found = row(Claim(*config.claims[0]), 0)
     found = {key: found[key] for key in ("effect", "commits", "eps_rel_mse", "temporal_cosine")}
@@ -337,7 +338,7 @@ def test_a_run_that_diverges_leaves_its_sentence_and_the_ledger_goes_on(
     # It is remembered, by the other claim of the same run too, until the code changes.
     assert calls == [broken]
     assert read(config, tmp_path, "b")[1]["verdict"] == "diverged"
-    monkeypatch.setattr(claim_runs, "commit", lambda: "another")
+    monkeypatch.setattr(made_once, "commit", lambda: "another")
     ledger(config, tmp_path)
     assert calls == [broken] * 2
 
@@ -353,7 +354,7 @@ def test_samples_that_do_not_compare_are_a_row_too(
     tmp_path, monkeypatch, unprepared, value, verdict, why
 ):
     config = config_of(("a", {}))
-    monkeypatch.setattr(claims, "make", lambda run, out, command: Made(out))
+    monkeypatch.setattr(claims, "attempt", lambda run, out, command: Made(out))
     for module in (claims, claim_runs):
         monkeypatch.setattr(module, "samples_of", lambda workdir, name: np.full((4, 2), value))
     ledger(config, tmp_path)
@@ -374,9 +375,11 @@ def test_one_process_at_a_time_makes_a_run(tmp_path, monkeypatch):
         made.add(workdir)
         inside[0] -= 1
 
-    monkeypatch.setattr(claim_runs, "quantize", slow)
-    monkeypatch.setattr(claim_runs, "is_finished", lambda run, workdir: workdir in made)
-    threads = [threading.Thread(target=make, args=(run, tmp_path)) for _ in range(3)]
+    monkeypatch.setattr(made_once, "quantize", slow)
+    monkeypatch.setattr(made_once, "is_finished", lambda run, workdir: workdir in made)
+    threads = [
+        threading.Thread(target=attempt, args=(run, tmp_path, "a command")) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -403,7 +406,7 @@ def test_the_smoke_ledger_is_made_once(tmp_path):
     assert digests(tmp_path / "runs") == before
     # What the other aims measure, on the same runs.
     runs = runs_of(Claim(*config.claims[0]), config, 0)
-    made = [make(run, tmp_path) for run in runs]
+    made = [attempt(run, tmp_path, "a command") for run in runs]
     cheaper = claims._effect("cheaper", runs, made)
     assert cheaper["effect"] == effect
     assert cheaper["bitops"][0] == cheaper["bitops"][1] > 0

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import compare as compare_module
-from experiments.compare import compare, make_run, parse_overrides, protocol
+from experiments import made_once
+from experiments.compare import compare
+from experiments.compare_runs import make_run, parse_overrides, protocol
 from qdiff_jax.export.bundle import stored_bytes
 
 from ..main_job import ROOT, digests
@@ -96,7 +97,7 @@ def test_the_same_command_again_runs_nothing(board, monkeypatch):
     out, paths, _ = board
     before = {p: p.stat().st_mtime_ns for p in out.glob("runs/**/*") if p.is_file()}
     table = paths["csv"].read_text()
-    monkeypatch.setattr(compare_module, "quantize", refuse)
+    monkeypatch.setattr(made_once, "quantize", refuse)
     compare(*GIVEN, out, overrides=SIZES)
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("runs/**/*") if p.is_file()}
     assert paths["csv"].read_text() == table
@@ -110,7 +111,7 @@ def test_a_run_that_diverges_is_a_row_that_says_so_and_stops_no_other(board, tmp
 
     given = ([*GIVEN[0]], [*GIVEN[1], "w4a4"], GIVEN[2])
     for made in (diverge, refuse):  # what diverged is not tried again
-        monkeypatch.setattr(compare_module, "quantize", made)
+        monkeypatch.setattr(made_once, "quantize", made)
         paths = compare(*given, out, overrides=SIZES)
         rows = {row["label"]: row for row in rows_of(paths)}
         assert rows["rtn_w4a4"]["rollout_mse"] == "diverged"
@@ -118,14 +119,14 @@ def test_a_run_that_diverges_is_a_row_that_says_so_and_stops_no_other(board, tmp
         assert float(rows["rtn_w4a8"]["rollout_mse"]) > 0
         text = paths["md"].read_text()
         assert "- rtn_w4a4: no result: the loss of unit 'mid' became nan." in text
-    assert len(list(out.glob("runs/*/diverged.json"))) == 2
+    assert len(list(out.glob("runs/*/failed.json"))) == 2
 
 
 def test_rows_of_another_commit_are_said_aloud(board, tmp_path, monkeypatch):
     out = shutil.copytree(board[0], tmp_path / "out")
     (record,) = out.glob("runs/baseline-w4a8*/variants/rtn_w4a8/metrics.json")
     record.write_text(json.dumps({**json.loads(record.read_text()), "commit": "0ld"}))
-    monkeypatch.setattr(compare_module, "quantize", refuse)
+    monkeypatch.setattr(made_once, "quantize", refuse)
     paths = compare(*GIVEN, out, overrides=SIZES)
     rows = {row["label"]: row for row in rows_of(paths)}
     assert "0ld" in rows["rtn_w4a8"]["commit"]

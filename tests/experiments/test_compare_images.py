@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from experiments import compare_images
-from experiments.compare import compare, make_run
+from experiments.compare import compare
 from experiments.compare_images import Judging, check_judging, evaluation
+from experiments.compare_runs import make_run
 from qdiff_jax.observe.archive import save_record
 from qdiff_jax.runtime.finite import NotFiniteError
 
