@@ -38,9 +38,11 @@ from experiments.bench_rounding_table import (
 )
 from experiments.compare_runs import Run
 from experiments.made_once import run_once
-from experiments.quantize import prepare, quantize_one, sets_of, trajectories
+from experiments.quantize import quantize_one
 from experiments.quantize_config import read_config
+from experiments.quantize_job import prepare
 from experiments.quantize_report import made_at
+from experiments.quantize_sets import sets_of, trajectories
 from qdiff_jax.analysis.subject import parse_bits
 from qdiff_jax.eval.report import read_report
 from qdiff_jax.observe.archive import load_record, save_record

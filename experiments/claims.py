@@ -42,7 +42,7 @@ from experiments.claim_runs import (
 from experiments.claims_report import OTHER_ERRORS, assemble
 from experiments.compare_runs import Run
 from experiments.made_once import Made, attempt
-from experiments.quantize import prepare
+from experiments.quantize_job import prepare
 from qdiff_jax.config import fingerprint
 from qdiff_jax.eval.verdicts import Effect, paired_effect, spread_effect
 from qdiff_jax.observe.archive import load_record, save_record

@@ -57,7 +57,7 @@ from experiments.compare_runs import (
     parse_overrides,
 )
 from experiments.made_once import attempt, is_finished
-from experiments.quantize import prepare
+from experiments.quantize_job import prepare
 from qdiff_jax.runtime.cache import enable_compile_cache
 from qdiff_jax.runtime.progress import log_progress
 

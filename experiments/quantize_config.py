@@ -1,7 +1,7 @@
-"""What a config of `experiments.quantize` holds, and the checks that cost nothing.
+"""What a config of `experiments.quantize` holds, and what can be said of it without the model.
 
-Everything that a config can get wrong is found here, before the workdir is claimed and before the
-first minute of work: a typo must cost neither.
+Everything that a config can get wrong is found here and in `quantize_job`, before the workdir is claimed and
+before the first minute of work: a typo must cost neither.
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
 from experiments.quantize_images import TrainingImages
 from qdiff_jax.config import to_dataclass
-from qdiff_jax.diffusion.guidance import branches
-from qdiff_jax.eval.samples import guidance_of
 from qdiff_jax.methods.closed_form import check_rounding
 from qdiff_jax.methods.efficientdm import EfficientDMConfig
 from qdiff_jax.methods.ptq4dit import PTQ4DiTConfig
@@ -23,9 +19,6 @@ from qdiff_jax.methods.recipes import JOIN, PARTS
 from qdiff_jax.methods.registry import (
     BINARY,
     METHODS,
-    MethodSettings,
-    check_rounds,
-    deciding,
     methods_of,
 )
 from qdiff_jax.methods.svdquant import SvdQuantConfig
@@ -33,18 +26,12 @@ from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.methods.tfmq import VARIANTS
 from qdiff_jax.models.load_pipeline import Parts
-from qdiff_jax.observe.capture import batch_bounds
-from qdiff_jax.stages.calibrate import ActivationConfig
-from qdiff_jax.stages.layer_rounding import ClosedFormConfig
-from qdiff_jax.stages.reconstruct import ReconstructConfig
 from qdiff_jax.stages.row_weights import RULES
 from qdiff_jax.stages.skip_split import SPLITS
 from qdiff_jax.stages.train_binary import BinaryTrainConfig
 
 # Selectors that draw one step for each item.
 DRAWING = ("ndtc", "random_steps", "one_step")
-# Methods that calibrate activations on the set of their weights.
-ONE_SET = {"ptq4dm", "qdiffusion", "ptq4dit", "csb"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,34 +232,9 @@ def read_config(config: Any) -> QuantizeConfig:
     (a ConfigDict sorts its keys). Raises ValueError naming the key.
     """
     config = to_dataclass(QuantizeConfig, config)
+    variants = {name: _variant(name, given, config) for name, given in config.variants.items()}
+    _check_choices(config)
     order = list(METHODS)
-    variants = {}
-    for name, values in config.variants.items():
-        where = f"config.variants.{name}"
-        if name == "fp32":
-            raise ValueError(f"{where}: this name belongs to full precision; choose another.")
-        variant = to_dataclass(VariantConfig, values, where)
-        try:
-            parts = methods_of(variant.method, config.ptqd.base)
-        except ValueError as error:
-            raise ValueError(f"{where}.method: {error}") from error
-        for side in ("w_bits", "a_bits"):
-            bits = getattr(variant, side)
-            if bits == 1 and side == "w_bits":
-                decide = [p for p in parts if {"codes", "training"} & set(PARTS[p].kinds)]
-                if variant.method in BINARY or (
-                    JOIN in variant.method and set(decide) <= set(BINARY)
-                ):
-                    continue
-                raise ValueError(
-                    f"{where}.w_bits is 1, and {variant.method} rounds on uniform grids; binary weights "
-                    f"are for {BINARY}, or choose 2 to 8."
-                )
-            if bits not in (0, 32, *range(2, 9)):
-                raise ValueError(
-                    f"{where}.{side} is {bits}; choose 2 to 8, or 32 for full precision."
-                )
-        variants[name] = variant
 
     def place(item):
         _, variant = item
@@ -280,6 +242,35 @@ def read_config(config: Any) -> QuantizeConfig:
         first = order.index(PARTS[parts[0]].method)
         return -variant.w_bits, -variant.a_bits, len(parts), first
 
+    return dataclasses.replace(config, variants=dict(sorted(variants.items(), key=place)))
+
+
+def _variant(name: str, values: Any, config: QuantizeConfig) -> VariantConfig:
+    where = f"config.variants.{name}"
+    if name == "fp32":
+        raise ValueError(f"{where}: this name belongs to full precision; choose another.")
+    variant = to_dataclass(VariantConfig, values, where)
+    try:
+        parts = methods_of(variant.method, config.ptqd.base)
+    except ValueError as error:
+        raise ValueError(f"{where}.method: {error}") from error
+    for side in ("w_bits", "a_bits"):
+        bits = getattr(variant, side)
+        if bits == 1 and side == "w_bits":
+            decide = [p for p in parts if {"codes", "training"} & set(PARTS[p].kinds)]
+            if variant.method in BINARY or (JOIN in variant.method and set(decide) <= set(BINARY)):
+                continue
+            raise ValueError(
+                f"{where}.w_bits is 1, and {variant.method} rounds on uniform grids; binary weights "
+                f"are for {BINARY}, or choose 2 to 8."
+            )
+        if bits not in (0, 32, *range(2, 9)):
+            raise ValueError(f"{where}.{side} is {bits}; choose 2 to 8, or 32 for full precision.")
+    return variant
+
+
+def _check_choices(config: QuantizeConfig) -> None:
+    """Raise ValueError for a word or number outside its choices."""
     check_rounding(config.rounding)
     if config.efficientdm.weighted and config.closed_form.step_weights == "uniform":
         raise ValueError(
@@ -310,94 +301,3 @@ def read_config(config: Any) -> QuantizeConfig:
             raise ValueError(f"config.{key} is {value!r}; use one of {allowed}.")
     if config.calibration.std < 0:
         raise ValueError(f"config.calibration.std is {config.calibration.std}; it is not negative.")
-    return dataclasses.replace(config, variants=dict(sorted(variants.items(), key=place)))
-
-
-def method_settings(config: QuantizeConfig) -> MethodSettings:
-    """The knobs of every method. Raises ValueError for one outside its choices."""
-    fields = dataclasses.asdict(config.reconstruct)
-    phase = {
-        name: fields.pop(name) for name in ("activation_steps", "activation_lr", "activation_batch")
-    }
-    # Several CPU devices share the same cores: they gain nothing, and the figures would depend on them.
-    devices = 1 if jax.default_backend() == "cpu" else len(jax.devices())
-    rounding = dataclasses.asdict(config.closed_form)
-    tune_steps, _ = rounding.pop("tune_steps"), rounding.pop("step_weights")
-    return MethodSettings(
-        weights=ReconstructConfig(**fields, devices=devices),
-        activations=ActivationConfig(**dataclasses.asdict(config.activations)),
-        **phase,
-        variant=config.tfmq_variant,
-        tiar=config.tfmq_tiar,
-        fsc=config.tfmq_fsc,
-        freeze=config.tfmq_freeze,
-        faithful_margin=config.tfmq_margin,
-        tfmq_split=config.tfmq_split,
-        rounding=config.rounding,
-        closed_form=ClosedFormConfig(
-            **rounding,
-            walk_batch=config.reconstruct.walk_batch,
-            memory_mib=config.reconstruct.memory_mib,
-            devices=devices,
-        ),
-        tune_steps=tune_steps,
-        split=config.qdiffusion_split,
-        ptqd=config.ptqd,
-        tdq=config.tdq,
-        tcaq=config.tcaq,
-        ptq4dit=config.ptq4dit,
-        svdquant=config.svdquant,
-        efficientdm=config.efficientdm,
-        binarydm=config.binarydm,
-    )
-
-
-def settings_of(config: QuantizeConfig, settings: MethodSettings, name: str) -> MethodSettings:
-    """The settings of the variant `name`. Rounding to nearest is what others are compared with, and stays so
-    beside variants that are rounded as the config asks.
-
-    Raises ValueError for `config.rounding` asked of a method that decides its codes in a way of its own, or
-    where there is nothing but rounding to nearest.
-    """
-    base = config.ptqd.base
-    decide = {v: deciding(asked.method, base) for v, asked in config.variants.items()}
-    if decide[name] == "rtn" and set(decide.values()) != {"rtn"}:
-        return dataclasses.replace(settings, rounding=MethodSettings.rounding)
-    check_rounds(config.variants[name].method, settings)
-    return settings
-
-
-def check_sizes(config: QuantizeConfig, steps: int) -> None:
-    """Raise ValueError for a batch that does not divide its calibration set, before anything ran.
-
-    steps: of the sampler's plan, which may be a few more than the config asks for.
-    """
-    calibration = config.calibration
-    if not 1 <= calibration.weight_steps <= steps:
-        raise ValueError(
-            f"config.calibration.weight_steps is {calibration.weight_steps}; choose 1 to {steps}, "
-            "the steps of the sampler."
-        )
-    # Any label does: only the number of branches counts.
-    rows = calibration.samples * len(branches(guidance_of(config.sampler.guidance_scale, 0)))
-    items = rows * len(range(0, steps, steps // calibration.weight_steps))
-    if calibration.selector in DRAWING:
-        if calibration.selector == "one_step" and not 0 <= calibration.position < steps:
-            raise ValueError(
-                f"config.calibration.position is {calibration.position}; choose 0 to {steps - 1}."
-            )
-        items = (calibration.count or calibration.samples) * (rows // calibration.samples)
-    activations = config.activations.batch_size
-    batches = [
-        ("reconstruct.walk_batch", items, config.reconstruct.walk_batch),
-        ("activations.batch_size", rows * steps, min(activations, rows * steps)),
-    ]
-    if {
-        part for v in config.variants.values() for part in methods_of(v.method, config.ptqd.base)
-    } & ONE_SET:
-        batches.append(("activations.batch_size", items, min(activations, items)))
-    for name, size, batch in batches:
-        try:
-            batch_bounds(size, batch)
-        except ValueError as error:
-            raise ValueError(f"config.{name}: {error}") from error

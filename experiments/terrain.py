@@ -22,7 +22,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import command_line
-from experiments.quantize_config import FREE_TO_CHANGE, QuantizeConfig, method_settings, read_config
+from experiments.quantize_config import FREE_TO_CHANGE, QuantizeConfig, read_config
+from experiments.quantize_settings import method_settings
 from qdiff_jax.config import claim_workdir
 from qdiff_jax.diffusion.consistency import SIGMA_MAX, denoised, preconditioning
 from qdiff_jax.eval.agreement import sqnr_db

@@ -6,7 +6,8 @@ import pytest
 
 from configs import quickstart
 from experiments.analyze import prepare as analyze
-from experiments.quantize import prepare, quantize
+from experiments.quantize import quantize
+from experiments.quantize_job import prepare
 from qdiff_jax.diffusion.flow import flow_euler, flow_sigmas
 from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.eval.report import read_report

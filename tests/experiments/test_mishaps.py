@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments.quantize import prepare, quantize, trajectories
+from experiments.quantize import quantize
+from experiments.quantize_job import prepare
+from experiments.quantize_sets import trajectories
 from experiments.sample import sample_bundle
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.samples import draw_samples

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.quantize import claim_prompts, prepare, quantize
-from experiments.quantize_config import check_sizes, read_config
+from experiments.quantize import claim_prompts, quantize
+from experiments.quantize_config import read_config
+from experiments.quantize_job import prepare
+from experiments.quantize_settings import check_sizes
 from experiments.sample import asked_for, sample_bundle
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.report import read_report

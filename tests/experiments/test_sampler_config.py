@@ -11,9 +11,9 @@ from configs import quickstart
 from configs.methods import efficientdm
 from experiments.evaluate_config import protocol
 from experiments.evaluate_config import read_config as read_evaluation
-from experiments.quantize import prepare, sampling_of
 from experiments.quantize_config import SamplerConfig
 from experiments.quantize_config import read_config as read_quantization
+from experiments.quantize_job import prepare, sampling_of
 from qdiff_jax.diffusion.euler import euler
 from qdiff_jax.diffusion.protocols import PROTOCOLS
 from qdiff_jax.diffusion.samplers import ddim

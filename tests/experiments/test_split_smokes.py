@@ -7,7 +7,8 @@ import runpy
 import numpy as np
 import pytest
 
-from experiments.quantize import prepare, quantize
+from experiments.quantize import quantize
+from experiments.quantize_job import prepare
 from experiments.sample import sample_bundle
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.report import read_report

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.quantize import calibration_sets, prepare, step_weights, trajectories
+from experiments.quantize_job import prepare
+from experiments.quantize_sets import calibration_sets, step_weights, trajectories
 from qdiff_jax.config import load_config
 from qdiff_jax.methods import closed_form
 from qdiff_jax.methods.registry import build

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.quantize import quantize
-from experiments.quantize_config import method_settings, read_config
+from experiments.quantize_config import read_config
+from experiments.quantize_settings import method_settings
 from experiments.sample import sample_bundle
 from qdiff_jax.config import flatten, load_config
 from qdiff_jax.diffusion.schedule import make_schedule

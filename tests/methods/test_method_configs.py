@@ -5,8 +5,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments.quantize import calibration_sets, prepare
-from experiments.quantize_config import check_sizes, method_settings, read_config
+from experiments.quantize_config import read_config
+from experiments.quantize_job import prepare
+from experiments.quantize_sets import calibration_sets
+from experiments.quantize_settings import check_sizes, method_settings
 from qdiff_jax.config import load_config
 from qdiff_jax.methods.registry import _second_phase
 from qdiff_jax.methods.tfmq import tfmq

@@ -7,8 +7,9 @@ import runpy
 import numpy as np
 import pytest
 
-from experiments.quantize import prepare, quantize
+from experiments.quantize import quantize
 from experiments.quantize_config import read_config
+from experiments.quantize_job import prepare
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.report import read_report
 from qdiff_jax.export.qtensor import QTensor, codes

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments.quantize import prepare
-from experiments.quantize_config import method_settings, read_config, settings_of
+from experiments.quantize_config import read_config
+from experiments.quantize_job import prepare
+from experiments.quantize_settings import method_settings, settings_of
 from qdiff_jax.config import load_config
 from qdiff_jax.export.qtensor import QTensor
 from qdiff_jax.methods.own_rounding import READING

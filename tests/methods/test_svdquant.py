@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments.quantize import prepare, quantize
-from experiments.quantize_config import method_settings, read_config
+from experiments.quantize import quantize
+from experiments.quantize_config import read_config
+from experiments.quantize_job import prepare
+from experiments.quantize_settings import method_settings
 from experiments.sample import sample_bundle
 from qdiff_jax.branch import low_rank
 from qdiff_jax.config import load_config

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.quantize import quantize
-from experiments.quantize_config import method_settings, read_config
+from experiments.quantize_config import read_config
+from experiments.quantize_settings import method_settings
 from qdiff_jax.config import load_config
 from qdiff_jax.export.bundle import load_bundle
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
