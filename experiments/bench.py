@@ -41,7 +41,8 @@ from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.models.program import units_with_projections
 from qdiff_jax.models.unet_ddpm import UNetConfig
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.named_policies import policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.sites import list_sites
 
 # The shipped network's sizes (see its card); speed does not depend on its weights.

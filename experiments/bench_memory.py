@@ -24,9 +24,10 @@ from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.models import registry
 from qdiff_jax.models.families import example_inputs
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.observe.sources import online
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.sites import SiteQuant, flatten_sites, list_sites, nest_sites, side_of
 from qdiff_jax.stages.finetune import FinetuneConfig, Phase, finetune

@@ -46,8 +46,9 @@ from qdiff_jax.models.port import dit, unet_ldm
 from qdiff_jax.models.published import PUBLISHED
 from qdiff_jax.models.registry import from_config, predictor
 from qdiff_jax.models.unet_ldm import UNetLDMConfig
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import step_context
 from qdiff_jax.runtime.progress import log_progress
 from qdiff_jax.runtime.state_dicts import load_state_dict

@@ -34,7 +34,8 @@ from qdiff_jax.eval.site_table import (
 from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.models import registry
 from qdiff_jax.models.published import PUBLISHED
-from qdiff_jax.policy import POLICIES, SitePlan, make_plan, policy
+from qdiff_jax.named_policies import POLICIES, policy
+from qdiff_jax.policy import SitePlan, make_plan
 from qdiff_jax.sites import Site
 from qdiff_jax.stages.group_grids import group_plan
 

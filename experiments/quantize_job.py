@@ -21,8 +21,9 @@ from qdiff_jax.methods.registry import (
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.models import registry
 from qdiff_jax.models.load_pipeline import load_pipeline
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.sources import Sampling, make_source
-from qdiff_jax.policy import SitePlan, make_plan, policy
+from qdiff_jax.policy import SitePlan, make_plan
 from qdiff_jax.sites import Site, list_sites
 from qdiff_jax.stages.noising import Images
 

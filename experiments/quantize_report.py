@@ -21,10 +21,11 @@ from qdiff_jax.eval.samples import FIRST_INDEX, Samples, draw_samples
 from qdiff_jax.export.bundle import stored_bytes
 from qdiff_jax.methods.run import Loaded, is_modulation_folded, load_for_sampling, make_sampler
 from qdiff_jax.models import registry
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.archive import load_arrays, load_record, save_arrays, save_record
 from qdiff_jax.observe.selectors import every_step
 from qdiff_jax.observe.trajectory import Trajectory
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.runtime.progress import progress
 from qdiff_jax.stages.calibrate import ranges_by_step
 

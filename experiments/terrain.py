@@ -34,9 +34,10 @@ from qdiff_jax.models.families import example_inputs, make_module, parameter_sha
 from qdiff_jax.models.port.terrain import CONFIG, load_terrain
 from qdiff_jax.models.registry import predictor, random_params
 from qdiff_jax.models.unet_ldm import UNetLDMConfig
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.archive import load_record, save_record
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import step_context
 from qdiff_jax.runtime.cache import enable_compile_cache
 from qdiff_jax.runtime.progress import log_progress

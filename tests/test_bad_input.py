@@ -14,8 +14,9 @@ from qdiff_jax.diffusion.sample import sample
 from qdiff_jax.methods.registry import METHODS, build
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.models import registry
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.archive import load_arrays, save_arrays
-from qdiff_jax.policy import Rule, make_plan, policy
+from qdiff_jax.policy import Rule, make_plan
 from qdiff_jax.quant.qparams import from_range
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.quant.timed import TimeIndexed

@@ -4,18 +4,16 @@ import json
 
 import pytest
 
+from qdiff_jax.named_policies import POLICIES, last_weight_site, policy
 from qdiff_jax.operators import DENSE, PV, QK, same_conv
 from qdiff_jax.policy import (
     ACTIVATION,
     ALWAYS_ZERO,
     BINARY_WEIGHT,
-    POLICIES,
     WEIGHT,
     Rule,
-    last_weight_site,
     make_plan,
     plan_from_json,
-    policy,
 )
 from qdiff_jax.sites import Site
 

@@ -14,7 +14,8 @@ from flax import linen as nn
 from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.models.program import Node
 from qdiff_jax.models.unet_ddpm import UNetConfig, UNetDDPM, unet_program
-from qdiff_jax.policy import SitePlan, make_plan, policy
+from qdiff_jax.named_policies import policy
+from qdiff_jax.policy import SitePlan, make_plan
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.timed import TimeIndexed
 from qdiff_jax.sites import Site, SiteQuant, list_sites, nest_sites

@@ -16,9 +16,10 @@ from qdiff_jax.methods.rtn import rtn
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.program import temporal_nodes
 from qdiff_jax.models.registry import DiffusionModel, predictor
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import every_step
 from qdiff_jax.observe.trajectory import Trajectory, record_trajectories
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.sites import Site, list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage

@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 
 from qdiff_jax.models.families import example_inputs
+from qdiff_jax.named_policies import embedding_and_ends
 from qdiff_jax.observe.quantization_noise import Paired
 from qdiff_jax.observe.sources import Sampling, SourceConfig, make_source
-from qdiff_jax.policy import SitePlan, embedding_and_ends
+from qdiff_jax.policy import SitePlan
 from qdiff_jax.quant.step_tables import check_served
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations

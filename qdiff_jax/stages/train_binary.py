@@ -12,37 +12,24 @@ Source: Zheng et al. 2025 (arXiv:2404.05662, version 5); progressive binarizatio
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 
-from qdiff_jax.models.program import Unit, apply_unit, subtrees
-from qdiff_jax.observe.capture import run_unit
-from qdiff_jax.runtime.remat import recomputed_unit
-from qdiff_jax.stages.binary_student import decide_student, split_student, student
+from qdiff_jax.stages.binary_step import batch_of, initial_moments, make_step, prediction_error
+from qdiff_jax.stages.binary_student import decide_student, split_student
 from qdiff_jax.stages.block_groups import image_blocks, tapped_program
-from qdiff_jax.stages.feature_mimicking import mimicking_loss, projections
-from qdiff_jax.stages.noising import Images, Noising, noised
+from qdiff_jax.stages.feature_mimicking import projections
+from qdiff_jax.stages.noising import Images, Noising
 from qdiff_jax.stages.quantize_phases import Phase
 from qdiff_jax.stages.reconstruct_time_scales import step_inputs
 from qdiff_jax.stages.resume_settings import described
 from qdiff_jax.stages.stage import Model, QuantState, Stage
 from qdiff_jax.stages.whole_network import Carry, train_whole
-
-# Kinds of trainables, see `binary_student.split_student`. Before an operand is quantized, the numbers of its
-# quantizer rest, decay and moments included: Adam would make whole steps of whatever small gradient they have.
-NETWORK = ("kernels", "others")
-QUANTIZERS = {
-    "steps": ":weight",
-    "second": ":weight",
-    "activations": "",
-}  # name + this: the operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +144,7 @@ def train_binary(
         weights = {"tau": np.float32(config.tau), "lrm": np.float32(config.lrm)}
         frozen |= {"weights": weights, "directions": []}
         if taps:
-            first = _batch(arrays, np.arange(min(config.lrm_samples, size)), state.key, noising)
+            first = batch_of(arrays, np.arange(min(config.lrm_samples, size)), state.key, noising)
             first = {name: np.asarray(first[name]) for name in unit.inputs}
             frozen["directions"] = projections(
                 unit, model.params, first, config.divisor, config.batch_size
@@ -167,7 +154,7 @@ def train_binary(
     def optimizer(trainable):
         gate = {"open": np.float32(bool(trainable["second"])), "at": np.float32(-1)}
         ratio = {"as_trained": np.float32(np.nan), "without": np.float32(np.nan)}
-        return {"adam": _initial_moments(trainable), "ema": trainable, "gate": {**gate, **ratio}}
+        return {"adam": initial_moments(trainable), "ema": trainable, "gate": {**gate, **ratio}}
 
     def inputs(state: QuantState, first: int, stop: int):
         rows, rates, keys = step_inputs(config, state.key, size, 0, first, stop)
@@ -188,8 +175,10 @@ def train_binary(
         if not float(gate["open"]):
             return carry
         rows = np.arange(min(config.gate_samples, others))
-        batch = _batch(judged, rows, carry.state.key, judged_noising)
-        kept, dropped = (_error(unit, model, carry, carry.step, g, batch) for g in (1.0, 0.0))
+        batch = batch_of(judged, rows, carry.state.key, judged_noising)
+        kept, dropped = (
+            prediction_error(unit, model, carry, carry.step, g, batch) for g in (1.0, 0.0)
+        )
         passed = dropped <= (1.0 + config.tolerance) * kept
         if not passed and carry.step < points[-1]:
             return carry
@@ -231,7 +220,7 @@ def train_binary(
         config.steps,
         begin,
         inputs,
-        _make_step(unit, noising, config.weight_decay, config.ema, config.remat),
+        make_step(unit, noising, config.weight_decay, config.ema, config.remat),
         finish,
         save_seconds=config.save_seconds,
         optimizer=optimizer,
@@ -288,106 +277,3 @@ def _example(arrays: Mapping) -> dict:
     """{"x", "t", "y"} of one sample, for shapes alone."""
     x, y = (arrays.get(own, arrays.get(other)) for own, other in (("x", "images"), ("y", "labels")))
     return {"x": x[:1], "t": np.zeros(1, np.float32), "y": jax.tree.map(lambda leaf: leaf[:1], y)}
-
-
-def _batch(arrays: Mapping, rows, key: jax.Array, noising: Noising | None) -> dict:
-    """{"x", "t", "y", "eps_fp"} of some rows."""
-    taken = jax.tree.map(lambda leaf: jnp.take(jnp.asarray(leaf), rows, axis=0), dict(arrays))
-    if noising is None:
-        return taken
-    return noised(key, noising, taken["images"], taken["labels"])
-
-
-def _forward(unit: Unit, params: Mapping, quant: Mapping, batch: Mapping, remat: bool = False):
-    given = tuple(batch[name] for name in unit.inputs)
-    apply = recomputed_unit if remat else apply_unit
-    return apply(unit.signature, subtrees(params, unit), subtrees(quant, unit), given)
-
-
-@functools.lru_cache(maxsize=16)
-def _make_step(
-    unit: Unit, noising: Noising | None, weight_decay: float, ema: float, remat: bool = False
-):
-    adam = optax.scale_by_adam()
-
-    def objective(trainable, frozen, batch, step, gate):
-        *made, prediction = _forward(unit, *student(trainable, frozen, step, gate), batch, remat)
-        prediction = prediction[..., : batch["eps_fp"].shape[-1]].astype(jnp.float32)
-        loss = jnp.mean((prediction - batch["eps_fp"]) ** 2)
-        if trainable["second"]:
-            loss = loss + frozen["weights"]["tau"] * gate * _mean_second(trainable["second"])
-        if frozen["directions"]:
-            empty: dict = {name: {} for name in unit.nodes}
-            full = _forward(unit, frozen["params"], empty, batch)[:-1]
-            followed = mimicking_loss(made, full, frozen["directions"])
-            loss = loss + frozen["weights"]["lrm"] * followed
-        return loss
-
-    def moved(weights, slopes, before, lr):
-        with jax.numpy_dtype_promotion("standard"):
-            updates, after = adam.update(slopes, before)
-        return jax.tree.map(lambda w, u: w - lr * (u + weight_decay * w), weights, updates), after
-
-    def step(carry, inputs, fixed):
-        number, rows, lr, key_data = inputs
-        batch = _batch(fixed["data"], rows, jax.random.wrap_key_data(key_data), noising)
-        held = carry["optimizer"]
-        loss, gradients = jax.value_and_grad(objective)(
-            carry["trainable"], fixed, batch, number, held["gate"]["open"]
-        )
-        trainable, moments = {}, {}
-        for kind, leaves in carry["trainable"].items():
-            given = (gradients[kind], held["adam"][kind])
-            if kind in NETWORK:
-                trainable[kind], moments[kind] = moved(leaves, *given, lr)
-                continue
-            trainable[kind], moments[kind] = {}, {}
-            for name, leaf in leaves.items():
-                slope, before = (tree[name] for tree in given)
-                start = fixed["starts"].get(name + QUANTIZERS[kind])
-                made = moved(leaf, slope, before, lr)
-                if start is not None:
-                    made = _chosen(number >= start, made, (leaf, before))
-                trainable[kind][name], moments[kind][name] = made
-        n = number.astype(jnp.float32) - jnp.maximum(held["gate"]["at"], 0.0)
-        decay = jnp.minimum(ema, (1.0 + n) / (10.0 + n))
-        average = jax.tree.map(lambda old, new: new + decay * (old - new), held["ema"], trainable)
-        held = {"adam": moments, "ema": average, "gate": held["gate"]}
-        return {**carry, "trainable": trainable, "optimizer": held}, loss
-
-    return step
-
-
-def _initial_moments(trainable: Mapping) -> dict:
-    """Adam's state by kind; every number of a quantizer has a state, and so a count, of its own."""
-    adam = optax.scale_by_adam()
-    made = {kind: adam.init(trainable[kind]) for kind in NETWORK}
-    own = {k: {n: adam.init(leaf) for n, leaf in trainable[k].items()} for k in QUANTIZERS}
-    return {**made, **own}
-
-
-def _chosen(begun: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(begun, a, b), new, old)
-
-
-def _mean_second(second: Mapping[str, jax.Array]) -> jax.Array:
-    """The mean over layers of the mean |sigma_II|; its gradient at 0 is 0, where `jnp.abs` has 1."""
-    terms = [jnp.mean(s * jax.lax.stop_gradient(jnp.sign(s))) for s in second.values()]
-    return sum(terms) / len(terms)
-
-
-def _error(unit: Unit, model: Model, carry: Carry, step: int, gate: float, batch) -> float:
-    """Mean squared difference of the prediction from the teacher's, as a share of the teacher's square."""
-    given = tuple(batch[name] for name in unit.inputs)
-    empty = tuple({} for _ in unit.nodes)
-    full = run_unit(unit.signature, subtrees(model.params, unit), empty, given, None)[-1]
-    frozen = {name: leaf for name, leaf in carry.fixed.items() if name != "data"}
-    made = _predict(unit, carry.work["trainable"], frozen, np.int32(step), np.float32(gate), batch)
-    channels = batch["eps_fp"].shape[-1]  # those of the objective
-    made, full = (np.asarray(v, np.float64)[..., :channels] for v in (made, full))
-    return float(np.sum((made - full) ** 2) / np.sum(full**2))
-
-
-@functools.partial(jax.jit, static_argnames="unit")
-def _predict(unit, trainable, frozen, step, gate, batch):
-    return _forward(unit, *student(trainable, frozen, step, gate), batch)[-1]

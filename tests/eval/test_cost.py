@@ -9,8 +9,9 @@ from qdiff_jax.eval.cost import network_cost, operand_bits, planned_cost, site_m
 from qdiff_jax.export.qtensor import from_codes
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.registry import miniature
+from qdiff_jax.named_policies import policy
 from qdiff_jax.operators import DENSE, PV, QK, plain, same_conv
-from qdiff_jax.policy import ACTIVATION, BINARY_WEIGHT, make_plan, policy
+from qdiff_jax.policy import ACTIVATION, BINARY_WEIGHT, make_plan
 from qdiff_jax.quant.binary import BinaryWeight, second_basis, single_basis
 from qdiff_jax.quant.either import LOG2, UNIFORM
 from qdiff_jax.quant.qparams import dynamic_qparams, from_range

@@ -6,7 +6,7 @@ import sys
 
 from experiments.command_line import sentence_of
 from qdiff_jax.config import parse_arg
-from qdiff_jax.policy import policy
+from qdiff_jax.named_policies import policy
 
 from ..main_job import ROOT, environment
 

@@ -17,7 +17,8 @@ import pytest
 from qdiff_jax.diffusion.consistency import denoised, preconditioning
 from qdiff_jax.models.families import make_module, program_of
 from qdiff_jax.models.port.terrain import CONFIG, MEMBER, load_terrain, onnx_file
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.named_policies import policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.runtime.onnx_files import load_onnx
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage

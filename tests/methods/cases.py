@@ -21,11 +21,12 @@ from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.methods.tcaq import TcaqConfig
 from qdiff_jax.methods.tdq import TdqConfig
 from qdiff_jax.models.unet_ddpm import UNetConfig
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.quantization_noise import Paired, paired
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.observe.sources import Sampling, SourceConfig
 from qdiff_jax.observe.trajectory import Trajectory
-from qdiff_jax.policy import Rule, SitePlan, make_plan, policy
+from qdiff_jax.policy import Rule, SitePlan, make_plan
 from qdiff_jax.stages.batch_ranges import BatchRangeConfig
 from qdiff_jax.stages.calibrate import ActivationConfig
 from qdiff_jax.stages.finetune import FinetuneConfig

@@ -13,8 +13,9 @@ from qdiff_jax.methods.rtn import rtn
 from qdiff_jax.methods.tfmq import tfmq
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.registry import load
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import select, step_context
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig

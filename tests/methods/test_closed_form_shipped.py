@@ -17,9 +17,10 @@ from qdiff_jax.eval import variant
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.models import registry
 from qdiff_jax.models.program import units_with_projections
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import every_step
 from qdiff_jax.observe.trajectory import record_trajectories
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages import closed_form as stage_module
 from qdiff_jax.stages.layer_rounding import ClosedFormConfig

@@ -18,10 +18,11 @@ from qdiff_jax.export.integer import integer_op, simulated_op
 from qdiff_jax.methods.efficientdm import EfficientDMConfig, efficientdm, left_alone, phases_of
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.registry import from_config, miniature
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.archive import load_arrays
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.observe.sources import Sampling, SourceConfig
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import TimeIndexed, select, step_context
 from qdiff_jax.sites import flatten_sites, list_sites
 from qdiff_jax.stages.qalora import QALoRAConfig

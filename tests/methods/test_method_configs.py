@@ -10,7 +10,7 @@ from experiments.quantize_job import prepare
 from experiments.quantize_sets import calibration_sets
 from experiments.quantize_settings import check_sizes, method_settings
 from qdiff_jax.config import load_config
-from qdiff_jax.methods.registry import _second_phase
+from qdiff_jax.methods.builders import second_phase
 from qdiff_jax.methods.tfmq import tfmq
 from qdiff_jax.observe.trajectory import Trajectory
 from qdiff_jax.stages.progressive import round_configs
@@ -40,7 +40,7 @@ def test_ptqd_stands_on_brecq_as_in_its_paper():
     settings = method_settings(config)
     assert (config.ptqd.base, config.ptqd.per_tensor) == ("brecq", True)
     assert (settings.weights.steps, settings.weights.batch_size) == (10_000, 8)
-    phase = _second_phase(settings)
+    phase = second_phase(settings)
     assert (phase.steps, phase.batch_size, phase.p) == (5_000, 16, 2.4)
     assert (config.calibration.selector, config.calibration.count) == ("random_steps", 1024)
     assert not read("ptqd", "base=rtn").ptqd.per_tensor
@@ -50,7 +50,7 @@ def test_ptqd_stands_on_brecq_as_in_its_paper():
 def test_the_second_phase_has_its_own_length_everywhere():
     settings = method_settings(read("qdiffusion", "laptop"))
     assert settings.weights.temporal_steps == 2000
-    phase = _second_phase(settings)
+    phase = second_phase(settings)
     assert (phase.steps, phase.temporal_steps) == (40, 0)
     assert phase.batch_size == settings.weights.batch_size
 

@@ -13,7 +13,7 @@ import pytest
 
 from qdiff_jax.export.bundle import load_bundle, save_bundle
 from qdiff_jax.methods.registry import METHODS
-from qdiff_jax.policy import POLICIES
+from qdiff_jax.named_policies import POLICIES
 from qdiff_jax.quant.timed import select, step_context
 from qdiff_jax.sites import flatten_sites
 from qdiff_jax.stages.correct import CORRECTION

@@ -25,10 +25,11 @@ from qdiff_jax.models.program import (
     units_with_projections,
     units_with_time_block,
 )
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import every_step
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.observe.trajectory import record_trajectories
-from qdiff_jax.policy import ACTIVATION, Rule, make_plan, policy
+from qdiff_jax.policy import ACTIVATION, Rule, make_plan
 from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.timed import select, step_context
 from qdiff_jax.sites import SiteQuant, flatten_sites, list_sites, nest_sites

@@ -9,8 +9,9 @@ import pytest
 from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, check_network
 from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes, program_of
 from qdiff_jax.models.pixart import PixArtConfig
+from qdiff_jax.named_policies import POLICIES, policy
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.policy import POLICIES, make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import select, step_context
 from qdiff_jax.sites import flatten_sites, list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from qdiff_jax.eval import variant
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import ndtc, one_step
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.stages.batch_ranges import BatchRangeConfig, calibrate_by_batch
 from qdiff_jax.stages.skip_split import split_skips
 from qdiff_jax.stages.stage import initial_state, run_stage

@@ -24,9 +24,10 @@ from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.methods.svdquant import SvdQuantConfig
 from qdiff_jax.models import registry
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import every_step
 from qdiff_jax.observe.trajectory import record_trajectories
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.low_rank_branches import BranchConfig
 from qdiff_jax.stages.stage import fold_weights, initial_state, run_stage

@@ -13,8 +13,9 @@ from qdiff_jax.methods.registry import CalibrationSets, MethodSettings, build, c
 from qdiff_jax.models.families import example_inputs, make_module, model_json, parameter_shapes
 from qdiff_jax.models.registry import from_config
 from qdiff_jax.models.unet_ldm import UNetLDMConfig, unet_ldm_program
+from qdiff_jax.named_policies import POLICIES, policy
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.policy import POLICIES, make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import TimeIndexed, select, step_context
 from qdiff_jax.sites import flatten_sites, list_sites
 from qdiff_jax.stages.calibrate import ActivationConfig

@@ -18,7 +18,8 @@ from qdiff_jax.models.program import (
     units_with_time_block,
 )
 from qdiff_jax.models.registry import predictor
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.named_policies import policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import TimeIndexed, step_context
 from qdiff_jax.sites import SiteQuant, list_sites, nest_sites
 

@@ -29,7 +29,8 @@ from qdiff_jax.models.port.pixart import (
 )
 from qdiff_jax.models.program import check_order, temporal_nodes, units_with_time_block
 from qdiff_jax.models.registry import predictor
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.named_policies import policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import step_context
 from qdiff_jax.sites import list_sites
 

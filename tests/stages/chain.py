@@ -13,11 +13,12 @@ from flax import linen as nn
 
 from qdiff_jax.models.program import Node, run_program, subtrees, units_with_time_block
 from qdiff_jax.models.unet_ddpm import TimeEmbedding, TimeProjection, conv
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.capture import run_unit
 from qdiff_jax.observe.selectors import CalibrationSet
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.operators import QK
-from qdiff_jax.policy import make_plan, policy
+from qdiff_jax.policy import make_plan
 from qdiff_jax.quant.timed import step_context
 from qdiff_jax.sites import SiteQuant, flatten_sites, list_sites, nest_sites, op
 from qdiff_jax.stages.stage import Model, fold_weights, initial_state, run_stage

@@ -11,8 +11,9 @@ from qdiff_jax.methods.run import is_modulation_folded, run_method
 from qdiff_jax.models import registry
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.folds import folds_of
+from qdiff_jax.named_policies import policy
 from qdiff_jax.observe.selectors import CalibrationSet
-from qdiff_jax.policy import ACTIVATION, WEIGHT, Rule, make_plan, policy
+from qdiff_jax.policy import ACTIVATION, WEIGHT, Rule, make_plan
 from qdiff_jax.quant.smoothing import weight_magnitude
 from qdiff_jax.sites import list_sites
 from qdiff_jax.stages.balance import FOLDED, BalanceConfig, balance_channels

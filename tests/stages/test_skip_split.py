@@ -6,7 +6,8 @@ import pytest
 from qdiff_jax.models import registry
 from qdiff_jax.models.families import example_inputs
 from qdiff_jax.models.unet_ddpm import UNetConfig
-from qdiff_jax.policy import ACTIVATION, Rule, make_plan, policy
+from qdiff_jax.named_policies import policy
+from qdiff_jax.policy import ACTIVATION, Rule, make_plan
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.stages.skip_split import skip_boundaries, split_plan, split_skips
 from qdiff_jax.stages.stage import Model, initial_state, run_stage

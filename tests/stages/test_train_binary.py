@@ -16,6 +16,7 @@ from qdiff_jax.export.qtensor import QTensor, codes
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.timed import from_rows
 from qdiff_jax.sites import flatten_sites
+from qdiff_jax.stages import binary_step
 from qdiff_jax.stages import train_binary as module
 from qdiff_jax.stages.binary_student import decide_student, split_student, student
 from qdiff_jax.stages.calibrate import ActivationConfig, calibrate_activations
@@ -273,10 +274,10 @@ class TestTransition:
         carry = made.init(start(), None)
         unit = module.tapped_program(chain.PROGRAM, ())
         batch = {"x": data().x[:2], "t": data().t[:2], "y": None, "eps_fp": data().eps_fp[:2]}
-        plain = module._error(unit, chain.model(), carry, 0, 1.0, batch)
-        predict = module._predict
-        monkeypatch.setattr(module, "_predict", lambda *a: predict(*a).at[..., 3:].set(1e3))
-        assert module._error(unit, chain.model(), carry, 0, 1.0, batch) == plain
+        plain = binary_step.prediction_error(unit, chain.model(), carry, 0, 1.0, batch)
+        predict = binary_step._predict
+        monkeypatch.setattr(binary_step, "_predict", lambda *a: predict(*a).at[..., 3:].set(1e3))
+        assert binary_step.prediction_error(unit, chain.model(), carry, 0, 1.0, batch) == plain
 
     def test_the_second_basis_goes_when_it_is_not_missed(self):
         _, report = run_stage(stage(changed(tolerance=1e9)), start())
