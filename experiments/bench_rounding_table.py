@@ -21,8 +21,12 @@ FIGURES = ("eps_rel_mse", "rollout_mse", "cpu_s", "compile_s")
 MADE = ("command", "commit", "machine", "jax_version")
 COLUMNS = (*WHICH, *FIGURES, "fell_back", "units", *MADE, "notes")
 NOT_KEPT = "not recorded"
+SHARES = {"eps_rel_mse": "eps_share", "rollout_mse": "rollout_share"}
+NEAREST = "nearest"  # the recipe that all others are held against, seed by seed
 LEAD = (
-    "Mean over seeds ± half the range; * marks the recipes that no other beats in both eps error and CPU "
+    "Mean over seeds ± half the range. Seeds differ by more than recipes do, and not all recipes have as many: "
+    "shares are of the error of rounding to nearest with the same seed, their geometric mean over seeds. "
+    "Recipes are sorted by that of the eps error, and * marks those that no other beats in both it and CPU "
     "seconds. CPU seconds are of all threads in the stages that decide codes and learned scales, without "
     "compiling and without calibrating activation ranges. Compile seconds are of the wall, in a cell's first "
     "run; they depend on how much of its programs the disk cache held, and on who else used the core.",
@@ -61,13 +65,16 @@ def merged(kept: Iterable[Mapping], rows: Iterable[Mapping]) -> list[Mapping]:
 
 
 def summaries(rows: Iterable[Mapping]) -> list[dict]:
-    """Mean and spread (largest - smallest over seeds) of each (model, bits, recipe), least eps error first.
+    """Mean and spread (largest - smallest over seeds) of each (model, bits, recipe), best eps error first.
 
-    A recipe that diverged with any seed has None for its error and comes last. fell_back and units are sums.
+    eps_share, rollout_share: `shares`. A recipe that diverged with any seed has None for its error and comes
+    last, one without shares before it by its error. fell_back and units are sums.
     """
+    rows = list(rows)
     groups: dict[tuple, list[Mapping]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in WHICH[:3]), []).append(row)
+    nearest = {(r["model"], r["bits"], r["seed"]): r for r in rows if r["recipe"] == NEAREST}
     found = []
     for (model, bits, recipe), held in groups.items():
         entry = {"model": model, "bits": bits, "recipe": recipe, "seeds": len(held)}
@@ -76,15 +83,39 @@ def summaries(rows: Iterable[Mapping]) -> list[dict]:
             sound = None not in values
             entry[key] = float(np.mean(values)) if sound else None
             entry[f"{key}_spread"] = float(np.ptp(values)) if sound else None
+        entry |= shares(held, [nearest.get((model, bits, row["seed"])) for row in held])
         for key in ("fell_back", "units"):
             values = [row[key] for row in held]
             entry[key] = None if None in values else sum(values)
         found.append(entry)
-    return sorted(found, key=lambda e: (e["model"], e["bits"], e["eps_rel_mse"] or np.inf))
+
+    def place(e):
+        own = [np.inf if e[key] is None else e[key] for key in ("eps_share", "eps_rel_mse")]
+        return e["model"], e["bits"], *own
+
+    return sorted(found, key=place)
+
+
+def shares(rows: Sequence[Mapping], nearest: Sequence[Mapping | None]) -> dict[str, float | None]:
+    """{"eps_share", "rollout_share"}: errors over those of rounding to nearest with the same seeds, geometric
+    means; None where either is missing, diverged, or 0."""
+    found = {}
+    for error, name in SHARES.items():
+        pairs = [(row[error], other and other[error]) for row, other in zip(rows, nearest)]
+        sound = all(a and b for a, b in pairs)
+        found[name] = float(np.exp(np.mean([np.log(a / b) for a, b in pairs]))) if sound else None
+    return found
+
+
+def compared(entries: Sequence[Mapping], error: str) -> str:
+    """The key to compare this error by: shares where all that did not diverge have them, else the error."""
+    name = SHARES[error]
+    return name if all(e[name] for e in entries if e[error] is not None) else error
 
 
 def pareto(entries: Sequence[Mapping], error: str = "eps_rel_mse") -> set[str]:
-    """Recipes that no other beats in both this error and CPU seconds."""
+    """Recipes that no other beats in both this error, as `compared`, and CPU seconds."""
+    error = compared(entries, error)
     sound = [e for e in entries if e[error] is not None]
     return {
         e["recipe"]
@@ -109,6 +140,9 @@ def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path)
     for axes, (error, title) in zip(panels, errors.items(), strict=True):
         sound = [e for e in entries if e[error]]
         front = pareto(sound, error)
+        error = compared(sound, error)
+        if error in SHARES.values():
+            title = f"{title} / nearest's"
         for label, held in curves(sound).items():
             position = labels.index(label)
             style = {**line_style(position), "markersize": 4.0, "linewidth": 0.8}
@@ -158,7 +192,7 @@ def write_results(out: pathlib.Path, rows: Sequence[Mapping]) -> pathlib.Path:
         stem = re.sub(r"\W+", "_", f"rounding_{pathlib.Path(model).stem}_{bits}")
         own = [row for row in rows if (row["model"], row["bits"]) == (model, bits)]
         parts += [f"## {model}, {bits}", _table(mine), *_notes(own)]
-        if all(any(e[error] for e in mine) for error in FIGURES[:2]):  # not all of them diverged
+        if all(any(e[error] for e in mine) for error in SHARES):  # not all of them diverged
             picture = _draw(mine, labels, out / "pictures" / stem)
             parts.append(f"![]({picture.relative_to(out)})")
     parts += _origins(rows)
@@ -168,7 +202,7 @@ def write_results(out: pathlib.Path, rows: Sequence[Mapping]) -> pathlib.Path:
 def _table(entries: Sequence[Mapping]) -> str:
     """Of one model and width, with a column of fallbacks if there are any."""
     front = pareto(entries)
-    heads = ["recipe", "eps error", "rollout MSE", "CPU s", "compile s", "seeds"]
+    heads = ["recipe", "eps error", "share", "rollout MSE", "share", "CPU s", "compile s", "seeds"]
     fallen = any(e["fell_back"] for e in entries)
     if fallen:
         heads.append("fell back to nearest, of units")
@@ -182,7 +216,9 @@ def _table(entries: Sequence[Mapping]) -> str:
     lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 1)]
     for e in entries:
         shown = [e["recipe"] + (" *" if e["recipe"] in front else "")]
-        shown += [cell(e, key) for key in FIGURES] + [str(e["seeds"])]
+        for key, share in SHARES.items():
+            shown += [cell(e, key), ABSENT if e[share] is None else f"{e[share]:.3f}"]
+        shown += [cell(e, key) for key in FIGURES[2:]] + [str(e["seeds"])]
         if fallen:
             shown.append(ABSENT if e["units"] is None else f"{e['fell_back']}/{e['units']}")
         lines.append(_line(shown))

@@ -36,8 +36,8 @@ STAGE = {
 }
 
 
-def entry(recipe, eps, cpu):
-    return {"recipe": recipe, "eps_rel_mse": eps, "cpu_s": cpu}
+def entry(recipe, eps, cpu, share=None):
+    return {"recipe": recipe, "eps_rel_mse": eps, "eps_share": share, "cpu_s": cpu}
 
 
 def finished(out, name, stages, *, cell=ROW, again=None, sensitivity=None):
@@ -71,6 +71,31 @@ def test_the_front_keeps_what_nothing_beats_in_both():
         [entry("a", 0.5, 1.0), entry("b", 0.3, 4.0), entry("c", 0.4, 5.0), entry("d", None, 0.1)]
     )
     assert found == {"a", "b"}
+
+
+def test_the_front_compares_shares_where_all_have_them():
+    given = [entry("a", 0.5, 1.0, 0.9), entry("b", 0.6, 2.0, 0.8), entry("c", None, 0.1)]
+    assert pareto(given) == {"a", "b"}
+    assert pareto([*given, entry("d", 0.7, 9.0)]) == {"a"}
+
+
+def test_shares_are_of_nearest_with_the_same_seed():
+    row = {"model": "m", "bits": "w4a8", "cpu_s": 2.0, "compile_s": 0.0, "rollout_mse": 1.0}
+    row |= {"fell_back": None, "units": None}
+    errors = {("nearest", 0): 0.1, ("nearest", 1): 0.4, ("a", 0): 0.09, ("b", 1): 0.2}
+    errors |= {("c", 0): 0.05, ("c", 2): 0.05, ("d", 0): 0.1, ("d", 1): 0.1}
+    rows = [{**row, "recipe": r, "seed": s, "eps_rel_mse": e} for (r, s), e in errors.items()]
+    rows.append({**row, "recipe": "e", "seed": 0, "eps_rel_mse": None, "rollout_mse": None})
+    found = {each["recipe"]: each for each in summaries(rows)}
+    shares = {name: each["eps_share"] for name, each in found.items()}
+    assert shares.pop("a") == pytest.approx(0.9)
+    assert shares.pop("b") == pytest.approx(0.5)  # though its error is larger
+    assert shares.pop("d") == pytest.approx(0.5)
+    assert shares.pop("nearest") == pytest.approx(1.0)
+    assert shares == {"c": None, "e": None}  # without nearest at seed 2, and diverged
+    assert found["c"]["rollout_share"] is None
+    assert list(found)[0] in "bd"
+    assert list(found)[-3:] == ["nearest", "c", "e"]
 
 
 def test_lengths_of_adaround_at_one_rate_are_one_curve():
@@ -276,7 +301,7 @@ class TestRunning:
         rows = read_cells(tmp_path)
         assert {row["commit"] for row in rows} == {made_at()["commit"]}
         text = write_results(tmp_path, rows).read_text()
-        assert f"| {given[0].row['recipe']} | diverged | diverged | – | – | 1 |" in text
+        assert f"| {given[0].row['recipe']} | diverged | – | diverged | – | – | – | 1 |" in text
         assert f"- {given[0].row['recipe']} (seed 0): diverged: the loss became nan." in text
         assert "![]" in text
         diverged = [row for row in rows if row["eps_rel_mse"] is None]
