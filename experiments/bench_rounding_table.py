@@ -134,15 +134,14 @@ def curves(entries: Iterable[Mapping]) -> dict[str, list[Mapping]]:
 
 
 def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path) -> pathlib.Path:
-    """Both errors over CPU seconds. labels: of all pictures, so that a recipe looks the same in each."""
-    errors = {"eps_rel_mse": "eps error (relative MSE)", "rollout_mse": "rollout MSE"}
+    """Both errors, as `compared`, over CPU seconds. labels: of all pictures, so that a recipe looks the same in each."""
+    titles = {"eps_rel_mse": "eps error (relative MSE)", "eps_share": "eps error / nearest's"}
+    titles |= {"rollout_mse": "rollout MSE", "rollout_share": "rollout MSE / nearest's"}
     figure, panels = column((2.1, 2.1))
-    for axes, (error, title) in zip(panels, errors.items(), strict=True):
+    for axes, error in zip(panels, SHARES, strict=True):
         sound = [e for e in entries if e[error]]
         front = pareto(sound, error)
         error = compared(sound, error)
-        if error in SHARES.values():
-            title = f"{title} / nearest's"
         for label, held in curves(sound).items():
             position = labels.index(label)
             style = {**line_style(position), "markersize": 4.0, "linewidth": 0.8}
@@ -164,7 +163,7 @@ def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path)
         )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        dress(axes, "CPU seconds (compiling apart)" if axes is panels[-1] else "", title)
+        dress(axes, "CPU seconds (compiling apart)" if axes is panels[-1] else "", titles[error])
         plain_log(axes)
     figure.legend(
         *panels[0].get_legend_handles_labels(),
