@@ -1,7 +1,7 @@
 """How the tables of claims are written: sides, and what a claim says beside them."""
 
 METHODS = "configs/methods"
-UNKNOWN = "figures not at hand"
+UNKNOWN = "no published figure known"
 # Runs without weights that are learned take a minute: they can have more seeds.
 CHEAP, DEAR = 5, 3
 

@@ -167,7 +167,7 @@ CLAIMS = {
     ),
 }
 
-# What the DiT has layers for and hours are found for, with as few seeds as the rest.
+# Claims that the DiT has layers for too, with three seeds each.
 TAKEN = {
     name: {**CLAIMS[name], "seeds": DEAR}
     for name in ("ndtc", "tdq", "tcr", "par", "ptqd_slope", "ptqd_bias", "ptqd_all")

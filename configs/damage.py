@@ -5,7 +5,8 @@
 
 The room that methods have: 20 DDIM steps on the quadratic grid, guidance 2, policy `common` (everything
 quantized, first and last layer and softmax at 8 bits), activation ranges by exponential moving average
-over full-precision trajectories. Expected: errors that grow in this order, as the README's table has them.
+over full-precision trajectories. Expected: rollout errors that grow in this order, and an eps error
+that is largest at W4A4 (the README has the table).
 `damage.py:smoke` runs in seconds.
 """
 

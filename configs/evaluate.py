@@ -60,6 +60,8 @@ def get_config(arg=None):
         guided_channels=0,
         start="",
         interpolation="",
+        shift=0.0,
+        mu=0.0,
     )
     config.network = "classifier_fashion"
     config.network_weights = ""

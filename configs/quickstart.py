@@ -38,8 +38,32 @@ def get_config(arg=None):
     )
     config.prompts = ""
     config.policy = "common"
-    config.sampler = dict(name="ddim", spacing="quad", steps=20, eta=0.0, guidance_scale=-1.0)
-    config.calibration = dict(samples=16, weight_steps=20)
+    config.sampler = dict(
+        name="ddim",
+        spacing="quad",
+        steps=20,
+        eta=0.0,
+        guidance_scale=-1.0,
+        tensor_bits=0,
+        offset=0,
+        final="",
+        variance="",
+        guided_channels=0,
+        start="",
+        interpolation="",
+        shift=0.0,
+        mu=0.0,
+    )
+    config.calibration = dict(
+        samples=16,
+        weight_steps=20,
+        selector="uniform",
+        count=0,
+        position=0,
+        mean=0.4,
+        std=0.4,
+        mirror_bug=False,
+    )
     config.evaluation = dict(held_out=16, samples=64, batch=32)
     config.variants = dict(
         rtn_w8a8=dict(method="rtn", w_bits=8, a_bits=8),
@@ -103,7 +127,8 @@ def get_config(arg=None):
         config.model = "random:miniature"
         config.classifier = ""
         config.sampler.steps = 4
-        config.calibration = dict(samples=4, weight_steps=4)
+        config.calibration.samples = 4
+        config.calibration.weight_steps = 4
         config.evaluation = dict(held_out=4, samples=4, batch=4)
         config.reconstruct.steps = 60
         config.reconstruct.temporal_steps = 0

@@ -134,7 +134,8 @@ def curves(entries: Iterable[Mapping]) -> dict[str, list[Mapping]]:
 
 
 def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path) -> pathlib.Path:
-    """Both errors, as `compared`, over CPU seconds. labels: of all pictures, so that a recipe looks the same in each."""
+    """Both errors, as `compared`, over CPU seconds. labels: of all pictures, so that a recipe looks the same
+    in each."""
     titles = {"eps_rel_mse": "eps error (relative MSE)", "eps_share": "eps error / nearest's"}
     titles |= {"rollout_mse": "rollout MSE", "rollout_share": "rollout MSE / nearest's"}
     figure, panels = column((2.1, 2.1))

@@ -14,7 +14,8 @@ rows of the config's claims whenever one is added, and by `--assemble`, which ru
 A verdict rests on the paired squared errors of the final images, from shared noise, sample by sample and over
 seeds (`qdiff_jax.eval.verdicts`). Beside it stand the ratios of the errors of the noise estimate and of the
 temporal features. A run that diverges, or is refused, leaves its sentence in the row, and the ledger goes on.
-Start, resume and assemble from one checkout that stays as it is: other code gives runs and rows other names.
+Runs and rows are named by their configs and the weights, not by the code: start, resume and assemble from one
+checkout that stays as it is. Every row says the commits that made it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m experiments.compare --method=configs/methods/ptqd.py:laptop \
         --method=configs/methods/ptqd.py:base=brecq,laptop --bits=w8a8,w4a8 \
-        --config=configs/damage.py --out=/tmp/leaderboard
+        --config=configs/quickstart.py --out=/tmp/leaderboard
 
 Every `--method` (a config file, its words behind a colon) is run at each of `--bits` that its config lists,
 alone; at those of `--closed_form`, a method that rounds weights block by block also runs solved.

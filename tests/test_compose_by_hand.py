@@ -13,6 +13,7 @@ from qdiff_jax.methods.registry import CalibrationSets
 from qdiff_jax.quant.qparams import QParams
 from qdiff_jax.quant.timed import TimeIndexed, check_schedule
 from qdiff_jax.sites import flatten_sites
+from qdiff_jax.stages.stage import initial_state
 from qdiff_jax.stages.unit_steps import ReconstructConfig
 
 from .stages import chain
@@ -24,8 +25,8 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 def blocks():
     section = re.search(r"^## Composing by hand\n(.*?)^## ", README.read_text(), re.M | re.S)
     code = re.findall(r"^```python\n(.*?)^```", section[1], re.M | re.S)
-    assert len(code) >= 2
-    return code[:2]
+    assert len(code) == 3
+    return code
 
 
 def test_they_are_short(blocks):
@@ -53,6 +54,25 @@ def test_a_layer_of_ones_own_module(blocks):
     assert np.isnan(quantized(x[1], 301.0)).all()
 
 
+def test_what_the_main_job_works_with(blocks, tmp_path, monkeypatch):
+    monkeypatch.chdir(README.parent)
+    whole = blocks[1]
+    for given, mine in (
+        ("/tmp/quickstart", str(tmp_path)),
+        ("quickstart.py", "quickstart.py:smoke"),
+    ):
+        assert given in whole
+        whole = whole.replace(given, mine)
+    scope: dict = {}
+    exec(whole, scope)
+    assert {entry.bits for entry in scope["plan"].entries} == {4, 8}
+    assert isinstance(scope["config"], ReconstructConfig)
+    assert scope["sets"].weights.x.shape[1:] == scope["calibration"].x.shape[2:]
+    assert (tmp_path / "trajectories" / "held_out.npz").exists()
+    initial_state(scope["plan"], jax.random.key(0))
+    assert set(scope["model"].params)
+
+
 def test_a_method_of_ones_own(blocks):
     samples = chain.calibration(per_step=4)
     scope = {
@@ -62,7 +82,7 @@ def test_a_method_of_ones_own(blocks):
         "sets": CalibrationSets(samples, samples, chain.TIMESTEPS),
         "config": ReconstructConfig(steps=3, batch_size=4, lr=1.0, walk_batch=16),
     }
-    exec(blocks[1], scope)
+    exec(blocks[2], scope)
     sites = flatten_sites(scope["state"].quant)
     assert set(sites) == {entry.site for entry in chain.plan().entries}
     for name, held in sites.items():

@@ -41,6 +41,8 @@ def sampler_of(protocol: Protocol) -> dict:
         guided_channels=protocol.guided_channels or 0,
         start="",
         interpolation="",
+        shift=0.0,
+        mu=0.0,
     )
 
 

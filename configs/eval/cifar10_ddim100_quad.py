@@ -10,7 +10,7 @@ average). Sampler: eta 0, `quad`, which visits timestep 0 four times and starts 
 50,000 samples against the training set, torch-fidelity.
 
 Expected in full precision: FID 4.22, IS 9.12 (Q-Diffusion, arXiv 2302.04304); FID 4.23, IS 9.04 (TFMQ-DM,
-arXiv 2311.16503, appendix; recalled, not checked against the paper). Nothing measured here.
+arXiv 2311.16503, appendix; not checked against the paper). Nothing measured here.
 `cifar10_ddim100_quad.py:smoke` runs in seconds on random weights.
 """
 

@@ -11,7 +11,7 @@ variance is learned and the first three of four latent channels are guided, as i
 127.5 x + 128 cut. 10,000 samples, classes in turn (the code draws them), against ADM's statistics.
 
 Expected in full precision: FID 5.00, sFID 19.02, IS 274.8, precision 0.8149 (PTQ4DiT, arXiv 2405.16005;
-recalled, not checked against the paper). Nothing measured here. `dit256_100_cfg1p5.py:smoke` runs in
+not checked against the paper). Nothing measured here. `dit256_100_cfg1p5.py:smoke` runs in
 seconds on random weights.
 """
 

@@ -11,7 +11,7 @@ variance is learned and the first three of four latent channels are guided, as i
 127.5 x + 128 cut. 10,000 samples, classes in turn (the code draws them), against ADM's statistics.
 
 Expected in full precision: FID 4.53, sFID 17.93, IS 278.5, precision 0.8231 (PTQ4DiT, arXiv 2405.16005;
-recalled, not checked against the paper). FID 2.27, IS 278.24 with 50,000 samples (DiT, arXiv 2212.09748:
+not checked against the paper). FID 2.27, IS 278.24 with 50,000 samples (DiT, arXiv 2212.09748:
 its README; `--config.samples=50000`). Nothing measured here. `dit256_250_cfg1p5.py:smoke` runs in seconds
 on random weights.
 """

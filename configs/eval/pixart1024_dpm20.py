@@ -8,14 +8,14 @@
         --config.clip.weights=hub:openai/clip-vit-large-patch14 --config.clip.network=clip-vit-l14
 
 Model: PixArt-XL-2-1024-MS.pth (Chen et al. 2023), sd-vae-ft-ema as first stage, T5 v1.1 XXL as text encoder
-(19 GB in float32; `pip install 'qdiff_jax[t5]'` for its vocabulary). The solver's order and grid, and the
+(19 GB in float32; `pip install -e '.[t5]'` for its vocabulary). The solver's order and grid, and the
 learned caption of the unconditional branch, are those of the released code; from a folder in diffusers'
 layout the empty prompt stands there, as in diffusers. Departure: float32 in place of float16. Bytes: rounded.
 The 1,024 captions of ViDiT-Q's coco_1024.txt, one a line. The paper does not say which tool measured: here
 pytorch-fid, against COCO's validation images, central square.
 
-Expected with float16: FID 73.34, CLIP score 0.258, ImageReward 0.901 (ViDiT-Q, arXiv 2406.02540; recalled,
-not checked against the paper; ImageReward is not measured by this project). Nothing measured here.
+Expected with float16: FID 73.34, CLIP score 0.258, ImageReward 0.901 (ViDiT-Q, arXiv 2406.02540; not
+checked against the paper; ImageReward is not measured by this project). Nothing measured here.
 `pixart1024_dpm20.py:smoke` runs in seconds on random weights.
 """
 

@@ -21,8 +21,8 @@ runs in seconds (`efficientdm.py:smoke`). Every field of `EfficientDMConfig` is 
 `--config.sampler.guidance_scale=3` and, as published, `--config.efficientdm.source.guidance_scale=1.5`.
 
 Expected of `efficientdm.py:w4a4,laptop`: an eps error well below that of round-to-nearest. On the DiT, 300
-steps of the same rates under SVDQuant's table leave 0.040 (README, "Recipes"; the command and the commit are
-there).
+steps of the same rates under SVDQuant's table leave 0.040 (README, "Recipes across papers"; the command and the
+commit are there).
 """
 
 import dataclasses

@@ -3,11 +3,11 @@
     python -m experiments.quantize --config=configs/methods/ptq4dm.py:w4a8 --workdir=/tmp/ptq4dm
 
 Paper: PTQ4DM (Shang et al. 2023, arXiv:2211.15736), whose own setting is `w8a8`. Words behind the colon: bits
-`w4a8` (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit`; the calibration set `ndtc`
-(default), or what it is compared with, `random_steps` (every step equally likely) and `one_step` (the least
-noisy; `--config.calibration.position=N` for another); `mean=0.4`, `std=0.4` (the code's; the paper takes std
-0.5) of NDTC, and `mirror_bug` for its state and step mirrored in time, as in the code; `plain` keeps the
-sampler's own tensors in full precision, which are in 8 bits otherwise. 1,024 trajectories with one step of
+`w4a8` (default), `w8a8`, `w4a4`, `w4a32`, `w6a6`, `w8a4`; `model=unet` (default), `model=dit`; the calibration
+set `ndtc` (default), or what it is compared with, `random_steps` (every step equally likely) and `one_step`
+(the least noisy; `--config.calibration.position=N` for another); `mean=0.4`, `std=0.4` (the code's; the paper
+takes std 0.5) of NDTC, and `mirror_bug` for its state and step mirrored in time, as in the code; `plain` keeps
+the sampler's own tensors in full precision, which are in 8 bits otherwise. 1,024 trajectories with one step of
 each, as in the paper; policy `common` (first and last layer at 8 bits). `laptop` takes 128 trajectories and 256
 items; `smoke` runs in seconds (`ptq4dm.py:smoke`).
 

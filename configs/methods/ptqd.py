@@ -3,16 +3,15 @@
     python -m experiments.quantize --config=configs/methods/ptqd.py:w4a8 --workdir=/tmp/ptqd
 
 Paper: PTQD (He et al. 2023, arXiv:2305.10657). Words behind the colon: bits `w4a8` (default), `w8a8`, `w4a4`,
-`w4a32`; `base=brecq` (default, the paper's; `rtn` with `laptop` and `smoke`), `base=rtn`, `base=tfmq`;
-`model=unet` (default), `model=dit`; `eta=1` for ancestral DDIM, where the variance schedule is calibrated (at
-eta 0 there is no noise to calibrate, and the report says so); `mixed` for 4 to 8 activation bits by step,
-whatever the bits say; `faithful` for the official code's statistics;
-`terms=slope`, `bias` or `variance` for one term of the correction alone (default: all);
-`rounding=closed_form` under BRECQ and TFMQ-DM.
-20 steps on the quadratic grid and 1,024 trajectories, of which reconstruction sees one step each; under BRECQ
-one range for each weight tensor, 10,000 steps of 8 a unit and 5,000 of 16 for the activation scales, as in the
-paper's code; under TFMQ-DM its own 20,000: hours on a CPU. `laptop` takes 16 trajectories, one range for each
-output channel, and 150 steps of 16 a unit; `smoke` runs in seconds (`ptqd.py:smoke`).
+`w4a32`, `w6a6`, `w8a4`; `base=brecq` (default, the paper's; `rtn` with `laptop` and `smoke`), `base=rtn`,
+`base=tfmq`; `model=unet` (default), `model=dit`; `eta=1` for ancestral DDIM, where the variance schedule is
+calibrated (at eta 0 there is no noise to calibrate, and the report says so); `mixed` for 4 to 8 activation bits
+by step, whatever the bits say; `faithful` for the official code's statistics; `terms=slope`, `bias` or
+`variance` for one term of the correction alone, `none` for none (default: all); `rounding=closed_form` under
+BRECQ and TFMQ-DM. 20 steps on the quadratic grid and 1,024 trajectories, of which reconstruction sees one step
+each; under BRECQ one range for each weight tensor, 10,000 steps of 8 a unit and 5,000 of 16 for the activation
+scales, as in the paper's code; under TFMQ-DM its own 20,000: hours on a CPU. `laptop` takes 16 trajectories,
+one range for each output channel, and 150 steps of 16 a unit; `smoke` runs in seconds (`ptqd.py:smoke`).
 
 Expected of `ptqd.py:w4a8,laptop` on two CPU cores: less than 10 minutes; the teacher-forced eps error below
 that of round-to-nearest, and the rollout error too (0.8 of it or less). At 4-bit activations only the first

@@ -17,9 +17,9 @@ same policy stands beside it. `laptop` takes rank 4 (as large a share of these m
 DiT-XL's) and 64 samples; `smoke` runs in seconds (`svdquant.py:smoke`).
 
 Expected of `svdquant.py:w4a4,laptop`: teacher-forced and rollout errors below those of round-to-nearest, whose
-activations have one calibrated range (measured with `smoothing=fast`: an eps error of 0.033 against 0.33, and
-0.049 for groups alone). `rounding=closed_form` lowers both (with `smoothing=fast`, one seed and 16 rollouts an
-eps error of 0.0281 to 0.0238 and a rollout error of 0.0038 to 0.0012, where `gptq` gains 1 and 4 %).
+activations have one calibrated range (an eps error of 0.0278 against 0.333; README, "Recipes across papers" and
+"The models it ships"). `rounding=closed_form` lowers both (`smoothing=fast`, seed 0, 16 rollouts, commit
+0097a2b: eps error 0.0281 to 0.0238, rollout error 0.0038 to 0.0012, where `gptq` gains 1 and 4 %).
 """
 
 from configs.methods._start import ROUNDING, parse, start

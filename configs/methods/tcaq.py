@@ -3,17 +3,17 @@
     python -m experiments.quantize --config=configs/methods/tcaq.py:w4a8 --workdir=/tmp/tcaq
 
 Paper: TCAQ-DM (Huang et al. 2024, arXiv:2412.16700), parts of it reconstructed, see `methods/tcaq.py`. Words
-behind the colon: bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit`;
-`rounds=2` (0 for none) and `no_tcr` for ablations; how DAQ chooses between log2 and uniform, `criterion=mle`
-(default, the paper's), `mse`, `attn_out_mse`, or `uniform`, which keeps its tables and chooses nothing
-(`no_daq` says the same: the ablation of the choice); `exponent=paper` for factors with exponent 1 in every
-layer; `softmax=target` for softmax outputs at the target bits (policy `official:tcaq`); `rounding=closed_form`
-solves the weights anew in every round, before its activation steps. 256 trajectories, 20,000 steps a unit and
-5,000 more in each round: hours on a CPU. Round-to-nearest stands beside it. `laptop` takes 16 trajectories, 100
-steps of 16 a unit and 25 in each round; `smoke` runs in seconds.
-`budget=N` is for comparing rounds at equal cost: the first pass gets (1 + N/4) / (1 + rounds/4) times its
-steps, those of the time layers too, so that all passes together are as long as with N rounds. With `laptop` N
-is 2 unless given, whatever `rounds` is; at the papers' size the 20,000 stay unless it is given.
+behind the colon: bits `w4a8` (default), `w8a8`, `w4a4`, `w4a32`, `w6a6`, `w8a4`; `model=unet` (default),
+`model=dit`; `rounds=2` (0 for none) and `no_tcr` for ablations; how DAQ chooses between log2 and uniform,
+`criterion=mle` (default, the paper's), `mse`, `attn_out_mse`, or `uniform`, which keeps its tables and chooses
+nothing (`no_daq` says the same: the ablation of the choice); `exponent=paper` for factors with exponent 1 in
+every layer; `softmax=target` for softmax outputs at the target bits (policy `official:tcaq`);
+`rounding=closed_form` solves the weights anew in every round, before its activation steps. 256 trajectories,
+20,000 steps a unit and 5,000 more in each round: hours on a CPU. Round-to-nearest stands beside it. `laptop`
+takes 16 trajectories, 100 steps of 16 a unit and 25 in each round; `smoke` runs in seconds. `budget=N` is for
+comparing rounds at equal cost: the first pass gets (1 + N/4) / (1 + rounds/4) times its steps, those of the
+time layers too, so that all passes together are as long as with N rounds. With `laptop` N is 2 unless given,
+whatever `rounds` is; at the papers' size the 20,000 stay unless it is given.
 
 Expected of `tcaq.py:w4a8,laptop` on two CPU cores: less than 10 minutes; teacher-forced and rollout errors
 below those of round-to-nearest. The paper's gain is largest at 4-bit activations.

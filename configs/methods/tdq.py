@@ -3,12 +3,12 @@
     python -m experiments.quantize --config=configs/methods/tdq.py:w4a8 --workdir=/tmp/tdq
 
 Paper: Temporal Dynamic Quantization (So et al. 2023, arXiv:2306.02316). Words behind the colon: bits `w4a8`
-(default), `w8a8`, `w4a4`, `w4a32`; `model=unet` (default), `model=dit`; `mode=ptq` (default: weights by block
-reconstruction, 256 trajectories and 20,000 steps a unit, then the networks) or `mode=qat` (everything together,
-200,000 steps at batch 128; without images, on the full-precision prediction); `rounding=closed_form` solves the
-weights of `ptq`; `shared` learns one step size for all timesteps (the ablation). Round-to-nearest stands beside
-it. `laptop` takes 150 steps of 16 a unit for the weights and 100 for the networks, or 300 steps of training;
-`smoke` runs in seconds.
+(default), `w8a8`, `w4a4`, `w4a32`, `w6a6`, `w8a4`; `model=unet` (default), `model=dit`; `mode=ptq` (default:
+weights by block reconstruction, 256 trajectories and 20,000 steps a unit, then the networks) or `mode=qat`
+(everything together, 200,000 steps at batch 128; without images, on the full-precision prediction);
+`rounding=closed_form` solves the weights of `ptq`; `shared` learns one step size for all timesteps (the
+ablation). Round-to-nearest stands beside it. `laptop` takes 150 steps of 16 a unit for the weights and 100 for
+the networks, or 300 steps of training; `smoke` runs in seconds.
 
 Expected of `tdq.py:w4a8,laptop` on two CPU cores: less than 10 minutes, and a teacher-forced eps error below
 that of round-to-nearest. The networks matter at few activation bits (`w4a4`); at 8 bits ranges hardly do.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 PREFIX = "hub:"
-_EXTRA = "huggingface_hub is not installed; pip install 'qdiff_jax[hub]', or give a local path"
+_EXTRA = "huggingface_hub is not installed; pip install -e '.[hub]', or give a local path"
 
 
 class _Place(NamedTuple):

@@ -33,7 +33,7 @@ def load_t5_tokenizer(path) -> Any:
         sentencepiece = importlib.import_module("sentencepiece")
     except ImportError as error:
         raise ValueError(
-            "reading T5's vocabulary needs the package sentencepiece: pip install 'qdiff_jax[t5]'."
+            "reading T5's vocabulary needs the package sentencepiece: pip install -e '.[t5]'."
         ) from error
     processor = sentencepiece.SentencePieceProcessor()
     try:

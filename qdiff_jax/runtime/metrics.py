@@ -85,7 +85,7 @@ def _tensorboard(folder: pathlib.Path):
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "tensorboardX is not installed; pip install 'qdiff_jax[tensorboard]', or leave "
+            "tensorboardX is not installed; pip install -e '.[tensorboard]', or leave "
             "tensorboard off."
         ) from error
     return SummaryWriter(str(folder / "tensorboard"))

@@ -1,4 +1,4 @@
-"""The parameters of an ONNX file under the names that they had in PyTorch (`pip install 'qdiff_jax[parity]'`).
+"""The parameters of an ONNX file under the names that they had in PyTorch (`pip install -e '.[parity]'`).
 
 Exporters of PyTorch keep the names of convolutions and dense layers but fold the affine part of a group
 norm, which ONNX has not got, into constants without a name behind an InstanceNormalization. Those are
@@ -73,7 +73,7 @@ def _graph(file, path) -> Any:
         import onnx  # an extra, needed nowhere else
     except ImportError as error:
         raise ValueError(
-            f"{path} is read by the package onnx, which is not installed; pip install 'qdiff_jax[parity]'."
+            f"{path} is read by the package onnx, which is not installed; pip install -e '.[parity]'."
         ) from error
     try:
         return onnx.load(file).graph

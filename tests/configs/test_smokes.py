@@ -62,7 +62,7 @@ def test_the_smoke_variant_trains(path, tmp_path):
 
 
 def test_the_smoke_variant_quantizes(smoke_run):
-    # The run is the session's; what it leaves is looked at with the main job's own tests.
+    # Made once by a fixture; what it leaves is looked at with the main job's own tests.
     assert (smoke_run / "report.html").exists()
 
 

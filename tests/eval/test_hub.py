@@ -81,5 +81,5 @@ def test_what_cannot_be_fetched(hub, monkeypatch):
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"pip install 'qdiff_jax\[hub\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[hub\]'"):
         on_disk("hub:owner/repo/x.pth")

