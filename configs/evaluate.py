@@ -17,6 +17,7 @@ runs in seconds on drawn shapes.
 
 import ml_collections
 
+from configs._sampler import sampler
 from qdiff_jax.config import parse_arg
 
 POINTS = {
@@ -47,22 +48,7 @@ def get_config(arg=None):
     config.shard = 256 if arg.point == "board20" else 500
     config.batch = 10 if guided else 20  # what two CPU cores do fastest; hundreds on a GPU or TPU
     scale = arg.guidance if guided else -1.0
-    config.sampler = dict(
-        name=name,
-        spacing=spacing,
-        steps=steps,
-        eta=0.0,
-        guidance_scale=scale,
-        tensor_bits=0,
-        offset=0,
-        final="",
-        variance="",
-        guided_channels=0,
-        start="",
-        interpolation="",
-        shift=0.0,
-        mu=0.0,
-    )
+    config.sampler = sampler(name=name, spacing=spacing, steps=steps, guidance_scale=scale)
     config.network = "classifier_fashion"
     config.network_weights = ""
     config.tool = ""

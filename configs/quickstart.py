@@ -21,6 +21,7 @@ Expected on two CPU cores: ten minutes with a cold compile cache, and 3 GiB; fig
 
 import ml_collections
 
+from configs._sampler import sampler
 from qdiff_jax.config import parse_arg
 
 FULL = ("rtn", "brecq", "tfmq", "closed_form", "qdiffusion", "tdq", "tcaq", "ptqd")
@@ -38,22 +39,7 @@ def get_config(arg=None):
     )
     config.prompts = ""
     config.policy = "common"
-    config.sampler = dict(
-        name="ddim",
-        spacing="quad",
-        steps=20,
-        eta=0.0,
-        guidance_scale=-1.0,
-        tensor_bits=0,
-        offset=0,
-        final="",
-        variance="",
-        guided_channels=0,
-        start="",
-        interpolation="",
-        shift=0.0,
-        mu=0.0,
-    )
+    config.sampler = sampler(spacing="quad")
     config.calibration = dict(
         samples=16,
         weight_steps=20,

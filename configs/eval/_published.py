@@ -4,6 +4,7 @@ import pathlib
 
 import ml_collections
 
+from configs._sampler import sampler
 from qdiff_jax.config import parse_arg
 from qdiff_jax.diffusion.protocols import PROTOCOLS, Protocol
 
@@ -28,21 +29,16 @@ LSUN_BEDROOMS = 3_033_042
 def sampler_of(protocol: Protocol) -> dict:
     """The sub-dict `sampler` of a published protocol."""
     options = protocol.sampler["options"]
-    return dict(
+    return sampler(
         name=protocol.sampler["name"],
         spacing=protocol.sampler["spacing"],
         steps=protocol.sampler["steps"],
         eta=options.get("eta", 0.0),
         guidance_scale=-1.0 if protocol.guidance_scale is None else protocol.guidance_scale,
-        tensor_bits=0,
         offset=protocol.sampler.get("grid", {}).get("offset", 0),
         final=options.get("final", ""),
         variance=options.get("variance", ""),
         guided_channels=protocol.guided_channels or 0,
-        start="",
-        interpolation="",
-        shift=0.0,
-        mu=0.0,
     )
 
 

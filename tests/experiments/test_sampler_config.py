@@ -8,12 +8,14 @@ import pytest
 
 from configs import evaluate as evaluate_configs
 from configs import quickstart
+from configs._sampler import sampler
 from configs.methods import efficientdm
 from experiments.evaluate_config import protocol
 from experiments.evaluate_config import read_config as read_evaluation
 from experiments.quantize_config import SamplerConfig
 from experiments.quantize_config import read_config as read_quantization
 from experiments.quantize_job import prepare, sampling_of
+from qdiff_jax.config import load_config
 from qdiff_jax.diffusion.euler import euler
 from qdiff_jax.diffusion.protocols import PROTOCOLS
 from qdiff_jax.diffusion.samplers import ddim
@@ -21,6 +23,8 @@ from qdiff_jax.diffusion.schedule import make_schedule
 from qdiff_jax.diffusion.timesteps import make_timesteps
 from qdiff_jax.methods.run import make_sampler
 from qdiff_jax.observe.sources import SourceConfig, make_source
+
+from ..main_job import ROOT
 
 LINEAR = {"schedule": "linear", "timesteps": 1000}
 
@@ -121,3 +125,15 @@ def test_what_cannot_be_done_is_refused_when_the_config_is_read():
         config.sampler[key] = value
         with pytest.raises(ValueError, match=f"config.sampler.{key} is {value!r}; use one of"):
             read_quantization(config)
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart", "evaluate", "eval/sd14_plms50_cfg7p5", "methods/tdq"]
+)
+def test_every_key_of_a_sampler_can_be_a_flag(name):
+    """A ConfigDict takes no key from the command line that its file does not write."""
+    config = load_config(f"{ROOT}/configs/{name}.py")
+    assert set(config.sampler) == {field.name for field in dataclasses.fields(SamplerConfig)}
+    assert sampler() == dataclasses.asdict(SamplerConfig())
+    with pytest.raises(TypeError, match="no \\['shfit'\\]"):
+        sampler(shfit=3.0)
