@@ -2,7 +2,8 @@
 
     python -m experiments.evaluate --config=configs/evaluate.py --workdir=/tmp/eval_unet \
         --config.data.source=idx:/data/fashion_mnist
-    python -m experiments.evaluate --config=configs/evaluate.py:ddim50,model=dit_fashion --workdir=...
+    python -m experiments.evaluate --config=configs/evaluate.py:ddim50,model=dit_fashion \
+        --workdir=/tmp/eval_dit --config.data.source=idx:/data/fashion_mnist
 
 Operating points: `dpm20` (20-step DPM-Solver++(2M), guided, 10,000 samples), `ddim50` and `ddim100`
 (guided, 2,000), `free50` and `free100` (the same without guidance), `main20` (the main job's sampler, for its

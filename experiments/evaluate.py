@@ -3,7 +3,8 @@
     python -m experiments.evaluate --config=configs/evaluate.py --workdir=W \
         --config.data.source=idx:/data/fashion_mnist
     python -m experiments.evaluate --compare=W1,W2,W3 --workdir=W
-    python -m experiments.evaluate --config=configs/evaluate.py --statistics --workdir=W
+    python -m experiments.evaluate --config=configs/evaluate.py --statistics --workdir=W \
+        --config.data.source=idx:/data/fashion_mnist
 
 Samples are drawn in shards of uint8 images (`W/shards`): killed at any moment, the same command goes on
 with the next shard, and more samples continue fewer. `metrics.json` has every value with its 95 % interval, the
