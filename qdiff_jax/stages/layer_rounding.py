@@ -72,7 +72,8 @@ class ClosedFormConfig:
     activations: the quantized stream carries the activation quantizers that the state holds.
     hessian_mib: of one layer's work on its Hessian. hessian_seconds: of its work after the sums (0: any),
         by multiply_adds_per_second, a rate that one core reaches. A layer that needs more of either gets a
-        block-diagonal Hessian (`hessian_parts`).
+        block-diagonal Hessian (`hessian_parts`) and goes only a share of the way to its target
+        (`moments.toward_target`).
     check_samples: on how many samples a unit is compared with nearest rounding, whole batches of them. They
         are calibration samples like all others: the comparison finds a solution gone wrong, not one that
         holds on the calibration set only. A share held out would cost every layer that share of its rows.

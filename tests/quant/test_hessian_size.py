@@ -63,7 +63,26 @@ def test_the_loss_is_that_of_the_whole_without_what_parts_share():
         layer_loss(w, w + change, stack), layer_loss(w, w + change, whole), rtol=1e-5
     )
     parted, wanted = (aimed(w, m) for m in (stack, whole))
-    np.testing.assert_allclose(parted, wanted, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(PARTS * (parted - w), wanted - w, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0, 10.0])
+def test_the_way_of_parts_never_raises_the_loss_of_the_whole(noise):
+    """Neighbouring taps see nearly the same; then all of the way of each part overshoots."""
+    rng = np.random.default_rng(3)
+    shared = rng.standard_normal((ROWS, SIZE))
+    x = np.concatenate([shared + noise * rng.standard_normal(shared.shape) for _ in range(PARTS)], 1)
+    r = shared @ rng.standard_normal((SIZE, OUT))
+    x, r, ones = (jnp.asarray(v, jnp.float32) for v in (x, r, np.ones(ROWS)))
+    whole, stack = (chunk_moments(x, r, ones, parts) for parts in (1, PARTS))
+    w = kernel()
+    step = aimed(w, stack, ridge=1e-4) - w
+    losses = [float(layer_loss(w, w + scale * step, whole)) for scale in (0.0, 1.0, PARTS)]
+    assert losses[1] < losses[0]
+    if noise <= 0.1:
+        best = float(layer_loss(w, aimed(w, whole, ridge=1e-4), whole))
+        assert losses[1] <= best + 0.01 * losses[0]
+        assert losses[2] > 3.0 * losses[0]
 
 
 @pytest.mark.parametrize("target", ["layer_quantized_input", "block_fp_output"])
@@ -76,7 +95,10 @@ def test_parts_are_rounded_as_layers_of_their_own(target):
     found = round_layer(w, bias, grid, stack, config)
     for g in range(PARTS):
         own = slice(g * SIZE, (g + 1) * SIZE)
-        alone = stack.replace(mean=stack.mean[own], spread=stack.spread[g], cross=stack.cross[own])
+        # Towards an asymmetric target each part goes its share of the way.
+        share = PARTS if config.asymmetric else 1
+        cross = stack.cross[own] / share
+        alone = stack.replace(mean=stack.mean[own], spread=stack.spread[g], cross=cross)
         single = round_layer(w[:, g : g + 1], bias, grid, alone, config)
         np.testing.assert_array_equal(found.codes[:, g : g + 1], single.codes)
     assert float(found.loss) < float(found.nearest_loss)
