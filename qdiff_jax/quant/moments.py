@@ -170,9 +170,9 @@ def toward_target(kernel: jax.Array, upper: jax.Array, c: jax.Array) -> jax.Arra
     """W + U'U C of the kernel's shape, float32, with U'U = (H + ridge * mean(diag H) * I)^-1.
 
     With ridge 0 (and an H of full rank) this is the least-squares solution of X W + 1 b' = target. Of an H in p
-    parts it is a p-th of the way that all parts would go, each as if it were alone: since H <= p diag(H_11, ...,
-    H_pp), so much never raises the loss, and of parts that are alike (the taps of a smooth map) it is all there
-    is to go. All of the way overshoots by up to p times.
+    parts it is a p-th of the way that all parts would go, each as if it were alone: since H <= p diag(H_11,
+    ..., H_pp), so much never raises the loss, and of parts that are alike (the taps of a smooth map) it is all
+    there is to go. All of the way overshoots by up to p times.
     """
     inner = jnp.matmul(upper, in_parts(c, upper), precision=_EXACT)
     step = jnp.matmul(jnp.swapaxes(upper, -1, -2), inner, precision=_EXACT)
