@@ -71,7 +71,9 @@ def test_the_way_of_parts_never_raises_the_loss_of_the_whole(noise):
     """Neighbouring taps see nearly the same; then all of the way of each part overshoots."""
     rng = np.random.default_rng(3)
     shared = rng.standard_normal((ROWS, SIZE))
-    x = np.concatenate([shared + noise * rng.standard_normal(shared.shape) for _ in range(PARTS)], 1)
+    x = np.concatenate(
+        [shared + noise * rng.standard_normal(shared.shape) for _ in range(PARTS)], 1
+    )
     r = shared @ rng.standard_normal((SIZE, OUT))
     x, r, ones = (jnp.asarray(v, jnp.float32) for v in (x, r, np.ones(ROWS)))
     whole, stack = (chunk_moments(x, r, ones, parts) for parts in (1, PARTS))
