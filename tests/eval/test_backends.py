@@ -144,7 +144,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="openai/clip-vit-large-patch14"):
         feature_network("clip-vit-l14")
     monkeypatch.setattr("qdiff_jax.eval.networks.efficientnet.WHEEL", "no_such_package_at_all")
-    with pytest.raises(ValueError, match=r"qdiff_jax\[efficientnet\]"):
+    with pytest.raises(ValueError, match=r"\.\[efficientnet\]"):
         feature_network("efficientnet-lite0")
     with pytest.raises(ValueError, match="No caption network is called 'inception-fid'"):
         caption_network("inception-fid", tmp_path, tmp_path)

