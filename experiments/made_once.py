@@ -94,15 +94,19 @@ def run_once(run: Run, out: pathlib.Path, command: str) -> pathlib.Path:
     A run has no pictures of its own. A second process that wants the same run waits for the first. Raises as
     `quantize` does.
     """
-    workdir = out / "runs" / run.name
     with locked(out / "locks" / run.name):
-        share(out, run, workdir)
-        if not is_finished(run, workdir):
-            try:
-                quantize(run.config, workdir, f"{command}, run {run.name}", pictures=False)
-            finally:
-                release_programs()  # dozens of runs compile more than a process may map
-                share(out, run, workdir)
+        return _made(run, out, command)
+
+
+def _made(run: Run, out: pathlib.Path, command: str) -> pathlib.Path:
+    workdir = out / "runs" / run.name
+    share(out, run, workdir)
+    if not is_finished(run, workdir):
+        try:
+            quantize(run.config, workdir, f"{command}, run {run.name}", pictures=False)
+        finally:
+            release_programs()  # dozens of runs compile more than a process may map
+            share(out, run, workdir)
     return workdir
 
 
@@ -114,18 +118,21 @@ def attempt(run: Run, out: pathlib.Path, command: str) -> Made:
     """
     workdir = out / "runs" / run.name
     failed = workdir / FAILED
-    if failed.exists() and (held := load_record(failed))["commit"] == commit():
-        return Made(workdir, **held)
-    try:
-        run_once(run, out, command)
-    except (FloatingPointError, ValueError) as error:
-        logging.exception("%s ended without a result", run.name)
-        made = Made(workdir, str(error), isinstance(error, FloatingPointError), commit())
-        save_record(
-            failed, {key: value for key, value in made._asdict().items() if key != "workdir"}
-        )
-        return made
-    failed.unlink(missing_ok=True)
+    with locked(
+        out / "locks" / run.name
+    ):  # a process that waited for it finds what the first one found
+        if failed.exists() and (held := load_record(failed))["commit"] == commit():
+            return Made(workdir, **held)
+        try:
+            _made(run, out, command)
+        except (FloatingPointError, ValueError) as error:
+            logging.exception("%s ended without a result", run.name)
+            made = Made(workdir, str(error), isinstance(error, FloatingPointError), commit())
+            held = made._asdict()
+            held.pop("workdir")
+            save_record(failed, held)
+            return made
+        failed.unlink(missing_ok=True)
     return Made(workdir)
 
 

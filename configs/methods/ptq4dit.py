@@ -41,7 +41,8 @@ def get_config(arg=None):
     if not (arg.smoke or arg.laptop):
         config.sampler.steps = 50
         config.sampler.guidance_scale = 1.5
-        config.calibration = dict(samples=64, weight_steps=25)
+        config.calibration.samples = 64
+        config.calibration.weight_steps = 25
         config.reconstruct.activation_lr = 4e-5
     config.ptq4dit = dict(
         variant=arg.variant,
