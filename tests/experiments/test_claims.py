@@ -364,6 +364,30 @@ def test_samples_that_do_not_compare_are_a_row_too(
     assert f"**{verdict}**: {why}" in text
 
 
+def waited_for_a_failure(run, tmp_path, monkeypatch):
+    """What three at a time find of a run that fails: it is tried once."""
+    tried, found = [], []
+
+    def fail(config, workdir, command, *, pictures):
+        tried.append(workdir)
+        threading.Event().wait(0.2)
+        raise FloatingPointError("nan")
+
+    monkeypatch.setattr(made_once, "quantize", fail)
+    monkeypatch.setattr(made_once, "is_finished", lambda run, workdir: False)
+
+    def one():
+        found.append(attempt(run, tmp_path / "failing", "a command"))
+
+    threads = [threading.Thread(target=one) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tried) == 1
+    return found
+
+
 def test_one_process_at_a_time_makes_a_run(tmp_path, monkeypatch):
     (run, _) = runs_of(Claim(*load_config(f"{CONFIG}:smoke").claims[0]), config_of(), 0)
     inside, most, made = [0], [0], set()
@@ -386,6 +410,7 @@ def test_one_process_at_a_time_makes_a_run(tmp_path, monkeypatch):
         thread.join()
     assert most == [1]
     assert len(made) == 1
+    assert [one.why for one in waited_for_a_failure(run, tmp_path, monkeypatch)] == ["nan"] * 3
     # Other runs do not wait for this one.
     with locked(tmp_path / "locks" / "a"), locked(tmp_path / "locks" / "b"):
         pass
