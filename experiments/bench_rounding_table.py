@@ -27,9 +27,10 @@ LEAD = (
     "Mean over seeds ± half the range. Seeds may differ by more than recipes, and not all recipes have as "
     "many: shares are of the error of rounding to nearest with the same seed, their geometric mean over "
     "seeds. Recipes are sorted by that of the eps error, and * marks those that no other beats in both it "
-    "and CPU seconds. CPU seconds are of all threads in the stages that decide codes and learned scales, without "
-    "compiling and without calibrating activation ranges. Compile seconds are of the wall, in a cell's first "
-    "run; they depend on how much of its programs the disk cache held, and on who else used the core.",
+    "and CPU seconds. CPU seconds are of all threads in the stages that decide codes and learned scales, "
+    "without compiling and without calibrating activation ranges. Compile seconds are of the wall, in a "
+    "cell's first run; they depend on how much of its programs the disk cache held, and on who else "
+    "used the core.",
     "With quantized activations rounding is not all that differs. Closed form and GPTQ calibrate activation "
     "ranges first, on the network in full precision, and round in a stream that carries the activation "
     'quantizers, so that weights make up for them too (not where a recipe says "blind"). AdaRound\'s stream '
