@@ -13,6 +13,7 @@ activation ranges first, on the network in full precision, and round in a stream
 quantizers ("blind": that does not). AdaRound's stream has none, and its ranges, like those of nearest, are
 calibrated afterwards on the quantized network, as in the papers. "+ scales" is BRECQ's second phase, which
 trains activation scales for as many steps; like "blind" it is left out where activations are not quantized.
+"on 1 trajectory" and "on 4 trajectories" calibrate on as many instead of 16.
 
 `model=` names one shipped model (default: both), `bits=` one width of `w4a32`, `w3a32`, `w4a8`, `w4a4`, `w2a8`
 (default: all), `recipe=` one row of the table or a pattern such as `adaround 1000*`; `seeds=1` takes fewer than
@@ -53,6 +54,16 @@ def _closed_form(target, **settings):
     return _recipe("closed_form", {"closed_form.target": target, **settings}, blind)
 
 
+def _on(trajectories, recipe):
+    """The recipe with less to calibrate on; 20 states a trajectory, in batches that divide them."""
+    few = {
+        "calibration.samples": trajectories,
+        "reconstruct.walk_batch": 20,
+        "activations.batch_size": 20,
+    }
+    return {**recipe, "set": {**recipe["set"], **few}}
+
+
 RECIPES = {
     "nearest": _recipe("rtn", {}),
     **{f"adaround {n} at 1e-3": _adaround(n, 1e-3, "constant") for n in (50, 200, 1000)},
@@ -81,6 +92,11 @@ RECIPES = {
     "asym2 + bias in 1 MiB": _closed_form("block_fp_output", hessian_mib=1),
     "asym2 + bias + kronecker": _closed_form("block_fp_output", kronecker_sweeps=2),
     "asym2 + bias + tuning": _closed_form("block_fp_output", tune_steps=50),
+}
+RECIPES |= {
+    f"{name} on {count}": _on(n, RECIPES[name])
+    for n, count in ((1, "1 trajectory"), (4, "4 trajectories"))
+    for name in ("adaround 1000 at 3e-2", "gptq", "asym1 + bias", "asym2 + bias")
 }
 SMOKE = ("nearest", "adaround 50 at 1e-2", "gptq", "asym2 + bias + tuning")
 

@@ -19,7 +19,9 @@ from experiments.bench_rounding_table import (
     summaries,
     write_results,
 )
+from experiments.quantize_config import read_config
 from experiments.quantize_report import made_at
+from experiments.quantize_settings import check_sizes
 from qdiff_jax.config import load_config
 from qdiff_jax.eval.report import PROVENANCE_KEYS, reference_metrics
 from qdiff_jax.observe.archive import load_record, save_record
@@ -131,7 +133,7 @@ def test_a_summary_is_a_mean_with_its_range_and_a_divergence_comes_last():
 
 def test_every_recipe_makes_a_config_that_is_valid():
     made = cells(load_config(f"{CONFIG}:model=unet_fashion,bits=w4a8,seeds=2"))
-    assert len({cell.name for cell in made}) == len(made) == 2 * 29
+    assert len({cell.name for cell in made}) == len(made) == 2 * 37
     by_recipe = {cell.row["recipe"]: cell.config for cell in made}
     assert by_recipe["adaround 200 at 3e-2"].reconstruct.lr == 3e-2
     assert by_recipe["adaround 200 at 3e-2"].reconstruct.temporal_steps == 0
@@ -148,7 +150,7 @@ def test_every_recipe_makes_a_config_that_is_valid():
 
 def test_what_concerns_activations_is_left_out_where_they_are_not_quantized():
     made = cells(load_config(f"{CONFIG}:model=unet_fashion,bits=w4a32,seeds=1"))
-    assert len(made) == 26
+    assert len(made) == 34
     assert not {c.row["recipe"] for c in made if "scales" in c.name or "blind" in c.name}
     with pytest.raises(ValueError, match="concern quantized activations"):
         cells(load_config(f"{CONFIG}:bits=w4a32,recipe=asym2 + bias (blind)"))
@@ -274,6 +276,14 @@ class TestRows:
         path.write_text(text.replace("0.5", "half"))
         with pytest.raises(ValueError, match="rounding.csv, line 2: .*half"):
             read_rows(path)
+
+
+def test_less_to_calibrate_on_has_batches_that_divide_it():
+    given = cells(load_config(f"{CONFIG}:recipe=* on *,seeds=1"))
+    read = [read_config(cell.config) for cell in given]
+    assert {config.calibration.samples for config in read} == {1, 4}
+    for config in read:
+        check_sizes(config, config.sampler.steps)
 
 
 class TestRunning:
