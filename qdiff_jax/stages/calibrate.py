@@ -19,14 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.observe.capture import batch_bounds, slice_rows
-from qdiff_jax.observe.observers import (
-    Observer,
-    ema,
-    minmax,
-    mse,
-    percentile,
-    percentile_search,
-)
+from qdiff_jax.observe.observers import Observer, ema, minmax
+from qdiff_jax.observe.reservoirs import mse, percentile, percentile_search
 from qdiff_jax.observe.taps import Tap
 from qdiff_jax.policy import ACTIVATION, Entry, SitePlan
 from qdiff_jax.quant.qparams import dynamic_qparams, from_range

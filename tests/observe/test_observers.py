@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from qdiff_jax.observe import observers
+from qdiff_jax.observe import observers, reservoirs
 from qdiff_jax.quant.ranges import shrink_search
 from qdiff_jax.quant.spec import QuantSpec
 
@@ -17,8 +17,8 @@ TENSOR = QuantSpec()
 OBSERVERS = {
     "minmax": observers.minmax(),
     "ema": observers.ema(0.9),
-    "percentile": observers.percentile(0.01, 0.99, size=128),
-    "mse": observers.mse(TENSOR, 0, 15, size=128),
+    "percentile": reservoirs.percentile(0.01, 0.99, size=128),
+    "mse": reservoirs.mse(TENSOR, 0, 15, size=128),
 }
 UPDATE = {name: jax.jit(o.update) for name, o in OBSERVERS.items()}
 MERGE = {name: jax.jit(o.merge) for name, o in OBSERVERS.items()}
@@ -160,7 +160,7 @@ def test_ema_is_the_recurrence_over_the_batches_that_visit_a_row():
 
 def test_percentile_is_exact_below_the_reservoir_and_close_above():
     x, row = stream()
-    big = observers.percentile(0.01, 0.99, size=8192)
+    big = reservoirs.percentile(0.01, 0.99, size=8192)
     state = big.update(big.init(ROWS), *arguments("percentile", 0, 6 * BATCH))
     exact = [np.quantile(x[row == r], [0.01, 0.99]) for r in range(ROWS)]
     np.testing.assert_allclose(np.stack(big.finish(state), 1), exact, rtol=1e-5)
@@ -183,7 +183,7 @@ def test_the_kept_values_are_a_sample_of_the_row_without_repeats():
 
 def test_mse_shrinks_from_the_exact_extremes():
     x, row = stream()
-    everything = observers.mse(TENSOR, 0, 15, size=8192)
+    everything = reservoirs.mse(TENSOR, 0, 15, size=8192)
     state = everything.update(everything.init(ROWS), *arguments("mse", 0, 6 * BATCH))
     lo, hi = everything.finish(state)
     for r in range(ROWS):
@@ -202,12 +202,12 @@ def test_mse_shrinks_from_the_exact_extremes():
 def test_a_searched_range_is_not_worse_than_min_max(seed):
     """1e5 Gaussian values at 8 bits, of which the observer keeps a sixth: the tails decide."""
     x = np.random.default_rng(seed).standard_normal((390, 256)).astype(np.float32)
-    observer, bits = observers.mse(TENSOR, 0, 255), 8
+    observer, bits = reservoirs.mse(TENSOR, 0, 255), 8
     # The kept set by hand: sorting 1e5 values in a compiled program takes longer than all of this.
     size = observer.init(1).values.shape[1]
     kept = np.random.default_rng(seed + 9).permutation(x.ravel())[None, :size]
     seen = observers.RangeState(x.min()[None], x.max()[None], np.int32([390]), np.int32(0))
-    lo, hi = observer.finish(observers.SampleState(seen, kept, np.zeros(kept.shape, np.uint32)))
+    lo, hi = observer.finish(reservoirs.SampleState(seen, kept, np.zeros(kept.shape, np.uint32)))
 
     def error(lo, hi):
         scale = np.float64(hi - lo) / (2**bits - 1)
@@ -223,16 +223,16 @@ def test_percentiles_that_a_sample_cannot_know_are_the_extremes():
     values = np.random.default_rng(0).standard_normal(2_000).astype(np.float32)
     spoilt = np.concatenate([values, np.float32([-60.0, 60.0])])
     kept = np.ones((1, spoilt.size), bool)
-    state = observers.SampleState(
+    state = reservoirs.SampleState(
         observers.RangeState(*np.float32([[-99.0], [99.0]]), np.int32([9]), np.int32(0)),
         spoilt[None],
         np.where(kept, np.uint32(0), np.uint32(0xFFFFFFFF)),
     )
-    lo, hi = observers.percentile_search(TENSOR, 0, 255).finish(state)
+    lo, hi = reservoirs.percentile_search(TENSOR, 0, 255).finish(state)
     # 0.999 leaves two values outside; 0.9999 and 0.99999 none, so they are the extremes of everything seen.
     # Two outliers of that size weigh more than the rounding of all others in 256 steps.
     np.testing.assert_allclose([lo[0], hi[0]], [-99.0, 99.0])
-    lo, hi = observers.percentile_search(TENSOR, 0, 255, percentiles=(0.999,)).finish(state)
+    lo, hi = reservoirs.percentile_search(TENSOR, 0, 255, percentiles=(0.999,)).finish(state)
     np.testing.assert_allclose([lo[0], hi[0]], np.quantile(spoilt, [0.001, 0.999]), rtol=1e-5)
 
 
