@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from qdiff_jax.analysis.column import column, dress, line_style, plain_log, save
-from qdiff_jax.eval.curves import COLOURS
+from qdiff_jax.analysis.column import column, dress, legend_below, line_style, plain_log, save
+from qdiff_jax.eval.curves import COLOURS, MARKERS
 from qdiff_jax.eval.files import write_atomic
 from qdiff_jax.eval.tables import ABSENT, significant
 
@@ -129,7 +129,7 @@ def curves(entries: Iterable[Mapping]) -> dict[str, list[Mapping]]:
     """{label: entries by CPU seconds}: AdaRound's lengths at one rate are one curve, all others points."""
     found: dict[str, list[Mapping]] = {}
     for entry in sorted(entries, key=lambda e: np.inf if e["cpu_s"] is None else e["cpu_s"]):
-        label = re.sub(r"^adaround \d+ at (.*)", r"adaround at \1, more steps", entry["recipe"])
+        label = re.sub(r"^adaround \d+ at (.*)", r"adaround at \1", entry["recipe"])
         found.setdefault(label, []).append(entry)
     return dict(sorted(found.items()))
 
@@ -149,8 +149,10 @@ def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path)
             style = {**line_style(position), "markersize": 4.0, "linewidth": 0.8}
             if len(held) == 1:
                 style["linestyle"] = "none"
-            if position >= len(COLOURS):  # colours begin again
+            again = position // len(COLOURS)
+            if again:  # colours begin again: hollow, and then with other markers
                 style["markerfacecolor"] = "white"
+                style["marker"] = MARKERS[(position + again - 1) % len(MARKERS)]
             axes.plot(
                 [max(e["cpu_s"], 0.1) for e in held], [e[error] for e in held], label=label, **style
             )
@@ -167,14 +169,7 @@ def _draw(entries: Sequence[Mapping], labels: Sequence[str], stem: pathlib.Path)
         axes.set_yscale("log")
         dress(axes, "CPU seconds (compiling apart)" if axes is panels[-1] else "", titles[error])
         plain_log(axes)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        fontsize=6,
-        frameon=False,
-        columnspacing=1.0,
-    )
+    legend_below(figure, panels[0])
     return save(figure, stem)[0]
 
 

@@ -50,6 +50,21 @@ def legend(axes: Axes, **options) -> None:
     axes.legend(fontsize=_TICK, handlelength=2.2, borderpad=0.2, labelspacing=0.25, **options)
 
 
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """What `axes` shows, in two columns below all panels, in type that is small enough to fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    options = {"loc": "outside lower center", "ncols": 2, "frameon": False, "columnspacing": 1.0}
+    size = 6.0
+    for _ in range(8):
+        made = figure.legend(handles, labels, fontsize=size, **options)
+        figure.draw_without_rendering()
+        if made.get_window_extent().width <= figure.bbox.width:
+            return
+        made.remove()
+        size *= 0.9
+    figure.legend(handles, labels, fontsize=size, **{**options, "ncols": 1})
+
+
 def line_style(index: int) -> dict:
     """Colour, line and marker of the index-th curve, the same in every picture."""
     return {

@@ -7,7 +7,7 @@ from matplotlib.collections import Collection
 from matplotlib.image import imread
 from matplotlib.patches import Patch
 
-from qdiff_jax.analysis.column import COLOURS, save
+from qdiff_jax.analysis.column import COLOURS, column, legend_below, save
 from qdiff_jax.analysis.registry import ANALYSES
 
 from . import drawn_results
@@ -167,3 +167,17 @@ def test_no_two_settings_of_bits_look_alike():
     assert looks["W8A8"][1] == looks["W4A8"][1]
     along = [(line.get_color(), line.get_marker()) for line in bottom.lines[: len(looks)]]
     assert along == list(looks.values())
+
+
+@pytest.mark.parametrize("length", [5, 40, 200])
+def test_a_legend_below_the_panels_fits_into_the_column(length):
+    figure, (axes,) = column((2.0,))
+    for i in range(6):
+        axes.plot([i], [i], label="x" * (length + i))
+    legend_below(figure, axes)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["x" * (length + i) for i in range(6)]
+    if length < 200:
+        assert legend.get_window_extent().width <= figure.bbox.width

@@ -105,12 +105,12 @@ def test_lengths_of_adaround_at_one_rate_are_one_curve():
     given = [{"recipe": name, "cpu_s": float(4 - i)} for i, name in enumerate(names)]
     found = curves([*given, {"recipe": "diverged", "cpu_s": None}])
     assert {label: len(held) for label, held in found.items()} == {
-        "adaround at 1e-2, more steps": 2,
-        "adaround at 1e-3, more steps": 1,
+        "adaround at 1e-2": 2,
+        "adaround at 1e-3": 1,
         "asym1": 1,
         "diverged": 1,
     }
-    assert found["adaround at 1e-2, more steps"][0]["recipe"] == names[2]
+    assert found["adaround at 1e-2"][0]["recipe"] == names[2]
 
 
 def test_a_summary_is_a_mean_with_its_range_and_a_divergence_comes_last():
