@@ -19,8 +19,8 @@ trains activation scales for as many steps; like "blind" it is left out where ac
 (default: all), `recipe=` one row of the table or a pattern such as `adaround 1000*`; `seeds=1` takes fewer than
 three. Days in all on two cores; killed at any moment, the same command goes on, and other words with the same
 --out add to the table. Expected: experiments/results/rounding.md, where the block target in closed form has
-less error than AdaRound of 1,000 steps at its best rate at 4 bits, in a 34th (U-Net) and a 50th (DiT) of its CPU
-seconds, and more eps error than 5,000 steps. `bench_rounding.py:smoke` runs four recipes on a miniature.
+less error at 4 bits than AdaRound of 1,000 steps at its best rate, in a 34th (U-Net) and a 50th (DiT) of its
+CPU seconds, and more eps error than 5,000 steps. `bench_rounding.py:smoke` runs four recipes on a miniature.
 """
 
 import fnmatch
