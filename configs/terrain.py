@@ -40,7 +40,8 @@ def get_config(arg=None):
             for a_bits in (8,) if method in SHARED else (8, 32):
                 variant = dict(method=method, w_bits=w_bits, a_bits=a_bits)
                 config.variants[f"{method}_w{w_bits}a{a_bits}"] = variant
-    config.calibration = dict(samples=arg.samples, weight_steps=1)
+    config.calibration.samples = arg.samples
+    config.calibration.weight_steps = 1
     config.evaluation = dict(held_out=0, samples=8, batch=4)
     config.sampler.steps = 1
     config.reconstruct.steps = arg.steps

@@ -21,7 +21,7 @@ from qdiff_jax.export.qtensor import cell_bytes
 from qdiff_jax.models.families import example_inputs, make_module, parameter_shapes
 from qdiff_jax.models.program import node_at
 from qdiff_jax.policy import Entry, SitePlan
-from qdiff_jax.quant.ranges import scale_shape
+from qdiff_jax.quant.cells import scale_shape
 from qdiff_jax.quant.spec import QuantSpec
 from qdiff_jax.sites import Site, list_sites
 

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qdiff_jax.quant.affine import hard_clip, reciprocal, round_ste
+from qdiff_jax.quant.cells import cells, scale_shape
 from qdiff_jax.quant.qparams import SCALE_FLOOR, QParams, scale_and_zero_point
-from qdiff_jax.quant.ranges import cells, scale_shape
 from qdiff_jax.quant.spec import FLOATS, QuantSpec
 
 # Between the ranges max / least value of the three formats, 7, 12 and 64: their geometric means.

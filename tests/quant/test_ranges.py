@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qdiff_jax.quant import ranges
+from qdiff_jax.quant.cells import cells
 from qdiff_jax.quant.qparams import from_range, scale_and_zero_point
 from qdiff_jax.quant.quantizer import fake_quant
 from qdiff_jax.quant.spec import QuantSpec, code_range
@@ -103,7 +104,7 @@ def test_vectorised_search_is_the_loop_over_channels_and_candidates(spec, shape)
     w = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     codes = code_range(spec, 3)
     lo, hi = ranges.shrink_search(w, spec, *codes)
-    columns = ranges.cells(spec, w)
+    columns = cells(spec, w)
     expected = [loop_shrink(c, *codes, spec.symmetric, spec.signed) for c in columns.T]
     np.testing.assert_allclose(lo.ravel(), [e[0] for e in expected], rtol=1e-5)
     np.testing.assert_allclose(hi.ravel(), [e[1] for e in expected], rtol=1e-5)
