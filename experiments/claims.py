@@ -36,9 +36,11 @@ from experiments.claim_runs import (
     commit_of,
     definition,
     errors,
+    errors_about_shift,
     record_of,
     runs_of,
     samples_of,
+    shift_share,
 )
 from experiments.claims_report import OTHER_ERRORS, assemble
 from experiments.compare_runs import Run
@@ -106,8 +108,10 @@ def _effect(aim: str, runs: tuple[Run, ...], made: list[Made]) -> dict[str, Any]
         effect = _ratio([errors(*place) for place in places])
     records = [record_of(*place) for place in places]
     found = {"effect": effect._asdict(), "commits": sorted({commit_of(*p) for p in places})}
+    about = [float(errors_about_shift(*place).mean()) for place in places]
+    found["shift_shares"] = [shift_share(*place) for place in places]
     for key in OTHER_ERRORS:
-        values = [record[key] for record in records]
+        values = about if key == "rollout_about_shift" else [record[key] for record in records]
         # None where features are not compared; 0 where an error has vanished: neither has a ratio.
         found[key] = _quotient(values) if all(values) else None
     if aim == "cheaper":

@@ -27,7 +27,11 @@ from qdiff_jax.eval.verdicts import (
     verdict,
 )
 
-OTHER_ERRORS = {"eps_rel_mse": "eps error", "temporal_cosine": "temporal features"}
+OTHER_ERRORS = {
+    "rollout_about_shift": "rollout error about a common shift",
+    "eps_rel_mse": "eps error",
+    "temporal_cosine": "temporal features",
+}
 DIVERGED, NO_RESULT = "diverged", "no result"
 _AIMS = {
     "error": "",
@@ -75,10 +79,11 @@ def over(claim: Claim, rows: Sequence[dict]) -> dict[str, Any]:
         "effects": [effect._asdict() for effect in effects],
         "commits": sorted({commit for row in whole for commit in row["commits"]}),
         "why": [f"seed {row['seed']}, {row['why']}" for row in rows if row["why"]],
+        "shift_shares": [row.get("shift_shares") for row in whole],
         "rollout": _interval([effect.ratio for effect in effects]),
     }
     for key in OTHER_ERRORS:
-        values = [row[key] for row in whole if row[key] is not None]
+        values = [row[key] for row in whole if row.get(key) is not None]
         found[key] = {**_interval(values), "seeds": len(values)} if values else None
     if claim.aim == "cheaper":
         found["bitops"] = [row["bitops"] for row in whole]
@@ -175,12 +180,15 @@ def _page(rows: Sequence[dict], claims: int, config: ConfigDict, command: str) -
         "In brackets: Student's 95 % interval of the geometric mean over seeds. A verdict asks that this "
         f"interval, and every seed's own over samples, leave 1 out (or {MARGIN}, where the claim is to be no "
         "worse); where there is no effect it comes out one way or the other in at most one of twenty claims. "
+        "An error about a common shift leaves out what the errors of all samples have in common, pixel by "
+        "pixel (a drift of brightness, say). "
         f"Samples: {config.samples}, guidance: "
         f"{'none' if scale < 0 else significant(scale)}. Claims with results: {len(rows)} of {claims}.",
         _commits(rows),
         "\n".join(lines),
         "## Seed by seed",
-        "Ratio of each seed with its 95 % interval over samples.",
+        "Ratio of each seed with its 95 % interval over samples, and the share that a shift common to all "
+        "samples has in the rollout error of each side.",
         "\n".join(_seeds(rows)),
         f"Made by `{command}` on {platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}.",
     ]
@@ -198,14 +206,21 @@ def _commits(rows: Sequence[dict]) -> str:
 
 
 def _seeds(rows: Sequence[dict]) -> list[str]:
-    lines = [_line(("model", "claim", "bits", "ratio by seed")), "|---|---|---|---|"]
+    head = ("model", "claim", "bits", "ratio by seed", "share of a common shift, by side")
+    lines = [_line(head), "|---" * len(head) + "|"]
     for row in rows:
         texts = [
             f"{seed}: {significant(e['ratio'])} [{significant(e['low'])}, {significant(e['high'])}]"
             for seed, e in zip(row["seeds"], row["effects"], strict=False)
         ]
         if texts:
-            lines.append(_line((row["model"], row["name"], row["bits"], "; ".join(texts))))
+            shares = [
+                f"{seed}: {' / '.join(f'{share:.2f}' for share in found)}"
+                for seed, found in zip(row["seeds"], row["shift_shares"], strict=True)
+                if found
+            ]
+            cells = (row["model"], row["name"], row["bits"], "; ".join(texts))
+            lines.append(_line((*cells, "; ".join(shares) or ABSENT)))
     return lines
 
 

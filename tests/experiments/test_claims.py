@@ -440,3 +440,27 @@ def test_the_smoke_ledger_is_made_once(tmp_path):
     twice = claims._effect("error", (*runs, *runs), [*made, *made])
     assert twice["effect"]["ratio"] == pytest.approx(1.0)
     assert twice["eps_rel_mse"] == pytest.approx(1.0)
+
+
+def test_a_shift_that_all_samples_share_is_told_apart(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(64, 4, 4, 1))
+    own, shift = rng.normal(size=images.shape), rng.normal(size=(1, 4, 4, 1))
+    own -= own.mean(axis=0)
+    held = {"fp32": images, "shifted": images + own + 3 * shift, "own": images + own}
+    monkeypatch.setattr(claim_runs, "samples_of", lambda workdir, name: held[name])
+    for name in ("shifted", "own"):
+        about = claim_runs.errors_about_shift(tmp_path, name)
+        np.testing.assert_allclose(about, np.square(own).mean((1, 2, 3)))
+    share = 9 * np.square(shift).mean() / (9 * np.square(shift).mean() + np.square(own).mean())
+    assert claim_runs.shift_share(tmp_path, "shifted") == pytest.approx(share)
+    assert claim_runs.shift_share(tmp_path, "own") == pytest.approx(0, abs=1e-12)
+    assert claim_runs.shift_share(tmp_path, "fp32") == 0
+
+
+def test_rows_say_the_common_shift_of_every_side(tmp_path):
+    config = config_of(("x", {}))
+    write_rows(config, tmp_path, "x", (0.5, 0.6), rollout_about_shift=0.7, shift_shares=[0.25, 0.5])
+    text, found = read(config, tmp_path, "x")
+    assert found["rollout_about_shift"]["ratio"] == pytest.approx(0.7)
+    assert "0: 0.25 / 0.50; 1: 0.25 / 0.50" in text
