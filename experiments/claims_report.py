@@ -169,6 +169,9 @@ def _page(rows: Sequence[dict], claims: int, config: ConfigDict, command: str) -
         open_still = seeds < asked and row["verdict"] not in (DIVERGED, NO_RESULT)
         said = f"**{row['verdict']}**" + (" so far" if open_still else "")
         said += f": {'; '.join(row['why'])}" if row["why"] else ""
+        # What the part decides (a grid, say) may be what was there without it.
+        alike = [set(effect.values()) == {1.0} for effect in row["effects"]]
+        said += ": both sides give the same errors" if alike and all(alike) else ""
         cells = [row["model"], row["method"], part, row["bits"], _cell(row["rollout"], seeds)]
         cells += [_cell(row[key], seeds) for key in OTHER_ERRORS]
         cells += [str(seeds) if seeds == asked else f"{seeds} of {asked}", said, row["published"]]

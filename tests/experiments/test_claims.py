@@ -458,6 +458,16 @@ def test_a_shift_that_all_samples_share_is_told_apart(tmp_path, monkeypatch):
     assert claim_runs.shift_share(tmp_path, "fp32") == 0
 
 
+def test_a_part_that_changes_nothing_is_said_to(tmp_path):
+    config = config_of(("x", {}))
+    write_rows(config, tmp_path, "x", (1.0, 1.0, 1.0), spread=0.0)
+    text, found = read(config, tmp_path, "x")
+    assert found["verdict"] == NO_EFFECT
+    assert f"**{NO_EFFECT}**: both sides give the same errors" in text
+    write_rows(config, tmp_path, "x", (1.0, 1.0, 1.0))
+    assert "same errors" not in read(config, tmp_path, "x")[0]
+
+
 def test_rows_say_the_common_shift_of_every_side(tmp_path):
     config = config_of(("x", {}))
     write_rows(config, tmp_path, "x", (0.5, 0.6), rollout_about_shift=0.7, shift_shares=[0.25, 0.5])
