@@ -14,13 +14,13 @@ that seed alone, `group=unet_methods` (the six methods for U-Nets, on the U-Net)
 (all else); several processes may share one --out. `seeds=N` gives the chosen claims that many, `bits=w4a4`
 takes them to other bits. The ledger is written of everything that lies in --out.
 
-Expected cost on one core, reckoned from single runs (a minute where nothing is learned, two to six with
-learning) and not yet measured as a whole:
+Cost on one core, another one busy:
 
-    `group=unet_methods`: 115 runs, 3.5 CPU hours
-    `group=dit_tuned_binary`: 150 runs, 6 CPU hours beside those of the other group
+    `group=unet_methods`: 115 runs, some 4.4 CPU hours (commit 76e7dc7); 256 rollouts are a minute of each
+    `group=dit_tuned_binary`: 150 runs, 6 CPU hours beside those of the other group, reckoned from single runs
+                              and not yet measured as a whole
 
-Expected result: experiments/results/claims.md once it has been run in full.
+Expected result: experiments/results/claims.md, for now of `group=unet_methods` alone.
 `claims.py:smoke` pairs two runs on a miniature.
 """
 
