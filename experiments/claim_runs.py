@@ -100,30 +100,21 @@ def samples_of(workdir: pathlib.Path, name: str) -> np.ndarray:
     return load_arrays(path, Samples).x.astype(np.float64)
 
 
-def errors(workdir: pathlib.Path, name: str) -> np.ndarray:
-    """[N] mean squared error of each final image from full precision's."""
-    return _squares(_differences(workdir, name))
+def errors(workdir: pathlib.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """([N], [N]) mean squared error of each final image from full precision's, and what is left of it about the
+    shift that all samples have in common: their mean difference, pixel by pixel, is taken away from each. Of
+    one sample nothing is left."""
+    differences = samples_of(workdir, name) - samples_of(workdir, "fp32")
+    whole, about = (
+        np.square(images).reshape(len(images), -1).mean(axis=1)
+        for images in (differences, differences - differences.mean(axis=0))
+    )
+    return whole, about
 
 
-def errors_about_shift(workdir: pathlib.Path, name: str) -> np.ndarray:
-    """[N] the same about the shift that all samples have in common: their mean difference, pixel by pixel, is
-    taken away from each. Of one sample nothing is left."""
-    found = _differences(workdir, name)
-    return _squares(found - found.mean(axis=0))
-
-
-def shift_share(workdir: pathlib.Path, name: str) -> float:
-    """The share of the mean squared error that this common shift has; 0 of no error."""
-    whole = errors(workdir, name).mean()
-    return float(1 - errors_about_shift(workdir, name).mean() / whole) if whole else 0.0
-
-
-def _differences(workdir: pathlib.Path, name: str) -> np.ndarray:
-    return samples_of(workdir, name) - samples_of(workdir, "fp32")
-
-
-def _squares(images: np.ndarray) -> np.ndarray:
-    return np.square(images).reshape(len(images), -1).mean(axis=1)
+def shift_share(whole: np.ndarray, about: np.ndarray) -> float:
+    """The share of the error that this common shift has, of `errors`; 0 where there is no error."""
+    return float(1 - about.mean() / whole.mean()) if whole.any() else 0.0
 
 
 def record_of(workdir: pathlib.Path, name: str) -> dict:

@@ -36,7 +36,6 @@ from experiments.claim_runs import (
     commit_of,
     definition,
     errors,
-    errors_about_shift,
     record_of,
     runs_of,
     samples_of,
@@ -101,17 +100,20 @@ def _named(claim: Claim, seed: int) -> dict[str, Any]:
 
 def _effect(aim: str, runs: tuple[Run, ...], made: list[Made]) -> dict[str, Any]:
     places = [(one.workdir, *run.parsed.variants) for run, one in zip(runs, made, strict=True)]
+    seen = [errors(*place) for place in places]
     if aim == "spread":
         samples = [samples_of(*place) for place in places]
         effect = spread_effect(*samples, samples_of(places[0][0], "fp32"))
     else:
-        effect = _ratio([errors(*place) for place in places])
-    records = [record_of(*place) for place in places]
+        effect = _ratio([whole for whole, _ in seen])
     found = {"effect": effect._asdict(), "commits": sorted({commit_of(*p) for p in places})}
-    about = [float(errors_about_shift(*place).mean()) for place in places]
-    found["shift_shares"] = [shift_share(*place) for place in places]
+    found["shift_shares"] = [shift_share(*pair) for pair in seen]
+    records = [
+        {**record_of(*place), "rollout_about_shift": float(about.mean())}
+        for place, (_, about) in zip(places, seen, strict=True)
+    ]
     for key in OTHER_ERRORS:
-        values = about if key == "rollout_about_shift" else [record[key] for record in records]
+        values = [record[key] for record in records]
         # None where features are not compared; 0 where an error has vanished: neither has a ratio.
         found[key] = _quotient(values) if all(values) else None
     if aim == "cheaper":

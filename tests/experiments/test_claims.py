@@ -450,12 +450,14 @@ def test_a_shift_that_all_samples_share_is_told_apart(tmp_path, monkeypatch):
     held = {"fp32": images, "shifted": images + own + 3 * shift, "own": images + own}
     monkeypatch.setattr(claim_runs, "samples_of", lambda workdir, name: held[name])
     for name in ("shifted", "own"):
-        about = claim_runs.errors_about_shift(tmp_path, name)
+        _, about = claim_runs.errors(tmp_path, name)
         np.testing.assert_allclose(about, np.square(own).mean((1, 2, 3)))
     share = 9 * np.square(shift).mean() / (9 * np.square(shift).mean() + np.square(own).mean())
-    assert claim_runs.shift_share(tmp_path, "shifted") == pytest.approx(share)
-    assert claim_runs.shift_share(tmp_path, "own") == pytest.approx(0, abs=1e-12)
-    assert claim_runs.shift_share(tmp_path, "fp32") == 0
+    assert claim_runs.shift_share(*claim_runs.errors(tmp_path, "shifted")) == pytest.approx(share)
+    assert claim_runs.shift_share(*claim_runs.errors(tmp_path, "own")) == pytest.approx(
+        0, abs=1e-12
+    )
+    assert claim_runs.shift_share(*claim_runs.errors(tmp_path, "fp32")) == 0
 
 
 def test_a_part_that_changes_nothing_is_said_to(tmp_path):
